@@ -1,0 +1,186 @@
+"""Processes: how they find each other, who is first, and what they tell one another.
+
+Started by torchrun, by Slurm (srun, one task per process) or alone. nccl on GPUs, gloo on CPUs.
+All functions but `init_processes` also work when nothing was initialised: then the world is one.
+"""
+
+import contextlib
+import datetime
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UserError
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among the others. `launcher` is "torchrun", "slurm" or "single"."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    launcher: str
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            where = torch.cuda.get_device_name(self.device)
+        else:
+            where = f"{torch.get_num_threads()} CPU threads each"
+        noun = "process" if self.world_size == 1 else "processes"
+        return f"{self.world_size} {noun} ({self.launcher}), {where}"
+
+
+def find_launcher(environ: Mapping[str, str]) -> tuple[str, int, int, int]:
+    """Return (launcher, rank, local_rank, world_size) as the environment tells them.
+
+    A stray SLURM_PROCID (an interactive shell inside an allocation) is not a launch: Slurm counts
+    only when a job step of more than one task is running.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return (
+            "torchrun",
+            int(environ["RANK"]),
+            int(environ.get("LOCAL_RANK", 0)),
+            int(environ["WORLD_SIZE"]),
+        )
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1)))
+    in_step = environ.get("SLURM_STEP_ID", "").isdigit()
+    if "SLURM_PROCID" in environ and in_step and tasks > 1:
+        return "slurm", int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", 0)), tasks
+    return "single", 0, 0, 1
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into this process's device."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise UserError(f"--device {wanted}: not a device; use auto, cpu or cuda") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {wanted}: no GPU is visible; use --device cpu or auto")
+    index = device.index if device.index is not None else local_rank
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"process with local rank {local_rank} wants GPU {index}, but only "
+            f"{torch.cuda.device_count()} are visible; start fewer processes per node"
+        )
+    return torch.device("cuda", index)
+
+
+def init_processes(
+    device: str = "auto", *, dist_url: str = "env://", timeout_min: float = 30
+) -> Processes:
+    """Join the process group, if there is one, and return this process's place in it.
+
+    device: `auto`, `cpu`, `cuda` or `cuda:N`. timeout_min: minutes any collective may take.
+    Raises UserError if the device is not there.
+    """
+    launcher, rank_, local_rank_, world = find_launcher(os.environ)
+    place = pick_device(device, local_rank_)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            backend="nccl" if place.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=rank_,
+            world_size=world,
+            timeout=datetime.timedelta(minutes=timeout_min),
+            device_id=place if place.type == "cuda" else None,
+        )
+    return Processes(rank_, local_rank_, world, place, launcher)
+
+
+def shutdown() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum over all processes of a detached tensor, same shape; one process: itself."""
+    if not dist.is_initialized():
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: Tensor) -> Tensor:
+    """Return, on the device, whether `flag` (bool, any shape) is true in any process."""
+    if not dist.is_initialized():
+        return flag
+    agreed = flag.to(torch.uint8)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return agreed.bool()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's `value` (picklable) in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Let rank 0 run the block first and the others after it: for downloads into a cache."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def first_to_say(message: str) -> bool:
+    """Return whether this process is the first to bring `message`, so that it is printed once.
+
+    When nobody can be asked, the answer is yes: a line printed twice is better than none.
+    """
+    if not dist.is_initialized():
+        return int(os.environ.get("RANK", 0)) == 0 or "RANK" not in os.environ
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"said/{message}", 1) == 1
+    except (RuntimeError, ValueError, AttributeError):
+        time.sleep(rank() * 0.01)
+        return True

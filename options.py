@@ -1,0 +1,356 @@
+"""The command line: every flag, its default, and which of them cannot go together.
+
+The flags of DeiT's main.py keep their names, defaults and meanings, in `-` and `_` spellings, and
+prefixes (`--batch`) work. What is new takes timm's name where timm's train.py has one.
+`parse_args` is the only place that decides a value; nobody writes to its result.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import UserError
+
+QUICK_START = Path(__file__).parent / "recipes" / "quickstart.yaml"
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
+INAT_CATEGORIES = (
+    ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]  # fmt: skip
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in which `--num_workers` and `--num-workers` are one flag."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        if args is None:
+            import sys
+
+            args = sys.argv[1:]
+        return super().parse_known_args([_dashed(word) for word in args], namespace)
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and unknown[0].startswith("-"):
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
+            if close:
+                message = f"{message}; did you mean {' or '.join(close)}?"
+        raise UserError(message)
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `parse_args` found: the settings, where they came from, and what to tell the user."""
+
+    args: argparse.Namespace
+    explicit: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return DeiT's parser, plus ours. Sizes in pixels, times in epochs unless the name says."""
+    parser = Parser("Train, distil and evaluate vision transformers", add_help=False)
+    _add_run_flags(parser.add_argument_group("run"))
+    _add_model_flags(parser.add_argument_group("student"))
+    _add_distillation_flags(parser.add_argument_group("distillation"))
+    _add_optimizer_flags(parser.add_argument_group("optimizer, schedule and EMA"))
+    _add_augmentation_flags(parser.add_argument_group("augmentation and mixing"))
+    _add_data_flags(parser.add_argument_group("data"))
+    return parser
+
+
+def _switch(group: Any, name: str, default: bool, help_on: str, help_off: str = "") -> None:
+    dest = name.replace("-", "_")
+    group.add_argument(f"--{name}", action="store_true", dest=dest, help=help_on)
+    group.add_argument(f"--no-{name}", action="store_false", dest=dest, help=help_off or "off")
+    group.set_defaults(**{dest: default})
+
+
+def _add_run_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--batch-size", default=64, type=int, help="pictures per process and micro-step")
+    add("--epochs", default=300, type=int)
+    add("--grad-accum-steps", default=1, type=int, help="micro-steps per optimizer update")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="auto: bf16 (else fp16) on a GPU, off on a CPU")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--seed", default=0, type=int)
+    add("--output-dir", default="", help="checkpoints, log.txt, TensorBoard; empty: save nothing")
+    add("--resume", default="", help="checkpoint to go on from, or to evaluate; file or URL")
+    add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
+    add("--eval", action="store_true", help="evaluate and exit")
+    add("--log-interval", default=10, type=int, help="steps between two printed lines")
+    add("--max-bad-steps", default=10, type=int,
+        help="updates in a row with a non-finite loss before the run stops")  # fmt: skip
+    add("--dist-eval", action="store_true", help="always on: evaluation is sharded and exact")
+    add("--world-size", default=1, type=int, help="no effect: the launcher says")
+    add("--dist-url", default="env://", help="how the processes find each other")
+    add("--distributed", action="store_true", help="no effect: the launcher says")
+
+
+def _add_model_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--model", default="deit_base_patch16_224", help="any name timm knows, ours included")
+    add("--nb-classes", default=None, type=int, help="default: counted in the data")
+    add("--input-size", default=None, type=int, nargs="+", metavar="PX",
+        help="one side, or height and width; default: the model's own")  # fmt: skip
+    add("--drop", default=0.0, type=float, help="dropout")
+    add("--drop-path", default=0.1, type=float, help="stochastic depth")
+    add("--pretrained", action="store_true", help="start from timm's published weights")
+    add("--finetune", default="", help="start from this file or URL; head and grid may differ")
+    add("--attn-only", action="store_true",
+        help="train attention, heads and position embedding only")  # fmt: skip
+    add("--mean", default=None, type=float, nargs=3, help="of the input; default: the model's")
+    add("--std", default=None, type=float, nargs=3, help="of the input; default: the model's")
+    add("--interpolation", default=None, help="of the evaluation resize; default: the model's")
+    _switch(group, "train-mode", True, "train in training mode",
+            "freeze dropout and stochastic depth, as DeiT's fine-tuning did")  # fmt: skip
+
+
+def _add_distillation_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--teacher-model", default="regnety_160", help="timm name, hf-hub: or local-dir: source")
+    add("--teacher-path", default="", help="its weights: file or URL; empty: timm's pretrained")
+    add("--distillation-type", default="none", choices=("none", "soft", "hard"))
+    add("--distillation-alpha", default=0.5, type=float,
+        help="loss = (1 - alpha) * base + alpha * distillation")  # fmt: skip
+    add("--distillation-tau", default=1.0, type=float, help="temperature of soft distillation")
+    add("--distillation-head", default="auto", choices=("auto", "dist", "cls"),
+        help="auto: the distillation head where there is one")  # fmt: skip
+    add("--distillation-reduction", default="numel", choices=("numel", "batchmean"),
+        help="soft: numel is DeiT's (over B*C), batchmean Hinton's (over B)")  # fmt: skip
+    _switch(group, "teacher-check", True, "print the teacher's accuracy at the start",
+            "skip it")  # fmt: skip
+    add("--cosub", action="store_true", help="co-train two submodels instead of a teacher")
+
+
+def _add_optimizer_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--opt", default="adamw", help="timm's name of the optimizer")
+    add("--opt-eps", default=1e-8, type=float)
+    add("--opt-betas", default=None, type=float, nargs="+")
+    add("--clip-grad", default=None, type=float, help="largest gradient norm; 0 or less: off")
+    add("--momentum", default=0.9, type=float)
+    add("--weight-decay", default=0.05, type=float)
+    add("--layer-decay", default=None, type=float, help="learning rate factor per layer down")
+    add("--sched", default="cosine", help="timm's name of the schedule")
+    add("--lr", default=5e-4, type=float, help="for an effective batch of 512")
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
+    add("--lr-noise", default=None, type=float, nargs="+", help="epochs (as fractions) of noise")
+    add("--lr-noise-pct", default=0.67, type=float)
+    add("--lr-noise-std", default=1.0, type=float)
+    add("--warmup-lr", default=1e-6, type=float, help="not scaled with the batch")
+    add("--min-lr", default=1e-5, type=float, help="not scaled with the batch")
+    add("--decay-epochs", default=30, type=float)
+    add("--warmup-epochs", default=5, type=int)
+    add("--cooldown-epochs", default=10, type=int, help="no effect, as in DeiT: --epochs is all")
+    add("--patience-epochs", default=10, type=int, help="plateau schedule")
+    add("--decay-rate", "--dr", default=0.1, type=float)
+    _switch(group, "sched-on-updates", True, "learning rate per update", "per epoch, as DeiT")
+    _switch(group, "model-ema", True, "keep a moving average of the weights")
+    add("--model-ema-decay", default=0.99996, type=float)
+    add("--model-ema-force-cpu", action="store_true", help="keep it on the CPU")
+    _switch(group, "model-ema-warmup", True, "shorter average at the start",
+            "constant decay, as DeiT")  # fmt: skip
+
+
+def _add_augmentation_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--color-jitter", default=0.3, type=float)
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy; '' or none: off")
+    add("--smoothing", default=0.1, type=float, help="label smoothing")
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    _switch(group, "repeated-aug", True, "three views of a picture in an epoch")
+    add("--ThreeAugment", action="store_true", help="DeiT III's augmentation")
+    add("--src", action="store_true", help="simple random crop, with --ThreeAugment")
+    add("--reprob", default=0.25, type=float, help="random erasing probability")
+    add("--remode", default="pixel", choices=("pixel", "rand", "const"))
+    add("--recount", default=1, type=int)
+    add("--resplit", action="store_true", help="no effect, as in DeiT")
+    add("--mixup", default=0.8, type=float, help="alpha; 0: off")
+    add("--cutmix", default=1.0, type=float, help="alpha; 0: off")
+    add("--cutmix-minmax", default=None, type=float, nargs="+")
+    add("--mixup-prob", default=1.0, type=float)
+    add("--mixup-switch-prob", default=0.5, type=float)
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+    add("--bce-loss", action="store_true", help="binary cross entropy, as DeiT III")
+
+
+def _add_data_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--data-path", default="", help="folder of pictures; empty: the embedded digits")
+    add("--data-set", default=None,
+        help=f"{', '.join(DATA_SETS)}, or what timm's create_dataset opens (wds/...)")  # fmt: skip
+    add("--inat-category", default="name", choices=INAT_CATEGORIES)
+    add("--eval-crop-ratio", "--crop-pct", default=None, type=float,
+        help="default: the model's own, 0.875 for DeiT's")  # fmt: skip
+    add("--num-workers", default=None, type=int, help="per process; default: what the cores allow")
+    add("--on-bad-image", default="fail", choices=("fail", "skip"))
+    _switch(group, "pin-mem", True, "page-locked batches for a GPU")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    """Return the settings of a run: flags over the quick start's values over the defaults.
+
+    Without a data path the quick start's recipe fills in what no flag gives.
+    Raises UserError for unknown flags, values out of range, and combinations that cannot work.
+    """
+    explicit = frozenset(vars(_parse(argv, suppress=True)))
+    args = _parse(argv)
+    if uses_quick_start(args):
+        args = _parse(argv, defaults=read_recipe(QUICK_START))
+    elif args.data_set is None:
+        args.data_set = "IMNET"
+    check_ranges(args)
+    check_combinations(args, explicit)
+    return Options(args, explicit, tuple(flags_without_effect(args, explicit)))
+
+
+def uses_quick_start(args: argparse.Namespace) -> bool:
+    return not args.data_path and args.data_set in (None, "DIGITS")
+
+
+def _parse(
+    argv: Sequence[str] | None, *, suppress: bool = False, defaults: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    parser = argparse_with_help()
+    if suppress:
+        parser._defaults.clear()
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+    parser.set_defaults(**(defaults or {}))
+    return parser.parse_args(argv)
+
+
+def argparse_with_help() -> argparse.ArgumentParser:
+    return Parser(
+        "main.py", parents=[get_args_parser()], description="Train, distil and evaluate ViTs."
+    )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Return the flags of a recipe file by destination name. Raises UserError for unknown ones."""
+    flags = yaml.safe_load(path.read_text())["flags"]
+    known = {action.dest for action in get_args_parser()._actions}
+    flags = {name.replace("-", "_"): value for name, value in flags.items()}
+    unknown = sorted(set(flags) - known)
+    if unknown:
+        raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
+    return flags
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raise UserError for a number that no run can use."""
+    for name, low, high in (
+        ("batch_size", 1, None),
+        ("epochs", 0, None),
+        ("grad_accum_steps", 1, None),
+        ("log_interval", 1, None),
+        ("max_bad_steps", 1, None),
+        ("num_workers", 0, None),
+        ("nb_classes", 1, None),
+        ("start_epoch", 0, None),
+        ("distillation_alpha", 0, 1),
+        ("smoothing", 0, 1),
+        ("drop", 0, 1),
+        ("drop_path", 0, 1),
+        ("reprob", 0, 1),
+        ("mixup", 0, None),
+        ("cutmix", 0, None),
+        ("mixup_prob", 0, 1),
+        ("mixup_switch_prob", 0, 1),
+        ("model_ema_decay", 0, 1),
+        ("lr", 0, None),
+        ("eval_crop_ratio", 0, None),
+        ("layer_decay", 0, 1),
+    ):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if value < low or (high is not None and value > high):
+            allowed = f"between {low} and {high}" if high is not None else f"at least {low}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {allowed}")
+    if not args.distillation_tau > 0:
+        raise UserError(f"--distillation-tau {args.distillation_tau}: must be above 0")
+    if args.input_size is not None and (len(args.input_size) > 2 or min(args.input_size) < 1):
+        raise UserError(f"--input-size {args.input_size}: give one side, or height and width")
+
+
+def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> None:
+    """Raise UserError for flags that cannot go together, before any work is done."""
+    distils = args.distillation_type != "none"
+    if args.data_set == "DIGITS" and args.data_path:
+        raise UserError("--data-set DIGITS is embedded; leave out --data-path")
+    if args.data_set != "DIGITS" and not args.data_path and "/" not in str(args.data_set):
+        raise UserError(f"--data-set {args.data_set}: give its folder with --data-path")
+    if args.cosub and distils:
+        raise UserError(
+            "--cosub has no teacher: it cannot go with "
+            f"--distillation-type {args.distillation_type}; leave out one of them"
+        )
+    if args.distillation_head == "cls" and args.cosub:
+        raise UserError("--cosub and --distillation-head cls cannot go together")
+    if args.pretrained and args.finetune:
+        raise UserError("--pretrained and --finetune both give the first weights; leave out one")
+    if args.sched == "plateau" and args.sched_on_updates and "sched_on_updates" in explicit:
+        raise UserError("--sched plateau looks at epochs: use --no-sched-on-updates")
+    if args.opt_betas is not None and len(args.opt_betas) < 2:
+        raise UserError(f"--opt-betas {args.opt_betas}: give two numbers")
+
+
+def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> list[str]:
+    """Return one line for every flag that was given and does nothing in this run."""
+    distils = args.distillation_type != "none"
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    three = args.ThreeAugment
+    randaugment = args.aa not in ("", "none", None)
+    cases = {
+        "src": (not three, "it belongs to --ThreeAugment"),
+        "resplit": (True, "DeiT never used it either"),
+        "distributed": (True, "the launcher decides"),
+        "world_size": (True, "the launcher decides"),
+        "dist_eval": (True, "evaluation is always sharded and exact"),
+        "cooldown_epochs": (True, "the schedule ends with --epochs"),
+        "patience_epochs": (args.sched != "plateau", "it belongs to --sched plateau"),
+        "aa": (three, "--ThreeAugment replaces it"),
+        "reprob": (three, "--ThreeAugment has no erasing"),
+        "remode": (three or args.reprob == 0, "nothing is erased"),
+        "recount": (three or args.reprob == 0, "nothing is erased"),
+        "train_interpolation": (three, "--ThreeAugment is bicubic"),
+        "color_jitter": (randaugment and not three, "timm leaves it out while --aa is set"),
+        "mixup_prob": (not mixes, "nothing is mixed"),
+        "mixup_switch_prob": (not (args.mixup > 0 and args.cutmix > 0), "only one kind of mixing"),
+        "mixup_mode": (not mixes, "nothing is mixed"),
+        "smoothing": (args.cosub, "--cosub uses hard targets"),
+        "bce_loss": (args.cosub, "--cosub always is binary cross entropy"),
+        "inat_category": (args.data_set not in ("INAT", "INAT19"), "only for INAT and INAT19"),
+        "model_ema_decay": (not args.model_ema, "there is no average"),
+        "model_ema_force_cpu": (not args.model_ema, "there is no average"),
+        "model_ema_warmup": (not args.model_ema, "there is no average"),
+        "teacher_model": (not distils, "--distillation-type is none"),
+        "teacher_path": (not distils, "--distillation-type is none"),
+        "teacher_check": (not distils, "--distillation-type is none"),
+        "distillation_alpha": (not distils, "--distillation-type is none"),
+        "distillation_head": (not distils, "--distillation-type is none"),
+        "distillation_tau": (args.distillation_type != "soft", "only soft has a temperature"),
+        "distillation_reduction": (args.distillation_type != "soft", "only soft is reduced so"),
+        "finetune": (bool(args.resume), "--resume brings its own weights"),
+        "start_epoch": (bool(args.resume), "--resume knows its epoch"),
+    }
+    return [
+        f"--{name.replace('_', '-')} has no effect here: {why}"
+        for name, (idle, why) in cases.items()
+        if idle and name in explicit
+    ]

@@ -1,0 +1,101 @@
+"""What all tests share: one thread, no network, the repository's programs, real data if there."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real ImageNet and CIFAR-10 pictures beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("the real pictures beside the checkout (../shared/data) are not there")
+    return SHARED
+
+
+def _unpack(archive: Path, folder: Path) -> Path:
+    with tarfile.open(archive) as tar:
+        if sys.version_info >= (3, 12):
+            tar.extractall(folder, filter="data")
+        else:
+            tar.extractall(folder)
+    return folder / archive.stem
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1000 ImageNet pictures, one a class, under val/; their folder."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    return _unpack(shared_data / "imagenet_sample_256.tar", folder).with_name("imagenet_sample_256")
+
+
+@pytest.fixture(scope="session")
+def cifar10_pictures(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5,000 train and 1,000 test CIFAR-10 pictures as an image folder."""
+    return _unpack(shared_data / "cifar10_jpeg.tar", tmp_path_factory.mktemp("cifar10"))
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of real digits: train/ and val/ of classes "one", "two"; 12 + 6 pictures."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    root = tmp_path_factory.mktemp("pictures")
+    digits = load_digits()
+    for label, name in ((1, "one"), (2, "two")):
+        rows = digits.images[digits.target == label]
+        for split, chosen in (("train", rows[:12]), ("val", rows[12:18])):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number, row in enumerate(chosen):
+                picture = Image.fromarray((row * 15.9).astype("uint8")).convert("RGB")
+                picture.resize((32, 32)).save(folder / f"{number:02d}.png")
+    return root
+
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+def _run(command: list[str], cwd: Path, timeout: float, **env: str) -> subprocess.CompletedProcess:
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(
+        command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="session")
+def run_main() -> Run:
+    """`python main.py FLAGS` in a process of its own."""
+
+    def run(*flags: str, cwd: Path = ROOT, timeout: float = 240, **env: str):
+        return _run([sys.executable, str(ROOT / "main.py"), *flags], cwd, timeout, **env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_torchrun() -> Run:
+    """`torchrun --nproc_per_node=N main.py FLAGS` in processes of their own."""
+
+    def run(processes: int, *flags: str, cwd: Path = ROOT, timeout: float = 300, **env: str):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*launcher, f"--nproc_per_node={processes}", str(ROOT / "main.py"), *flags]
+        return _run(command, cwd, timeout, **env)
+
+    return run

@@ -1,0 +1,48 @@
+"""Processes: who launched us, and what a wrong device says."""
+
+import pytest
+import torch
+
+import distributed
+from errors import UserError
+
+
+def test_torchruns_variables_make_a_group() -> None:
+    found = distributed.find_launcher({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
+    assert found == ("torchrun", 3, 1, 8)
+
+
+def test_a_stray_slurm_procid_does_not_make_a_group() -> None:
+    assert distributed.find_launcher({"SLURM_PROCID": "0"})[0] == "single"
+    interactive = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+    assert distributed.find_launcher(interactive)[0] == "single"
+
+
+def test_a_slurm_step_of_two_tasks_makes_a_group() -> None:
+    step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}
+    assert distributed.find_launcher(step) == ("slurm", 1, 1, 2)
+
+
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UserError, match="not a device"):
+        distributed.pick_device("gpu", 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU"):
+            distributed.pick_device("cuda", 0)
+
+
+def test_alone_the_world_is_one() -> None:
+    value = torch.ones(2)
+    assert distributed.world_size() == 1 and distributed.is_main()
+    assert distributed.all_reduce_sum(value) is value
+    assert distributed.broadcast_object({"a": 1}) == {"a": 1}
+    with distributed.main_first():
+        pass
+
+
+def test_a_users_error_keeps_its_line_through_a_worker() -> None:
+    wrapped = UserError(
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
+        'last):\n  File "x.py", line 1\nerrors.UserError: a.png: not a picture\n'
+    )
+    assert wrapped.line() == "a.png: not a picture"

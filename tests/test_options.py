@@ -1,0 +1,110 @@
+"""The command line: DeiT's flags in both spellings, the quick start, what cannot go together."""
+
+import pytest
+
+import options
+from errors import UserError
+
+DEIT_COMMANDS = [
+    "--eval --resume https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth "
+    "--data-path /path/to/imagenet",
+    "--eval --resume X.pth --model deit_base_distilled_patch16_384 --input-size 384 "
+    "--data-path /path/to/imagenet",
+    "--model deit_small_patch16_224 --batch-size 256 --data-path /p --output_dir /o",
+    "--model deit_base_distilled_patch16_224 --distillation-type hard --teacher-model regnety_160 "
+    "--teacher-path https://dl.fbaipublicfiles.com/deit/regnety_160-a5fe301d.pth "
+    "--data-path /p --output_dir /o",
+    "--model deit_base_patch16_384 --batch-size 32 --finetune X.pth --input-size 384 --use_env "
+    "--nodes 2 --lr 5e-6 --weight-decay 1e-8 --epochs 30 --min-lr 5e-6 --data-path /p",
+    "--model deit_small_patch16_LS --data-path /p --output_dir /o --batch 256 --lr 4e-3 "
+    "--epochs 800 --weight-decay 0.05 --sched cosine --input-size 224 --eval-crop-ratio 1.0 "
+    "--reprob 0.0 --nodes 2 --smoothing 0.0 --warmup-epochs 5 --drop 0.0 --nb-classes 1000 "
+    "--seed 0 --opt fusedlamb --warmup-lr 1e-6 --mixup .8 --drop-path 0.05 --cutmix 1.0 "
+    "--unscale-lr --repeated-aug --bce-loss --color-jitter 0.3 --ThreeAugment",
+    "--model deit_base_patch16_LS --finetune X.pth --data-path /p --no-repeated-aug --src "
+    "--cosub --no-model-ema --epochs 20 --train-mode --dist-eval --num_workers 10 --pin-mem",
+]
+
+
+def parse(line: str) -> options.Options:
+    return options.parse_args(line.split())
+
+
+@pytest.mark.parametrize("command", DEIT_COMMANDS)
+def test_deits_own_command_lines_parse(command: str) -> None:
+    known = command.replace("--use_env", "").replace("--nodes 2", "")  # the launchers' own flags
+    assert parse(known).args.data_set == "IMNET"
+
+
+def test_both_spellings_and_prefixes_are_one_flag() -> None:
+    for line in ("--num_workers 3", "--num-workers 3", "--num_workers=3", "--num-w 3"):
+        assert parse(line).args.num_workers == 3
+    assert parse("--batch 7").args.batch_size == 7
+    assert parse("--output-dir a").args.output_dir == parse("--output_dir a").args.output_dir
+
+
+def test_every_flag_of_the_reference_has_its_default() -> None:
+    args = options.get_args_parser().parse_args([])
+    expected = dict(
+        batch_size=64, epochs=300, bce_loss=False, unscale_lr=False, model="deit_base_patch16_224",
+        drop=0.0, drop_path=0.1, model_ema=True, model_ema_decay=0.99996,
+        model_ema_force_cpu=False, opt="adamw", opt_eps=1e-8, opt_betas=None, clip_grad=None,
+        momentum=0.9, weight_decay=0.05, sched="cosine", lr=5e-4, lr_noise=None,
+        lr_noise_pct=0.67, lr_noise_std=1.0, warmup_lr=1e-6, min_lr=1e-5, decay_epochs=30,
+        warmup_epochs=5, cooldown_epochs=10, patience_epochs=10, decay_rate=0.1,
+        color_jitter=0.3, aa="rand-m9-mstd0.5-inc1", smoothing=0.1,
+        train_interpolation="bicubic", repeated_aug=True, train_mode=True, ThreeAugment=False,
+        src=False, reprob=0.25, remode="pixel", recount=1, resplit=False, mixup=0.8, cutmix=1.0,
+        cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch",
+        teacher_model="regnety_160", teacher_path="", distillation_type="none",
+        distillation_alpha=0.5, distillation_tau=1.0, cosub=False, finetune="", attn_only=False,
+        inat_category="name", output_dir="", seed=0, resume="", start_epoch=0, eval=False,
+        dist_eval=False, pin_mem=True, distributed=False, world_size=1, dist_url="env://",
+    )  # fmt: skip
+    found = {name: getattr(args, name) for name in expected}
+    assert found == expected
+
+
+def test_without_data_the_quick_starts_recipe_fills_in_what_no_flag_gives() -> None:
+    args = parse("--epochs 2").args
+    recipe = options.read_recipe(options.QUICK_START)
+    assert args.data_set == "DIGITS" and args.model == recipe["model"] and args.epochs == 2
+
+
+def test_with_data_the_defaults_are_deits() -> None:
+    args = parse("--data-path somewhere").args
+    assert (args.data_set, args.model, args.epochs) == ("IMNET", "deit_base_patch16_224", 300)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--batch-size 0", "at least 1"),
+        ("--distillation-alpha 1.5", "between 0 and 1"),
+        ("--distillation-tau 0", "above 0"),
+        ("--cosub --distillation-type hard", "cosub"),
+        ("--data-set IMNET", "--data-path"),
+        ("--distilation-type hard", "did you mean --distillation-type"),
+        ("--distillation-type medium", "invalid choice"),
+        ("--pretrained --finetune x.pth", "leave out one"),
+        ("--input-size 0", "input-size"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(line: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        parse(line)
+    assert "\n" not in caught.value.line()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--src", "--resplit", "--world_size 4", "--distillation-tau 2", "--teacher-path x",
+     "--cooldown-epochs 3", "--patience-epochs 3", "--color-jitter 0.4"],
+)  # fmt: skip
+def test_a_flag_that_does_nothing_says_so(line: str) -> None:
+    notes = parse(line).notes
+    assert len(notes) == 1 and line.split()[0].replace("_", "-") in notes[0]
+
+
+def test_defaults_raise_no_notes() -> None:
+    assert parse("").notes == () and parse("--distillation-type hard").notes == ()
