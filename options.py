@@ -18,9 +18,16 @@ from errors import UserError
 
 QUICK_START = Path(__file__).parent / "recipes" / "quickstart.yaml"
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
-INAT_CATEGORIES = (
-    ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]  # fmt: skip
-)
+INAT_CATEGORIES = [
+    "kingdom",
+    "phylum",
+    "class",
+    "order",
+    "supercategory",
+    "family",
+    "genus",
+    "name",
+]  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -193,6 +200,8 @@ def _add_data_flags(group: Any) -> None:
     add("--data-path", default="", help="folder of pictures; empty: the embedded digits")
     add("--data-set", default=None,
         help=f"{', '.join(DATA_SETS)}, or what timm's create_dataset opens (wds/...)")  # fmt: skip
+    add("--val-split", default="test", choices=("test", "dev"),
+        help="of the embedded digits: what to evaluate on; tune on dev")  # fmt: skip
     add("--inat-category", default="name", choices=INAT_CATEGORIES)
     add("--eval-crop-ratio", "--crop-pct", default=None, type=float,
         help="default: the model's own, 0.875 for DeiT's")  # fmt: skip
@@ -248,6 +257,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     unknown = sorted(set(flags) - known)
     if unknown:
         raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
+    if flags.get("teacher_path"):  # relative to the repository, wherever the run was started
+        flags["teacher_path"] = str(path.parents[1] / flags["teacher_path"])
     return flags
 
 
@@ -335,6 +346,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "mixup_mode": (not mixes, "nothing is mixed"),
         "smoothing": (args.cosub, "--cosub uses hard targets"),
         "bce_loss": (args.cosub, "--cosub always is binary cross entropy"),
+        "val_split": (args.data_set != "DIGITS", "only for the embedded digits"),
         "inat_category": (args.data_set not in ("INAT", "INAT19"), "only for INAT and INAT19"),
         "model_ema_decay": (not args.model_ema, "there is no average"),
         "model_ema_force_cpu": (not args.model_ema, "there is no average"),

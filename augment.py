@@ -1,0 +1,319 @@
+"""How a picture becomes a tensor, for training and for evaluation, and how batches are mixed.
+
+Shapes: B batch, H height, W width, C classes. Sizes are (height, width) in pixels.
+"""
+
+import random
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from errors import UserError
+
+SMALL = 32  # pixels; up to here DeiT neither crops at evaluation nor zooms in at training
+Transform = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """What a network takes in: (H, W) in pixels, mean and std per channel of pictures in [0, 1].
+
+    interpolation: of the evaluation resize, by torchvision's name (`bicubic`).
+    crop_ratio: evaluation resizes to input_size / crop_ratio and crops the middle; in (0, 1].
+    Raises UserError for a value no picture can be brought to.
+    """
+
+    input_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop_ratio: float = 0.875
+
+    def __post_init__(self) -> None:
+        if len(self.input_size) != 2 or min(self.input_size) < 1:
+            raise UserError(f"input size {self.input_size}: give height and width in pixels")
+        if not 0 < self.crop_ratio <= 1:
+            raise UserError(f"--eval-crop-ratio {self.crop_ratio}: must be above 0 and at most 1")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(
+                f"mean {self.mean}, std {self.std}: give three of each, std above 0 (RGB)"
+            )
+        interpolation_mode(self.interpolation)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether pictures are taken whole, as DeiT does up to 32 pixels."""
+        return max(self.input_size) <= SMALL
+
+    @property
+    def resize_size(self) -> tuple[int, int]:
+        """The (height, width) that a picture must cover before evaluation crops its middle."""
+        height, width = self.input_size
+        return int(height / self.crop_ratio), int(width / self.crop_ratio)
+
+    def describe(self) -> str:
+        height, width = self.input_size
+        if self.is_small:
+            crop = "no crop"
+        else:
+            resized = [str(side) for side in dict.fromkeys(self.resize_size)]
+            crop = f"crop {self.crop_ratio:g} of {'x'.join(resized)}"
+        mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (self.mean, self.std))
+        return f"{height}x{width}, {crop}, {self.interpolation}, mean ({mean}), std ({std})"
+
+
+def interpolation_mode(name: str) -> InterpolationMode:
+    """Return torchvision's mode of that name. Raises UserError for an unknown one."""
+    try:
+        return InterpolationMode(name)
+    except ValueError as error:
+        known = ", ".join(mode.value for mode in InterpolationMode)
+        raise UserError(f"interpolation {name}: not one of {known}") from error
+
+
+def build_transform(
+    is_train: bool, args: Namespace, inputs: InputConfig, *, hflip: float = 0.5
+) -> Transform:
+    """Return what turns a PIL picture (RGB) into a normalised tensor (3, H, W), float32.
+
+    hflip: probability of a mirrored picture; 0 for data in which left and right mean something.
+    Raises UserError for an augmentation policy that timm does not know.
+    """
+    if not is_train:
+        return eval_transform(inputs)
+    if args.ThreeAugment:
+        return three_augment(
+            inputs, color_jitter=args.color_jitter, simple_crop=args.src, hflip=hflip
+        )
+    return train_transform(
+        inputs,
+        color_jitter=args.color_jitter,
+        policy=args.aa,
+        interpolation=args.train_interpolation,
+        erase_prob=args.reprob,
+        erase_mode=args.remode,
+        erase_count=args.recount,
+        hflip=hflip,
+    )
+
+
+def eval_transform(inputs: InputConfig) -> Transform:
+    """Resize to input_size / crop_ratio and crop the middle; up to 32 pixels only resize."""
+    mode = interpolation_mode(inputs.interpolation)
+    if inputs.is_small:
+        steps = [ResizeTo(inputs.input_size, mode)]
+    else:
+        steps = [Cover(inputs.resize_size, mode), transforms.CenterCrop(inputs.input_size)]
+    return transforms.Compose([*steps, *_to_tensor(inputs)])
+
+
+def train_transform(
+    inputs: InputConfig,
+    *,
+    color_jitter: float = 0.3,
+    policy: str | None = "rand-m9-mstd0.5-inc1",
+    interpolation: str = "bicubic",
+    erase_prob: float = 0.25,
+    erase_mode: str = "pixel",
+    erase_count: int = 1,
+    hflip: float = 0.5,
+) -> Transform:
+    """Return DeiT's training transform, timm's `create_transform`.
+
+    policy: timm's AutoAugment, RandAugment or AugMix string; None, '' or 'none' for none.
+        color_jitter (strength) acts only without a policy, as in timm.
+    erase_prob: of random erasing. Up to 32 pixels the random resized crop gives way to a random
+        crop of the picture padded by 4, resized before where it has another size.
+    Raises UserError for a policy that timm does not know.
+    """
+    if policy is None or policy.strip().lower() in ("", "none"):
+        policy = None
+    try:
+        transform = create_transform(
+            input_size=inputs.input_size,
+            is_training=True,
+            color_jitter=color_jitter or None,
+            auto_augment=policy,
+            interpolation=interpolation,
+            mean=inputs.mean,
+            std=inputs.std,
+            re_prob=erase_prob,
+            re_mode=erase_mode,
+            re_count=erase_count,
+            hflip=hflip,
+        )
+    except (AssertionError, KeyError, ValueError, IndexError, TypeError) as error:
+        if policy is None:
+            raise
+        raise UserError(
+            f"--aa {policy}: not a policy timm knows ({str(error) or 'unreadable'}); "
+            "for example rand-m9-mstd0.5-inc1, original, augmix-m3-w3, or none"
+        ) from error
+    if inputs.is_small:
+        transform.transforms[0:1] = [
+            ResizeTo(inputs.input_size, interpolation_mode(inputs.interpolation)),
+            transforms.RandomCrop(inputs.input_size, padding=4),
+        ]
+    for op in augment_ops(transform):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = posterize
+    return transform
+
+
+def augment_ops(transform: transforms.Compose) -> Iterator[Any]:
+    """Yield timm's `AugmentOp`s of an AutoAugment, RandAugment or AugMix step."""
+    for step in transform.transforms:
+        for op in getattr(step, "ops", None) or getattr(step, "policy", None) or ():
+            yield from op if isinstance(op, list | tuple) else (op,)
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the highest 1 to 8 bits of every channel.
+
+    timm's policies ask for 0 bits at their largest magnitude (2 % of DeiT's posterized pictures).
+    Pillow below 13 returned a black picture, Pillow 13 raises; here one bit stays.
+    """
+    bits = max(1, bits_to_keep)
+    return image if bits >= 8 else ImageOps.posterize(image, bits)
+
+
+def three_augment(
+    inputs: InputConfig,
+    *,
+    color_jitter: float = 0.3,
+    simple_crop: bool = False,
+    hflip: float = 0.5,
+) -> Transform:
+    """Return 3-Augment: crop, flip, one of grey, solarized or blurred, then colour jitter.
+
+    simple_crop: resize, pad by 4 (reflected) and crop at random, instead of zooming in.
+    Source: DeiT III (arXiv 2204.07118), augment.py of its repository.
+    """
+    size = inputs.input_size
+    if simple_crop:
+        crop = [
+            Cover(size, InterpolationMode.BICUBIC),
+            transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
+        ]
+    else:
+        crop = [RandomResizedCropAndInterpolation(size, scale=(0.08, 1.0), interpolation="bicubic")]
+    steps: list[Callable] = [*crop, transforms.RandomHorizontalFlip(hflip)]
+    steps.append(transforms.RandomChoice([transforms.Grayscale(3), Solarize(), Blur()]))
+    if color_jitter:
+        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return transforms.Compose([*steps, *_to_tensor(inputs)])
+
+
+def _to_tensor(inputs: InputConfig) -> list[Callable]:
+    return [transforms.ToTensor(), transforms.Normalize(inputs.mean, inputs.std)]
+
+
+@dataclass(frozen=True)
+class Solarize:
+    """Invert the pixels from `threshold` (of 255) on."""
+
+    threshold: int = 128
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image, self.threshold)
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blur of a random radius in pixels."""
+
+    low: float = 0.1
+    high: float = 2.0
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class ResizeTo:
+    """Resize to exactly (H, W), whatever the shape; a picture of that size stays as it is."""
+
+    size: tuple[int, int]
+    mode: InterpolationMode
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        if image.size == (width, height):
+            return image
+        return F.resize(image, [height, width], self.mode)
+
+
+@dataclass(frozen=True)
+class Cover:
+    """Resize, keeping the shape, to the smallest picture that covers (H, W).
+
+    For a square this is torchvision's `Resize(side)`, in every pixel.
+    """
+
+    size: tuple[int, int]
+    mode: InterpolationMode
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        height, width = self.size
+        if image.width * height <= image.height * width:
+            new = (max(height, int(width * image.height / image.width)), width)
+        else:
+            new = (height, max(width, int(height * image.width / image.height)))
+        return F.resize(image, list(new), self.mode)
+
+
+class AnyBatchMixup(Mixup):
+    """timm's Mixup for batches of any size: in an odd one the middle picture meets itself."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """images: (B, 3, H, W), mixed in place; labels: (B,). Returns them and (B, C) targets."""
+        if len(images) % 2 == 0:
+            return super().__call__(images, labels)
+        if self.mode == "elem":
+            lam = self._mix_elem(images)
+        elif self.mode == "pair":
+            lam = self._mix_pair(images)  # (B - 1, 1): timm knows of no middle
+            half = len(images) // 2
+            lam = torch.cat([lam[:half], lam.new_ones(1, 1), lam[half:]])
+        else:
+            lam = self._mix_batch(images)
+        return images, mixup_target(labels, self.num_classes, lam, self.label_smoothing)
+
+
+def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
+    """Return what mixes a batch, or None where neither Mixup nor CutMix is on.
+
+    It is called with pictures (B, 3, H, W) and labels (B,), mixes the pictures in place, and
+    returns them with targets (B, C) that hold the label smoothing. It draws from NumPy.
+    """
+    check_mixup(args)
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    return AnyBatchMixup(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def check_mixup(args: Namespace) -> None:
+    """Raise UserError for mixing settings that fail in a later batch."""
+    minmax = args.cutmix_minmax
+    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1):
+        raise UserError(f"--cutmix-minmax {minmax}: give two shares, 0 <= smallest < largest <= 1")

@@ -1,0 +1,222 @@
+"""Files with weights: read without executing anything, written so that a kill does no harm.
+
+`read_weights_file` takes any released format from a file or URL; what its keys mean is the
+models' business. `save_checkpoint` and `load_checkpoint` are a run's own files.
+"""
+
+import argparse
+import hashlib
+import os
+import pathlib
+import pickle
+import re
+import warnings
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+
+import distributed
+from errors import UserError
+
+FORMAT = 1
+# What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
+LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
+UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError,
+              IndexError, TypeError, ImportError, AssertionError)  # fmt: skip
+
+
+def is_url(source: str) -> bool:
+    return urlparse(str(source)).scheme in ("http", "https")
+
+
+def read_weights_file(source: str | Path) -> dict[str, Any]:
+    """Return what a .pth, .pt, .bin or .safetensors file holds, tensors on the CPU.
+
+    source: a path, or an http(s) URL whose file name ends in `-<hash>.pth` as torch hub's do, or
+        which ends in `#sha256=<hash>`. Only the first process downloads.
+    Nothing in the file is executed: pickles are read with `weights_only=True`, and types that old
+    DeiT files need (Namespace, PosixPath) come from an allow-list.
+    Raises UserError, in one line, for what is missing, damaged, no such file, or wants more.
+    """
+    path = fetch(str(source)) if is_url(str(source)) else Path(source)
+    if not path.exists():
+        raise UserError(f"{source}: not there; give a checkpoint file or URL")
+    if path.is_dir():
+        raise UserError(f"{source}: is a folder; give a checkpoint file in it")
+    if path.stat().st_size == 0:
+        raise UserError(f"{source}: is empty; copy or download it again")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{source}: holds a {type(content).__name__}, not a dict of weights")
+    return dict(content)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({_brief(error)})") from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(LEGACY_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old storage classes, which the user cannot mend
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UNREADABLE as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
+            r"(?:class|function|type) (?:<class ')?([\w]+(?:\.[\w]+)+)", str(error)
+        )
+        if wanted:
+            raise UserError(
+                f"{path}: refused, because reading it would run {wanted.group(1)}; only tensors "
+                "and plain values are read. If you trust its source, save it again as safetensors"
+            ) from error
+        raise UserError(
+            f"{path}: not a readable checkpoint ({_brief(error)}); it may be cut short or no "
+            "checkpoint at all"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
+
+
+def fetch(url: str) -> Path:
+    """Return the local copy of a URL, downloaded once and checked against its hash every time.
+
+    Raises UserError if the URL names no hash, if it cannot be fetched, or if the hash differs.
+    """
+    parts = urlparse(url)
+    name = os.path.basename(parts.path)
+    asked = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", parts.fragment)
+    found = HASH_IN_NAME.search(name)
+    if not asked and not found:
+        raise UserError(
+            f"{url}: its name tells no hash; add #sha256=<hash of the file>, or download it and "
+            "give the path"
+        )
+    prefix = (asked or found).group(1).lower()  # type: ignore[union-attr]
+    place = Path(torch.hub.get_dir()) / "checkpoints" / name
+    with distributed.main_first():
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(
+                    url.partition("#")[0], str(place), hash_prefix=prefix, progress=False
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"{url}: cannot be downloaded ({_brief(error)})") from error
+            except RuntimeError as error:  # torch's word for another hash
+                raise UserError(f"{url}: refused, {_brief(error)}") from error
+        digest = hash_of(place)
+    if not digest.startswith(prefix):
+        raise UserError(f"{place}: its sha256 is {digest[:16]}..., {prefix} was asked; delete it")
+    return place
+
+
+def hash_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_atomically(content: Any, path: str | Path) -> None:
+    """Write `content` so that `path` is at every moment the old file or the whole new one.
+
+    Raises UserError when it cannot be written (disk full, no right to); the old file stays.
+    """
+    path = Path(path)
+    shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(shadow, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(shadow, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        shadow.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({_brief(error)}); the file from before is untouched"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def to_plain(value: Any) -> Any:
+    """Return `value` in types that `weights_only=True` reads: dicts, lists, numbers, tensors."""
+    if isinstance(value, Namespace):
+        return to_plain(vars(value))
+    if isinstance(value, Mapping):
+        return {to_plain(k): to_plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def save_checkpoint(
+    path: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: Any,
+    epoch: int,
+    model_ema: Any = None,
+    scaler: torch.amp.GradScaler | None = None,
+    args: Namespace | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a run's checkpoint: DeiT's keys, and `extra` beside them. `epoch`: the last finished.
+
+    `model_ema` (state dict of the average) and `scaler` are there only if the run has them.
+    """
+    content = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": lr_scheduler.state_dict(),
+        "epoch": epoch,
+        "args": to_plain(args) if args is not None else {},
+        "format": FORMAT,
+        **to_plain(extra or {}),
+    }
+    if model_ema is not None:
+        content["model_ema"] = model_ema.state_dict()
+    if scaler is not None:
+        content["scaler"] = scaler.state_dict()
+    save_atomically(content, path)
+
+
+def load_checkpoint(source: str | Path) -> dict[str, Any]:
+    """Return a run's checkpoint. Raises UserError if the file is no run's but only weights."""
+    content = read_weights_file(source)
+    missing = [key for key in ("model", "optimizer", "epoch") if key not in content]
+    if missing:
+        raise UserError(
+            f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
+            "its weights use --finetune"
+        )
+    return content

@@ -1,0 +1,232 @@
+"""Numbers on the way to a person: accuracies, running means, the progress line, log.txt, TensorBoard.
+
+Shapes: B batch, C classes. Nothing here waits for the device but what a printed line needs.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import distributed
+
+_logger = logging.getLogger(__name__)
+
+
+def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
+    """Return how many of B pictures have their label among the k best logits, for each k.
+
+    logits: (B, C); labels: (B,). Counts are 0-dim float tensors on the device; with fewer than k
+    classes all of them are among the best.
+    """
+    best = logits.topk(min(max(topk), logits.shape[1]), dim=1).indices  # (B, k)
+    hits = best == labels[:, None]
+    return [hits[:, :k].any(dim=1).sum().float() for k in topk]
+
+
+class Meter:
+    """A running mean of scalars, summed on the device and over all processes when read.
+
+    Values that are not finite are left out, so that one skipped update does not hide an epoch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._epoch = torch.zeros(2, dtype=torch.float64, device=device)  # sum, count
+        self._since = torch.zeros_like(self._epoch)
+
+    def update(self, value: Tensor | float) -> None:
+        value = torch.as_tensor(value, device=self._epoch.device).detach().double()
+        finite = torch.isfinite(value)
+        added = torch.stack([torch.where(finite, value, 0.0), finite.double()])
+        self._epoch += added
+        self._since += added
+
+    def recent(self) -> float:
+        """Return the mean since the last call, over all processes, which must all call it."""
+        since, self._since = self._since, torch.zeros_like(self._since)
+        return _mean(since)
+
+    def average(self) -> float:
+        """Return the mean since the beginning, over all processes, which must all call it."""
+        return _mean(self._epoch)
+
+
+def _mean(sum_and_count: Tensor) -> float:
+    total, count = distributed.all_reduce_sum(sum_and_count).tolist()
+    return total / count if count else float("nan")
+
+
+class ProgressLogger:
+    """One line every `interval` steps: step, time left, numbers, pictures a second, data wait.
+
+    On a terminal the lines overwrite each other; redirected, they follow each other. Only the
+    first process prints.
+    """
+
+    def __init__(self, length: int, header: str, *, interval: int = 10) -> None:
+        self.length, self.header, self.interval = length, header, interval
+        self._speaks = distributed.is_main()
+        self._overwrites = sys.stdout.isatty()
+        self._begin = self._mark = time.perf_counter()
+        self._waited = 0.0
+        self._steps_at_mark = 0
+
+    def __call__(self, batches: Iterable) -> Iterator[Any]:
+        """Yield the batches, and measure how long each was waited for."""
+        self._begin = self._mark = asked = time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+        if self._speaks:
+            if self._overwrites:
+                print("\r\033[K", end="")
+            seconds = time.perf_counter() - self._begin
+            share = 100 * self._waited / max(seconds, 1e-9)
+            print(f"{self.header} {self.length} steps in {clock(seconds)}, "
+                  f"data wait {share:.0f}%", flush=True)  # fmt: skip
+
+    def due(self, step: int) -> bool:
+        return (step + 1) % self.interval == 0 or step + 1 == self.length
+
+    def log(self, step: int, values: Mapping[str, float], *, images_per_step: int = 0) -> None:
+        """Print the line of a step. images_per_step: pictures of all processes together."""
+        if not self._speaks:
+            return
+        now, done = time.perf_counter(), step + 1
+        eta = (now - self._begin) / done * (self.length - done)
+        parts = [f"[{done}/{self.length}]", f"eta {clock(eta)}"]
+        parts += [f"{name} {number(value)}" for name, value in values.items()]
+        if images_per_step:
+            steps = done - self._steps_at_mark
+            rate = images_per_step * steps / max(now - self._mark, 1e-9)
+            parts += [f"{rate:.0f} images/s", f"data wait {100 * self.wait_share(now):.0f}%"]
+        if torch.cuda.is_available():
+            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        self._mark, self._steps_at_mark = now, done
+        line = f"{self.header} {'  '.join(parts)}"
+        print(f"\r{line}\033[K" if self._overwrites else line,
+              end="" if self._overwrites else "\n", flush=True)  # fmt: skip
+
+    def wait_share(self, now: float) -> float:
+        """Return the share of the time so far that went into waiting for data, from 0 to 1."""
+        return self._waited / max(now - self._begin, 1e-9)
+
+
+def number(value: float) -> str:
+    """Return a number for people: four significant digits, small and large ones with exponent."""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss, with days in the hours."""
+    whole = int(seconds + 0.5)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class RunLog:
+    """`log.txt` (one JSON object an epoch, DeiT's keys first), `config.yaml` and TensorBoard.
+
+    TensorBoard counts pictures seen, so that runs of different batch size overlay. A run that
+    starts at `start_epoch` drops the entries of that epoch and later ones, which a killed run may
+    have left: no epoch comes twice. With an empty `output_dir` nothing is written.
+    """
+
+    def __init__(self, output_dir: str, start_epoch: int = 0, images_seen: int = 0) -> None:
+        self._folder = Path(output_dir) if output_dir else None
+        self._board = None
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        keep_epochs_before(self._folder / "log.txt", start_epoch)
+        self._board = _open_tensorboard(self._folder / "tensorboard", images_seen)
+
+    def config(self, settings: Mapping[str, Any]) -> None:
+        """Write the settings of the run, every flag with its value."""
+        if self._folder is not None:
+            text = yaml.safe_dump({k: _plain(v) for k, v in settings.items()}, sort_keys=True)
+            (self._folder / "config.yaml").write_text(text)
+
+    def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
+        """Put `values` under `prefix/name` in TensorBoard."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{prefix}/{name}", value, images_seen)
+
+    def epoch(
+        self,
+        epoch: int,
+        train: Mapping[str, float],
+        val: Mapping[str, float],
+        ema: Mapping[str, float],
+        n_parameters: int,
+        images_seen: int,
+    ) -> None:
+        """Add the line of an epoch: train_*, test_*, epoch, n_parameters, ema_*."""
+        if self._folder is None:
+            return
+        self.scalars("val", {k: v for k, v in val.items() if k != "count"}, images_seen)
+        self.scalars("val_ema", {k: v for k, v in ema.items() if k != "count"}, images_seen)
+        line = {f"train_{name}": value for name, value in train.items()}
+        line |= {f"test_{name}": value for name, value in val.items()}
+        line |= {"epoch": epoch, "n_parameters": n_parameters}
+        line |= {f"ema_{name}": value for name, value in ema.items() if name != "count"}
+        with (self._folder / "log.txt").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def keep_epochs_before(path: Path, epoch: int) -> None:
+    """Drop the lines of `epoch` and later ones, and a half-written last line, from a log.txt."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            _logger.warning("%s: dropped a line that is no epoch: %.40s", path, line)
+    shadow = path.with_name(path.name + ".tmp")
+    shadow.write_text("".join(kept))
+    os.replace(shadow, path)
+
+
+def _open_tensorboard(folder: Path, images_seen: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        _logger.warning("no TensorBoard log: %s", error)
+        return None
+    return SummaryWriter(str(folder), purge_step=images_seen or None, max_queue=1000)
+
+
+def set_up_logging(rank: int) -> None:
+    """Send log records to stderr: from INFO on in the first process, from WARNING in others."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(levelname)s: %(message)s"
+        if rank == 0
+        else f"%(levelname)s [{rank}]: %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("timm", "PIL", "urllib3", "httpx", "huggingface_hub", "tensorboard"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,173 @@
+"""The door to all networks: any timm model, ours among them, by name."""
+
+import difflib
+import logging
+from argparse import Namespace
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from augment import InputConfig
+from errors import UserError
+from models.deit import DistilledVisionTransformer
+from models.student import Student, has_distillation_head
+from models.loading import (
+    FinetuneReport,
+    finetune,
+    freeze_all_but_attention,
+    head_names,
+    load_weights,
+    weight_keys,
+)
+
+__all__ = [
+    "DistilledVisionTransformer",
+    "FinetuneReport",
+    "Student",
+    "build_input_config",
+    "build_student",
+    "create_model",
+    "data_config",
+    "finetune",
+    "freeze_all_but_attention",
+    "has_distillation_head",
+    "head_names",
+    "load_weights",
+    "weight_keys",
+]
+_logger = logging.getLogger(__name__)
+SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")  # where timm can take a model from, by prefix
+
+
+def check_name(name: str) -> None:
+    """Raise UserError, with the closest names, for a model that timm does not know."""
+    if name.startswith(SOURCES):
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=3, cutoff=0.6)
+        hint = (
+            f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has all names"
+        )
+        raise UserError(f"model {name}: unknown to timm; {hint}")
+    if tag and timm.models.get_pretrained_cfg(name, allow_unregistered=False) is None:
+        known = timm.list_models(f"{architecture}.*", pretrained=True)
+        raise UserError(
+            f"model {name}: no weights of that tag; known: {', '.join(known) or 'none'}"
+        )
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    pretrained: bool = False,
+) -> nn.Module:
+    """Return a timm model. What it cannot take (img_size of a CNN) is not passed to it.
+
+    num_classes: None for the model's own. img_size: (height, width) in pixels.
+    Raises UserError for an unknown name, and for pretrained weights that are not to be had.
+    """
+    check_name(name)
+    if pretrained and not name.startswith(SOURCES) and not timm.models.is_model_pretrained(name):
+        raise UserError(f"model {name}: timm has no published weights for it; give a file")
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
+    options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}
+    while True:
+        try:
+            return timm.create_model(name, pretrained=pretrained, **options)
+        except TypeError as error:
+            unknown = [key for key in options if f"'{key}'" in str(error)]
+            if "unexpected keyword" not in str(error) or not unknown:
+                raise
+            if unknown[0] == "num_classes":
+                raise UserError(
+                    f"model {name}: has no classifier, it cannot be trained here"
+                ) from error
+            if unknown[0] != "img_size" and options[unknown[0]] is not None:
+                _logger.warning(
+                    "%s has no %s; it is left out", name, unknown[0].replace("_rate", "")
+                )
+            del options[unknown[0]]
+        except Exception as error:  # timm's sources raise what their network stack raises
+            if pretrained or name.startswith(SOURCES):
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                raise UserError(
+                    f"model {name}: its weights cannot be fetched ({reason}); give a local file"
+                ) from error
+            if isinstance(error, AssertionError | ValueError | RuntimeError):
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"model {name} cannot be built with input {img_size}, {num_classes} classes: "
+                    f"{reason}"
+                ) from error
+            raise
+
+
+def data_config(name: str) -> dict[str, Any]:
+    """Return timm's resolved data configuration of a model: what its input must look like.
+
+    Keys: input_size (3, height, width), mean, std, interpolation, crop_pct, and num_classes.
+    """
+    check_name(name)
+    if name.startswith(SOURCES):
+        config = create_model(name).pretrained_cfg
+    else:
+        config = timm.models.get_pretrained_cfg(name)
+        config = config.to_dict() if config is not None else {}
+    resolved = resolve_data_config({}, pretrained_cfg=config)
+    return resolved | {
+        "num_classes": config.get("num_classes"),
+        "fixed_input_size": config.get("fixed_input_size", False),
+    }
+
+
+def build_input_config(args: Namespace) -> InputConfig:
+    """Return what the student takes in: the model's own configuration, under the flags given."""
+    own = data_config(args.model)
+    size = args.input_size or own["input_size"][1:]
+    return InputConfig(
+        input_size=(size[0], size[-1]),
+        mean=tuple(args.mean or own["mean"]),
+        std=tuple(args.std or own["std"]),
+        interpolation=args.interpolation or own["interpolation"],
+        crop_ratio=args.eval_crop_ratio or own["crop_pct"],
+    )
+
+
+def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Student:
+    """Return the module that trains, with its first weights.
+
+    Raises UserError for a model that is unknown or does not suit the kind of distillation.
+    """
+    network = create_model(
+        args.model,
+        num_classes=num_classes,
+        img_size=inputs.input_size,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        pretrained=args.pretrained,
+    )
+    if args.finetune and not args.resume:
+        _logger.info("weights: %s: %s", args.finetune, finetune(network, args.finetune).describe())
+    if args.attn_only:
+        freeze_all_but_attention(network)
+    if args.cosub:
+        return Student(network, submodels=2)
+    if args.distillation_type == "none":
+        return Student(network)
+    two_heads = has_distillation_head(network)
+    if args.distillation_head == "cls" and two_heads:
+        raise UserError(
+            f"--distillation-head cls: {args.model} has a distillation head, which would stay "
+            "untrained; leave the flag out, or use a plain student"
+        )
+    both = args.distillation_head == "dist" or (args.distillation_head == "auto" and two_heads)
+    if both and not args.train_mode and not isinstance(network, DistilledVisionTransformer):
+        raise UserError(f"--no-train-mode: {args.model} gives both logits in training mode only")
+    return Student(network, heads="both" if both else "one")

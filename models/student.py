@@ -1,0 +1,70 @@
+"""The module that trains: the student network, and what of its outputs the loss is to see.
+
+Shapes: B batch, C classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from errors import UserError
+from models.deit import DistilledVisionTransformer
+
+
+class Student(nn.Module):
+    """Wraps a network for training; `.network` alone is evaluated, averaged and exported.
+
+    heads: "both" hands (class logits, distillation logits) to the loss, in any mode of the
+        network, so that dropout can be off while it distils; "one" hands over one Tensor, which is
+        the mean of two heads where the network has two, so that none stays untrained.
+    submodels: 2 shows every batch twice, in one pass, under two draws of stochastic depth, and
+        returns both outputs (Cosub).
+    Raises UserError if the network has no distillation head to hand over.
+    """
+
+    def __init__(self, network: nn.Module, *, heads: str = "one", submodels: int = 1) -> None:
+        super().__init__()
+        self.network = network
+        self.heads, self.submodels = heads, submodels
+        if heads == "both" and not has_distillation_head(network):
+            raise UserError(
+                f"{type(network).__name__} has no distillation head; use a student with one, such "
+                "as deit_tiny_distilled_patch16_224, or --distillation-head cls"
+            )
+        if hasattr(network, "set_distilled_training"):  # timm's own distilled networks
+            network.set_distilled_training(heads == "both")
+
+    @property
+    def distillation_head(self) -> str:
+        """Which head the teacher's answer goes to: "dist" or "cls"."""
+        return "dist" if self.heads == "both" else "cls"
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """images: (B, 3, height, width). Returns logits (B, C), or two of them."""
+        if self.submodels == 1:
+            return self._logits(images)
+        outputs = self._logits(torch.cat([images] * self.submodels))
+        return outputs.chunk(self.submodels)  # type: ignore[union-attr, return-value]
+
+    def _logits(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if isinstance(self.network, DistilledVisionTransformer):
+            return self.network(images, both=self.heads == "both")  # in any mode
+        return self.network(images)
+
+    def num_parameters(self) -> int:
+        """Return how many of the network's parameters train."""
+        return sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+
+    def describe(self) -> str:
+        every = sum(p.numel() for p in self.network.parameters())
+        two = has_distillation_head(self.network)
+        text = f"{every / 1e6:.2f} M parameters, class {'and distillation head' if two else 'head'}"
+        if self.num_parameters() < every:
+            text += f", {self.num_parameters() / 1e6:.2f} M of them train"
+        return text
+
+
+def has_distillation_head(network: nn.Module) -> bool:
+    """Return whether a network (ours, or one of timm's distilled ones) has a second head."""
+    return isinstance(network, DistilledVisionTransformer) or hasattr(
+        network, "set_distilled_training"
+    )

@@ -1,0 +1,169 @@
+"""How weights move: parameter groups, learning rate, its schedule, and the moving average.
+
+timm's optimizers and schedulers underneath. Schedules are functions of the global step (updates
+since the beginning), so that a resumed run goes on where the other stopped.
+"""
+
+import copy
+import logging
+from argparse import Namespace
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from errors import UserError
+from models import Student
+
+_logger = logging.getLogger(__name__)
+REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this many pictures
+RENAMED = {"fusedlamb": "lamb", "fusedadam": "adam", "fusedadamw": "adamw"}  # apex's
+
+
+def build_optimizer(
+    args: Namespace, student: Student, world_size: int
+) -> tuple[torch.optim.Optimizer, float]:
+    """Return the optimizer and its base learning rate.
+
+    The rate is --lr times effective batch / 512, where the effective batch counts all processes
+    and accumulated micro-steps; --unscale-lr takes it as it is. No weight decay on biases, norms
+    and what the network names in `no_weight_decay`.
+    Raises UserError for an optimizer timm does not know.
+    """
+    lr = args.lr
+    if not args.unscale_lr:
+        lr *= args.batch_size * world_size * args.grad_accum_steps / REFERENCE_BATCH
+    name = RENAMED.get(args.opt.lower(), args.opt)
+    if name != args.opt:
+        _logger.warning("--opt %s is apex's name; timm's %s is used", args.opt, name)
+    options: dict[str, Any] = {}
+    if args.opt_betas:
+        options["betas"] = tuple(args.opt_betas)
+    if args.opt_eps is not None:
+        options["eps"] = args.opt_eps
+    first = next(student.parameters())
+    if name.lower() in ("adam", "adamw") and first.is_cuda:
+        options["fused"] = True  # one kernel, and it can skip a bad update without a sync
+    try:
+        optimizer = create_optimizer_v2(
+            student.network, opt=name, lr=lr, weight_decay=args.weight_decay,
+            momentum=args.momentum, layer_decay=args.layer_decay, **options,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--opt {args.opt}: timm cannot make it ({reason})") from error
+    return optimizer, lr
+
+
+class Schedule:
+    """timm's learning-rate scheduler, stepped from the global step or the epoch.
+
+    A plateau scheduler is the one that looks back: it hears each epoch's accuracy.
+    """
+
+    def __init__(self, scheduler: Any, *, on_updates: bool) -> None:
+        self.scheduler, self.on_updates = scheduler, on_updates
+        self._is_plateau = type(scheduler).__name__ == "PlateauLRScheduler"
+
+    def step(self, global_step: int, epoch: int) -> None:
+        """Set the learning rate for update `global_step`, which lies in `epoch`; both from 0."""
+        if self.on_updates:
+            self.scheduler.step_update(global_step)
+        elif not self._is_plateau:
+            self.scheduler.step(epoch)
+
+    def end_epoch(self, epoch: int, acc1: float) -> None:
+        """Tell a plateau scheduler the accuracy (percent) after `epoch`."""
+        if self._is_plateau:
+            self.scheduler.step(epoch + 1, acc1)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.scheduler.state_dict()
+        if self._is_plateau:
+            state["plateau"] = self.scheduler.lr_scheduler.state_dict()
+        return {k: v for k, v in state.items() if k != "optimizer"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a plateau's memory; the others have none, and follow the flags of today."""
+        if self._is_plateau and "plateau" in state:
+            self.scheduler.lr_scheduler.load_state_dict(state["plateau"])
+
+
+def build_schedule(
+    args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> Schedule:
+    """Return the learning rate's schedule over --epochs. Raises UserError for an unknown one."""
+    on_updates = args.sched_on_updates and args.sched != "plateau"
+    if 0 < args.epochs <= args.warmup_epochs and args.sched != "plateau":
+        _logger.warning(
+            "--warmup-epochs %d of --epochs %d: the learning rate never gets past its warm-up",
+            args.warmup_epochs, args.epochs,
+        )  # fmt: skip
+    noise = args.lr_noise
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer, sched=args.sched, num_epochs=max(1, args.epochs),
+            decay_epochs=args.decay_epochs, cooldown_epochs=0, patience_epochs=args.patience_epochs,
+            decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs, noise=noise[0] if noise and len(noise) == 1 else noise,
+            noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
+            step_on_epochs=not on_updates, updates_per_epoch=updates_per_epoch,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--sched {args.sched}: timm cannot make it ({reason})") from error
+    if scheduler is None:
+        raise UserError(f"--sched {args.sched}: unknown to timm; cosine, step, plateau, ...")
+    return Schedule(scheduler, on_updates=on_updates)
+
+
+class Ema:
+    """A moving average of a network's weights, in a network of its own (`.module`).
+
+    decay: what stays of it at every update; `warmup` shortens it at the beginning
+        (1 - step^(-2/3)), so that short runs do not average their first weights.
+    device: where it is kept, or None for where the network is.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, decay: float, warmup: bool, device: str | None = None
+    ) -> None:
+        self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup, device=device)
+
+    @property
+    def module(self) -> nn.Module:
+        return self._ema.module
+
+    def update(self, network: nn.Module, global_step: int) -> None:
+        self._ema.update(network, step=global_step)
+
+    def refresh(self, network: nn.Module) -> None:
+        """Start again from the weights of `network`."""
+        self._ema.set(network)
+
+    def on(self, device: torch.device) -> nn.Module:
+        """Return the average on `device`: itself if it is there, else a copy."""
+        if next(self.module.parameters()).device.type == device.type:
+            return self.module
+        return copy.deepcopy(self.module).to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.module.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state)
+
+
+def build_ema(args: Namespace, network: nn.Module) -> Ema | None:
+    """Return the moving average of `network`, or None without --model-ema."""
+    if not args.model_ema:
+        return None
+    return Ema(
+        network,
+        decay=args.model_ema_decay,
+        warmup=args.model_ema_warmup,
+        device="cpu" if args.model_ema_force_cpu else None,
+    )

@@ -1,0 +1,153 @@
+"""Which sample comes when, and with which seed: every draw is a function of names, not of history.
+
+A sampler yields keys `(index, view)`. `SeededViews` seeds all generators from (seed, view, index)
+before it loads a sample, so that neither the number of workers nor a resumed run changes a pixel.
+"""
+
+import hashlib
+import operator
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, get_worker_info
+
+from errors import UserError
+
+Key = tuple[int, int]
+ROUNDING = 256  # DeiT keeps a multiple of this many samples in an epoch of repeated augmentation
+
+
+def derive_seed(*parts: int | str) -> int:
+    """Return a seed in [0, 2**63) that depends on every part, its type and its place."""
+    words = [
+        f"s{len(part)}:{part}" if isinstance(part, str) else f"i{operator.index(part)}"
+        for part in parts
+    ]
+    digest = hashlib.blake2b("|".join(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class TrainSampler(Sampler[Key]):
+    """One process's share of a shuffled epoch, with `repeats` views of every picture drawn.
+
+    Process r takes the samples r, r + num_replicas, ... of one common order: the k-th batches of
+    B of all processes are together the k-th batch of num_replicas * B of a single process.
+
+    An epoch has about `length` samples. With repeats=1 each picture comes once, and the
+    `length % num_replicas` last of the order are left out. With repeats=3 (DeiT) the order is a
+    permutation in which each picture comes three times in a row, of which the first
+    `length // 256 * 256` are kept, that is about a third of the pictures; below 256 pictures,
+    where that rounding would leave nothing, the first `length` are kept.
+    Raises UserError if not every process gets a sample.
+    Source: RASampler of DeiT; differs in that the order depends on `seed` and works in one process.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        repeats: int = 1,
+        shuffle: bool = True,
+    ) -> None:
+        _check_place(num_replicas, rank)
+        if repeats < 1:
+            raise UserError(f"{repeats} repeats of a picture: must be at least 1")
+        kept = length // ROUNDING * ROUNDING if repeats > 1 and length >= ROUNDING else length
+        self.count = kept // num_replicas
+        if self.count < 1:
+            raise UserError(
+                f"{length} train pictures cannot be shared by {num_replicas} processes; "
+                "start fewer processes or bring more pictures"
+            )
+        self.length, self.num_replicas, self.rank = length, num_replicas, rank
+        self.seed, self.repeats, self.shuffle = seed, repeats, shuffle
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of `epoch`, from its first sample on."""
+        self.epoch, self.start = epoch, 0
+
+    def set_start(self, start: int) -> None:
+        """Leave out the first `start` samples of this process, until the next `set_epoch`."""
+        if not 0 <= start <= self.count:
+            raise ValueError(f"start {start}: this process has {self.count} samples in an epoch")
+        self.start = start
+
+    def __len__(self) -> int:
+        """Return the samples of this process in a whole epoch, whatever `set_start` said."""
+        return self.count
+
+    def __iter__(self) -> Iterator[Key]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.arange(self.length)
+        places = torch.arange(self.rank, self.count * self.num_replicas, self.num_replicas)
+        places = places[self.start :]
+        indices = order[places // self.repeats].tolist()
+        views = (self.epoch * self.repeats + places % self.repeats).tolist()
+        yield from zip(indices, views)
+
+
+class EvalSampler(Sampler[Key]):
+    """One process's share of all pictures in order: nothing padded, nothing counted twice.
+
+    Shares may differ by one and may be empty. The view of every key is 0.
+    """
+
+    def __init__(self, length: int, num_replicas: int = 1, rank: int = 0) -> None:
+        _check_place(num_replicas, rank)
+        self.indices = range(rank, length, num_replicas)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Key]:
+        return ((index, 0) for index in self.indices)
+
+
+def _check_place(num_replicas: int, rank: int) -> None:
+    if not 0 <= rank < num_replicas:
+        raise ValueError(f"rank {rank} of {num_replicas} processes: must be in [0, {num_replicas})")
+
+
+class SeededViews(Dataset):
+    """`dataset` by key `(index, view)`: what it draws at random depends on (seed, view, index).
+
+    Python's, NumPy's and torch's CPU generators are seeded; in the main process (no workers) they
+    are afterwards as if nothing had happened, and the GPU's generators are never touched.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Key) -> Any:
+        index, view = key
+        seed = derive_seed(self.seed, "view", view, index)
+        if get_worker_info() is not None:
+            _seed_cpu(seed)
+            return self.dataset[index]
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            _seed_cpu(seed)
+            return self.dataset[index]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
+
+
+def _seed_cpu(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too

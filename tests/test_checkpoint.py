@@ -1,0 +1,168 @@
+"""Files: nothing in them is run, a kill leaves a whole file, a URL is checked."""
+
+import argparse
+import hashlib
+import http.server
+import os
+import pathlib
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+from errors import UserError
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.marker}",))
+
+
+def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    marker = tmp_path / "ran"
+    torch.save({"model": {"w": torch.zeros(1)}, "x": Hostile(marker)}, path)
+    with pytest.raises(UserError, match=r"refused.*posix\.system|refused.*nt\.system"):
+        checkpoint.read_weights_file(path)
+    assert not marker.exists()
+
+
+def test_a_hostile_bare_pickle_is_refused_too(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pth"
+    path.write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
+    with pytest.raises(UserError):
+        checkpoint.read_weights_file(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_old_deit_file_with_namespace_and_path_loads(tmp_path: Path) -> None:
+    args = argparse.Namespace(lr=0.1, output_dir=pathlib.PosixPath("/checkpoint/x"), data=("a", 1))
+    path = tmp_path / "old.pth"
+    torch.save({"model": {"w": torch.ones(2)}, "args": args}, path)
+    content = checkpoint.read_weights_file(path)
+    assert content["args"].output_dir == pathlib.PosixPath("/checkpoint/x")
+    assert torch.equal(content["model"]["w"], torch.ones(2))
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "empty", "text", "cut", "list"])
+def test_what_is_no_checkpoint_is_one_line_with_its_name(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    if case == "folder":
+        path.mkdir()
+    elif case == "empty":
+        path.touch()
+    elif case == "text":
+        path.write_text("hello, I am no checkpoint")
+    elif case == "cut":
+        torch.save({"w": torch.randn(1000)}, path)
+        path.write_bytes(path.read_bytes()[:1500])
+    elif case == "list":
+        torch.save([1, 2], path)
+    with pytest.raises(UserError) as caught:
+        checkpoint.read_weights_file(path)
+    assert "x.pth" in str(caught.value) and "\n" not in caught.value.line()
+
+
+def test_a_damaged_safetensors_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00garbage garbage")
+    with pytest.raises(UserError, match="x.safetensors"):
+        checkpoint.read_weights_file(path)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A web server on this machine; its address, folder, and how often it was asked."""
+    folder = tmp_path / "www"
+    folder.mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, directory=str(folder), **kwargs)
+
+        def log_message(self, *args) -> None:
+            asked.append(self.path)
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    httpd = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", folder, asked
+    httpd.shutdown()
+
+
+def test_a_url_is_downloaded_once_and_its_hash_is_checked(server) -> None:
+    address, folder, asked = server
+    torch.save({"model": {"w": torch.ones(3)}}, folder / "a.pth")
+    digest = hashlib.sha256((folder / "a.pth").read_bytes()).hexdigest()
+    (folder / "a.pth").rename(folder / f"a-{digest[:8]}.pth")
+    for _ in range(2):
+        content = checkpoint.read_weights_file(f"{address}/a-{digest[:8]}.pth")
+        assert torch.equal(content["model"]["w"], torch.ones(3))
+    assert len(asked) == 1
+
+
+def test_a_url_with_another_hash_is_refused_and_leaves_nothing(server, tmp_path: Path) -> None:
+    address, folder, _ = server
+    torch.save({"w": torch.ones(3)}, folder / "a-00000000.pth")
+    with pytest.raises(UserError, match="hash"):
+        checkpoint.read_weights_file(f"{address}/a-00000000.pth")
+    assert not list((tmp_path / "hub").rglob("*.pth"))
+
+
+def test_a_url_without_a_hash_is_refused_with_a_way_out(server) -> None:
+    address, folder, asked = server
+    torch.save({"w": torch.ones(3)}, folder / "a.pth")
+    with pytest.raises(UserError, match="#sha256="):
+        checkpoint.read_weights_file(f"{address}/a.pth")
+    assert not asked
+    digest = checkpoint.hash_of(folder / "a.pth")
+    assert "w" in checkpoint.read_weights_file(f"{address}/a.pth#sha256={digest}")
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        checkpoint.read_weights_file(f"{address}/b-12345678.pth")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.pth"
+    checkpoint.save_atomically({"a": 1}, path)
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save_atomically({"a": 2}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_a_runs_checkpoint_holds_deits_keys_in_plain_types(tmp_path: Path) -> None:
+    network = nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(network.parameters())
+    args = argparse.Namespace(lr=0.1, path=Path("/x"), size=(1, 2))
+    path = tmp_path / "checkpoint.pth"
+    checkpoint.save_checkpoint(
+        path, model=network, optimizer=optimizer, lr_scheduler=optimizer, epoch=4, args=args,
+        extra={"best_acc1": 7.0},
+    )  # fmt: skip
+    saved = torch.load(path, weights_only=True)
+    assert set(saved) == {"model", "optimizer", "lr_scheduler", "epoch", "args", "format",
+                          "best_acc1"}  # fmt: skip
+    assert saved["args"] == {"lr": 0.1, "path": "/x", "size": [1, 2]}
+    assert checkpoint.load_checkpoint(path)["epoch"] == 4
+
+
+def test_going_on_from_mere_weights_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="--finetune"):
+        checkpoint.load_checkpoint(tmp_path / "w.pth")

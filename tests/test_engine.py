@@ -1,0 +1,169 @@
+"""One pass over a loader: exact evaluation, accumulation, non-finite losses, the teacher's door."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import engine
+from errors import UserError
+from losses import DistillationLoss
+
+
+class TwoHeads(nn.Module):
+    """A student of one linear layer a head; `.network` as the module that trains has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = self
+        self.cls, self.dist = nn.Linear(12, 4), nn.Linear(12, 4)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        flat = images.flatten(1)
+        if self.training:
+            return self.cls(flat), self.dist(flat)
+        return (self.cls(flat) + self.dist(flat)) / 2
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "network":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class Loader(list):
+    """Batches in a list."""
+
+
+def batches(sizes: tuple[int, ...], seed: int = 0) -> Loader:
+    generator = torch.Generator().manual_seed(seed)
+    return Loader(
+        (torch.randn(n, 3, 2, 2, generator=generator), torch.arange(n) % 4) for n in sizes
+    )
+
+
+def plain() -> DistillationLoss:
+    return DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+
+
+def train(model: nn.Module, loader: Loader, **settings: object) -> dict[str, float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    criterion = settings.pop("criterion", None) or plain()
+    device = torch.device("cpu")
+    return engine.train_one_epoch(model, criterion, loader, optimizer, device, 0, **settings)
+
+
+def test_evaluation_weighs_pictures_and_not_batches() -> None:
+    model = TwoHeads().eval()
+    loader = batches((5, 2, 1))
+    stats = engine.evaluate(loader, model, torch.device("cpu"))
+    images = torch.cat([images for images, _ in loader])
+    labels = torch.cat([labels for _, labels in loader])
+    logits = model(images)
+    assert stats["count"] == 8
+    assert stats["loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item())
+    assert stats["acc1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert stats["acc5"] == 100  # four classes: all of them are among the first five
+
+
+def test_evaluation_leaves_the_models_mode_as_it_was() -> None:
+    model = TwoHeads().train()
+    engine.evaluate(batches((2,)), model, torch.device("cpu"))
+    assert model.training
+
+
+def test_an_empty_evaluation_set_is_one_line() -> None:
+    with pytest.raises(UserError, match="empty"):
+        engine.evaluate(Loader(), TwoHeads(), torch.device("cpu"))
+
+
+def test_two_micro_steps_of_three_equal_one_step_of_six() -> None:
+    together, apart = TwoHeads(), TwoHeads()
+    (images, labels) = batches((6,))[0]
+    train(together, Loader([(images, labels)]))
+    train(apart, Loader([(images[:3], labels[:3]), (images[3:], labels[3:])]), accum_steps=2)
+    for a, b in zip(together.parameters(), apart.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_last_group_of_fewer_micro_steps_is_averaged_over_what_is_there() -> None:
+    model, by_hand = TwoHeads(), TwoHeads()
+    loader = batches((2, 2, 2))
+    train(model, loader, accum_steps=2)
+    first = Loader(
+        [(torch.cat([loader[0][0], loader[1][0]]), torch.cat([loader[0][1], loader[1][1]]))]
+    )
+    train(by_hand, first)
+    train(by_hand, Loader([loader[2]]))
+    torch.testing.assert_close(model.cls.weight, by_hand.cls.weight)
+
+
+def test_a_bad_update_is_skipped_and_counted_and_the_next_one_counts_from_zero() -> None:
+    model = TwoHeads()
+    loader = batches((3, 3, 3))
+    loader[1][0][0, 0, 0, 0] = math.nan
+    stats = train(model, loader, max_bad_steps=2)
+    assert stats["skipped_updates"] == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_skipped_update_leaves_the_weights_alone() -> None:
+    model = TwoHeads()
+    before = [p.clone() for p in model.parameters()]
+    loader = batches((3,))
+    loader[0][0][0, 0, 0, 0] = math.inf
+    train(model, loader, max_bad_steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_too_many_bad_updates_in_a_row_end_the_run_in_one_line() -> None:
+    loader = batches((3, 3, 3))
+    for images, _ in loader:
+        images[0] = math.nan
+    with pytest.raises(UserError, match="3 updates in a row"):
+        train(TwoHeads(), loader, max_bad_steps=3)
+
+
+def test_the_teachers_logits_reach_the_loss_and_no_gradient_reaches_the_teacher() -> None:
+    teacher = nn.Linear(12, 4)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "hard", 1.0, 1.0)
+    model = TwoHeads()
+    before = model.cls.weight.clone()
+    train(model, batches((4,)), criterion=criterion, teacher=lambda x: teacher(x.flatten(1)))
+    assert teacher.weight.grad is None
+    assert torch.equal(model.cls.weight, before), "alpha 1 leaves the class head alone"
+    assert set(criterion.terms) == {"base", "distillation"}
+
+
+def test_the_randomness_of_a_step_is_a_function_of_its_place() -> None:
+    engine.seed_step(0, "step", 1, 2, 0)
+    first = torch.rand(3)
+    torch.rand(7)
+    engine.seed_step(0, "step", 1, 2, 0)
+    assert torch.equal(first, torch.rand(3))
+    engine.seed_step(0, "step", 1, 2, 1)
+    assert not torch.equal(first, torch.rand(3))
+
+
+def test_clipping_bounds_the_norm_of_the_whole_update() -> None:
+    model, free = TwoHeads(), TwoHeads()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    loader = batches((4,))
+    loader[0][0].mul_(100)
+    train(model, loader, max_norm=0.5)
+    train(free, loader)
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
+    assert moved.norm() == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert (torch.cat([p.detach().flatten() for p in free.parameters()]) - before).norm() > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_trains_on_a_cpu(dtype: torch.dtype) -> None:
+    model = TwoHeads()
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0) if dtype == torch.float16 else None
+    before = model.cls.weight.clone()
+    stats = train(model, batches((4, 4)), amp_dtype=dtype, loss_scaler=scaler)
+    assert math.isfinite(stats["loss"]) and not torch.equal(before, model.cls.weight)
+    assert model.cls.weight.dtype == torch.float32

@@ -1,0 +1,238 @@
+"""The programs as a user starts them: whole runs on the embedded and on small real pictures."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--model", "deit_pico_distilled_patch4_32", "--batch-size", "4", "--epochs", "2",
+    "--num_workers", "0", "--warmup-epochs", "0", "--log-interval", "1",
+]  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def assert_one_line(result, *words: str) -> None:
+    """Exit code 2, one line on stderr, no traceback, and the words that help."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    errors = [line for line in lines(result.stderr) if line.startswith("error:")]
+    assert len(errors) == 1, result.stderr
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+def test_the_quick_start_distils_on_embedded_pictures(run_main, tmp_path: Path) -> None:
+    result = run_main(
+        "--distillation-type", "hard", "--epochs", "1", "--output_dir", str(tmp_path / "out")
+    )
+    assert result.returncode == 0, result.stderr
+    first = lines(result.stdout)[:3]
+    assert first[0].startswith("data: ") and "digits" in first[0]
+    assert first[1].startswith("student: deit_pico") and first[2].startswith("teacher: resnet_pico")
+    assert "eta" in result.stdout.lower() and "* Acc@1" in result.stdout
+    assert re.search(r"Accuracy of the network on the 600 test images: [\d.]+%", result.stdout)
+    assert "Max accuracy:" in result.stdout
+    record = json.loads((tmp_path / "out" / "log.txt").read_text())
+    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch",
+            "n_parameters"} <= set(record)  # fmt: skip
+    saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"} <= set(saved)
+    assert not any("teacher" in key for key in saved["model"])
+    assert (tmp_path / "out" / "best_checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize("kind", ["none", "soft", "hard"])
+def test_a_folder_of_pictures_trains_resumes_and_evaluates(
+    kind: str, run_main, picture_folder: Path, tmp_path: Path
+) -> None:
+    teacher = ["--model", "resnet_pico", "--epochs", "1", "--output_dir", str(tmp_path / "teacher")]
+    base = [*TINY, "--data-path", str(picture_folder), "--output_dir", str(tmp_path / "out")]
+    if kind != "none":
+        made = run_main(*base, *teacher)
+        assert made.returncode == 0, made.stderr
+        base += ["--distillation-type", kind, "--teacher-model", "resnet_pico",
+                 "--teacher-path", str(tmp_path / "teacher" / "checkpoint.pth")]  # fmt: skip
+    once = run_main(*base, "--epochs", "1")
+    assert once.returncode == 0, once.stderr
+    again = run_main(*base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
+    assert again.returncode == 0, again.stderr
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").open()]
+    assert epochs == [0, 1]
+    evaluated = run_main("--eval", *base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "weights:" in evaluated.stdout and "model_ema" in evaluated.stdout
+    assert "Accuracy of the network on the 12 test images" in evaluated.stdout
+
+
+def test_a_resumed_run_ends_in_the_weights_of_one_that_was_not_stopped(
+    run_main, picture_folder: Path, tmp_path: Path
+) -> None:
+    base = [*TINY, "--data-path", str(picture_folder), "--drop-path", "0.2", "--sched", "cosine"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_main(*base, "--output_dir", str(whole)).returncode == 0
+    # stopped after one epoch of two: the schedule must be that of two
+    kill = run_main(*base, "--output_dir", str(parts), "--num_workers", "1")
+    assert kill.returncode == 0, kill.stderr
+    first = torch.load(whole / "checkpoint.pth", weights_only=True)
+    second = torch.load(parts / "checkpoint.pth", weights_only=True)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+
+
+def test_evaluation_needs_no_train_folder(run_main, picture_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(picture_folder / "val", tmp_path / "data" / "val")
+    result = run_main("--eval", *TINY, "--data-path", str(tmp_path / "data"))
+    assert result.returncode == 0, result.stderr
+    assert "random weights" in result.stdout and "crop" in result.stdout
+
+
+def test_finetuning_takes_another_class_count_resolution_and_a_teacher(
+    run_main, picture_folder: Path, tmp_path: Path
+) -> None:
+    digits = run_main("--epochs", "0", "--output_dir", str(tmp_path / "a"))
+    assert digits.returncode == 0, digits.stderr
+    assert (tmp_path / "a" / "checkpoint.pth").exists(), "a run of no epochs keeps its weights"
+    result = run_main(
+        *TINY, "--data-path", str(picture_folder), "--epochs", "1", "--input-size", "32", "48",
+        "--finetune", str(tmp_path / "a" / "checkpoint.pth"), "--lr", "1e-4", "--attn-only",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "resampled" in result.stdout and "pos_embed" in result.stdout
+
+
+def test_cosub_bce_and_three_augment_train(run_main, picture_folder: Path) -> None:
+    base = [*TINY, "--data-path", str(picture_folder), "--epochs", "1"]
+    for flags in (["--cosub", "--model", "deit_pico_patch4_32"],
+                  ["--bce-loss", "--ThreeAugment", "--src", "--smoothing", "0"],
+                  ["--bce-loss", "--mixup", "0", "--cutmix", "0"],
+                  ["--no-train-mode", "--no-model-ema", "--layer-decay", "0.7",
+                   "--no-sched-on-updates", "--no-repeated-aug", "--amp", "bf16",
+                   "--grad-accum-steps", "2", "--clip-grad", "0"]):  # fmt: skip
+        result = run_main(*base, *flags)
+        assert result.returncode == 0, (flags, result.stderr)
+
+
+def bad_picture(folder: Path) -> Path:
+    path = folder / "train" / "one" / "05.png"
+    path.write_bytes(b"not a picture")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("missing folder", ["not there"]),
+        ("empty folder", ["data"]),
+        ("class without pictures", ["three"]),
+        ("lists differ", ["three"]),
+        ("unknown model", ["deit_pico_distilled_patch4_32"]),
+        ("batch too large", ["batch", "24"]),
+        ("unreadable checkpoint", ["bad.pth"]),
+        ("missing teacher", ["nowhere.pth"]),
+        ("bad picture", ["05.png"]),
+        ("teacher of other classes", ["10", "2"]),
+        ("teacher of other architecture", ["resnet_pico"]),
+        ("soft on one head", ["distilled"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    case: str, words: list[str], run_main, picture_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(picture_folder, data)
+    flags = [*TINY, "--data-path", str(data)]
+    shipped = str(ROOT / "models" / "weights" / "resnet_pico_digits.safetensors")
+    if case == "missing folder":
+        flags += ["--data-path", str(tmp_path / "nowhere")]
+    elif case == "empty folder":
+        shutil.rmtree(data)
+        (data / "train").mkdir(parents=True)
+        (data / "val").mkdir()
+    elif case == "class without pictures":
+        (data / "train" / "three").mkdir()
+        (data / "val" / "three").mkdir()
+    elif case == "lists differ":
+        shutil.copytree(data / "train" / "two", data / "train" / "three")
+    elif case == "unknown model":
+        flags += ["--model", "deit_pico_destilled_patch4_32"]
+    elif case == "batch too large":
+        flags += ["--batch-size", "500"]
+    elif case == "unreadable checkpoint":
+        (tmp_path / "bad.pth").write_bytes(b"\x80\x02nonsense")
+        flags += ["--resume", str(tmp_path / "bad.pth")]
+    elif case == "missing teacher":
+        flags += ["--distillation-type", "hard", "--teacher-path", str(tmp_path / "nowhere.pth")]
+    elif case == "bad picture":
+        bad_picture(data)
+    elif case == "teacher of other classes":
+        flags += ["--distillation-type", "hard", "--teacher-model", "resnet_pico",
+                  "--teacher-path", shipped]  # fmt: skip
+    elif case == "teacher of other architecture":
+        flags += ["--distillation-type", "hard", "--teacher-model", "resnet18",
+                  "--teacher-path", shipped]  # fmt: skip
+    elif case == "soft on one head":
+        flags += ["--distillation-type", "soft", "--model", "deit_pico_patch4_32",
+                  "--distillation-head", "dist"]  # fmt: skip
+    assert_one_line(run_main(*flags), *words)
+
+
+def test_a_bad_picture_can_be_skipped_and_is_counted(
+    run_main, picture_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(picture_folder, data)
+    bad_picture(data)
+    result = run_main(*TINY, "--data-path", str(data), "--on-bad-image", "skip",
+                      "--num_workers", "1", "--epochs", "1")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\d+ unreadable pictures? ", result.stdout)
+
+
+def test_an_odd_batch_mixes(run_main, picture_folder: Path) -> None:
+    result = run_main(*TINY, "--data-path", str(picture_folder), "--batch-size", "5")
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
+    run_main, run_torchrun, tmp_path: Path
+) -> None:
+    base = ["--distillation-type", "hard", "--epochs", "2", "--mixup", "0", "--cutmix", "0",
+            "--drop-path", "0", "--log-interval", "1", "--no-teacher-check"]  # fmt: skip
+    one = run_main(*base, "--batch-size", "64", "--output_dir", str(tmp_path / "one"))
+    two = run_torchrun(2, *base, "--batch-size", "32", "--output_dir", str(tmp_path / "two"))
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    for name in ("train_loss", "test_loss", "test_acc1"):
+        values = [
+            [json.loads(line)[name] for line in (tmp_path / which / "log.txt").open()]
+            for which in ("one", "two")
+        ]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), name
+
+
+def test_an_error_in_two_processes_is_still_one_line(run_torchrun, tmp_path: Path) -> None:
+    result = run_torchrun(2, *TINY, "--data-path", str(tmp_path / "nowhere"))
+    assert result.returncode != 0
+    assert len([x for x in lines(result.stderr) if x.startswith("error:")]) == 1, result.stderr
+
+
+def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
+    run_main, run_torchrun, imagenet_sample: Path, shared_data: Path
+) -> None:
+    flags = ["--eval", "--model", "tf_efficientnet_lite0", "--data-path", str(imagenet_sample),
+             "--resume", str(shared_data / "tf_efficientnet_lite0_in1k.safetensors"),
+             "--num_workers", "1"]  # fmt: skip
+    for result in (run_main(*flags), run_torchrun(2, *flags)):
+        assert result.returncode == 0, result.stderr
+        assert "* Acc@1 87.300 Acc@5 96.900" in result.stdout
+        assert "on the 1000 test images: 87.3%" in result.stdout

@@ -1,0 +1,83 @@
+"""Numbers: counts, means, the printed line, log.txt."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import metrics
+
+
+def test_accuracy_counts_pictures_and_clamps_k() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [5.0, 1.0, 0.0]])
+    labels = torch.tensor([0, 0, 1])
+    top1, top2, top5 = metrics.accuracy(logits, labels, topk=(1, 2, 5))
+    assert (top1.item(), top2.item(), top5.item()) == (1, 2, 3)
+
+
+def test_a_meter_averages_what_came_since_and_leaves_out_what_is_not_finite() -> None:
+    meter = metrics.Meter(torch.device("cpu"))
+    for value in (1.0, torch.tensor(3.0), math.nan, math.inf):
+        meter.update(value)
+    assert meter.recent() == 2
+    meter.update(8.0)
+    assert meter.recent() == 8 and meter.average() == 4
+    assert math.isnan(meter.recent()), "nothing came"
+
+
+def test_the_progress_line_has_step_eta_numbers_rate_and_wait(capsys) -> None:
+    progress = metrics.ProgressLogger(3, "Epoch: [1/2]", interval=2)
+    for step, _ in enumerate(progress([0, 1, 2])):
+        if progress.due(step):
+            progress.log(step, {"loss": 0.5, "lr": 1e-5}, images_per_step=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3, "every second step, the last one, and the end"
+    for word in ("Epoch: [1/2]", "[2/3]", "eta 0:00:00", "loss 0.5000", "lr 1.00e-05", "images/s"):
+        assert word in lines[0]
+    assert "data wait" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (3725, "1:02:05"), (90000, "25:00:00")]
+)
+def test_a_clock_shows_hours_minutes_seconds(seconds: float, text: str) -> None:
+    assert metrics.clock(seconds) == text
+
+
+def epoch(log: metrics.RunLog, number: int) -> None:
+    log.epoch(number, {"loss": 1.0, "lr": 0.1}, {"loss": 2.0, "acc1": 3.0}, {"acc1": 4.0}, 7, 100)
+
+
+def test_a_log_line_starts_with_deits_keys(tmp_path: Path) -> None:
+    log = metrics.RunLog(str(tmp_path))
+    epoch(log, 0)
+    log.close()
+    record = json.loads((tmp_path / "log.txt").read_text())
+    assert record == {"train_loss": 1.0, "train_lr": 0.1, "test_loss": 2.0, "test_acc1": 3.0,
+                      "epoch": 0, "n_parameters": 7, "ema_acc1": 4.0}  # fmt: skip
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_no_epoch_comes_twice_and_a_half_written_line_goes(tmp_path: Path) -> None:
+    log = metrics.RunLog(str(tmp_path))
+    for number in range(3):
+        epoch(log, number)
+    log.close()
+    with (tmp_path / "log.txt").open("a") as file:
+        file.write('{"epoch": 3, "train')
+    again = metrics.RunLog(str(tmp_path), start_epoch=2)
+    epoch(again, 2)
+    again.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    log = metrics.RunLog("")
+    log.config({"a": 1})
+    epoch(log, 0)
+    log.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,131 @@
+"""The teacher: frozen, fed what it was trained on, refused when it cannot teach."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+import options
+import teachers
+from augment import InputConfig
+from errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[1] / "models/weights/resnet_pico_digits.safetensors"
+HALF = InputConfig((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET = InputConfig((48, 48), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def normalised(picture: torch.Tensor, inputs: InputConfig) -> torch.Tensor:
+    mean, std = torch.tensor(inputs.mean), torch.tensor(inputs.std)
+    return (picture - mean[:, None, None]) / std[:, None, None]
+
+
+def test_the_adapter_turns_the_students_tensor_into_the_teachers() -> None:
+    picture = torch.rand(2, 3, 32, 32)
+    small = InputConfig((32, 32), IMAGENET.mean, IMAGENET.std)
+    adapted = teachers.InputAdapter(HALF, small)(normalised(picture, HALF))
+    torch.testing.assert_close(adapted, normalised(picture, small))
+
+
+def test_the_adapter_resizes_to_the_teachers_size() -> None:
+    adapter = teachers.InputAdapter(HALF, IMAGENET)
+    assert adapter(torch.randn(2, 3, 32, 32)).shape == (2, 3, 48, 48)
+    assert "48x48" in adapter.describe()
+
+
+def test_another_aspect_ratio_is_kept_where_the_teacher_takes_any_size() -> None:
+    wide = InputConfig((32, 64), HALF.mean, HALF.std)
+    images = torch.randn(1, 3, 32, 64)
+    assert teachers.InputAdapter(wide, IMAGENET)(images).shape == (1, 3, 32, 64)
+    assert teachers.InputAdapter(wide, IMAGENET, any_size=False)(images).shape == (1, 3, 48, 48)
+
+
+def test_the_adapter_commutes_with_mixing() -> None:
+    adapter = teachers.InputAdapter(HALF, IMAGENET)
+    a, b = torch.randn(2, 1, 3, 32, 32)
+    torch.testing.assert_close(
+        adapter(0.3 * a + 0.7 * b), 0.3 * adapter(a) + 0.7 * adapter(b), atol=1e-5, rtol=1e-5
+    )
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head, self.drop = nn.BatchNorm2d(3), nn.Linear(3, 4), nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.drop(self.norm(x).mean((2, 3))))
+
+
+def test_a_teacher_is_frozen_in_evaluation_mode_and_without_gradient() -> None:
+    teacher = teachers.Teacher(Noisy(), teachers.InputAdapter(HALF, HALF)).train()
+    images = torch.randn(5, 3, 32, 32, requires_grad=True)
+    logits = teacher(images)
+    assert not logits.requires_grad and not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(logits, teacher(images)), "no dropout"
+    assert torch.equal(teacher.network.norm.running_mean, torch.zeros(3)), "no running statistics"
+
+
+def test_a_teacher_under_autocast_still_gives_float32() -> None:
+    adapter = teachers.InputAdapter(HALF, HALF)
+    teacher = teachers.Teacher(Noisy(), adapter, amp_dtype=torch.bfloat16)
+    assert teacher(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
+def build(num_classes: int, *flags: str, kind: str = "hard") -> teachers.Teacher | None:
+    args = options.parse_args(["--data-path", "x", "--distillation-type", kind, *flags]).args
+    return teachers.build_teacher(args, num_classes, HALF, torch.device("cpu"))
+
+
+def test_without_distillation_there_is_no_teacher() -> None:
+    assert build(10, kind="none") is None
+
+
+def test_the_shipped_teacher_loads_and_teaches() -> None:
+    teacher = build(10, "--teacher-model", "resnet_pico", "--teacher-path", str(SHIPPED))
+    assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert "resnet_pico" in teacher.describe()
+    assert SHIPPED.stat().st_size < 400_000
+
+
+@pytest.mark.parametrize("form", ["model", "bare"])
+def test_a_vit_teacher_of_another_resolution_is_fed_at_its_own(form: str, tmp_path: Path) -> None:
+    network = models.create_model("deit_pico_patch4_32", num_classes=3)
+    weights = network.state_dict()
+    torch.save({"model": weights} if form == "model" else weights, tmp_path / "t.pth")
+    args = options.parse_args(
+        [
+            "--data-path",
+            "x",
+            "--distillation-type",
+            "soft",
+            "--teacher-model",
+            "deit_pico_patch4_32",
+            "--teacher-path",
+            str(tmp_path / "t.pth"),
+        ]  # fmt: skip
+    ).args
+    student = InputConfig((48, 64), IMAGENET.mean, IMAGENET.std)
+    teacher = teachers.build_teacher(args, 3, student, torch.device("cpu"))
+    assert teacher(torch.randn(2, 3, 48, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--teacher-path", "nowhere.pth"], ["nowhere.pth", "not there"]),
+        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pica"], ["resnet_pico"]),
+        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet18"], ["looks like", "resnet18"]),
+        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pico"],
+         ["10 classes", "has 4", "train a teacher"]),
+        (["--teacher-model", "regnety_160"], ["1000 classes", "has 4", "train a teacher"]),
+        (["--teacher-model", "resnet_pico"], ["10 classes"]),
+    ],
+)  # fmt: skip
+def test_a_teacher_that_cannot_teach_is_one_line(flags: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        build(4, *flags)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
