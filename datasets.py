@@ -167,7 +167,8 @@ class Stream(IterableDataset):
     """timm's reader of shards (wds, tfds): pictures in the order in which they come.
 
     There are no indices, so no repeated augmentation, no exact resume, no seed per picture; in
-    several processes the reader shares the shards, and evaluation counts what comes.
+    several processes the reader shares the shards, and evaluation counts what comes. The reader
+    leaves out bad pictures, with a warning, whatever --on-bad-image says.
     """
 
     def __init__(
@@ -363,7 +364,7 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
 def _check_folder(root: str) -> None:
     if not os.path.isdir(root):
         what = "not a folder" if os.path.exists(root) else "not there"
-        raise UserError(f"--data-path {root or chr(39) * 2}: {what}; give the data's folder")
+        raise UserError(f"--data-path {root or '(empty)'}: {what}; give the data's folder")
 
 
 def _split_folder(root: str, names: Sequence[str]) -> str:
@@ -580,8 +581,7 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         train_data, _ = build_dataset(True, args, inputs)
     val_data, num_classes = build_dataset(False, args, inputs)
     if len(val_data) == 0:
-        raise UserError(f"the evaluation data is empty, or does not tell its size: "
-                        f"{val_data.description}")  # fmt: skip
+        raise UserError(f"the evaluation data is empty: {val_data.description}")
     if train_data is not None:
         check_same_classes(train_data.classes, val_data.classes)
         if isinstance(train_data, Pictures):
@@ -600,6 +600,12 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
                 f"{processes.world_size} processes sees in an epoch of {train_data.description}; "
                 f"use --batch-size {each} or less"
             )
+    if isinstance(val_data, Stream) and processes.world_size > 1 and processes.rank == 0:
+        _logger.warning(
+            "evaluation on shards in %d processes may count a picture twice or not at all; "
+            "for exact numbers use --eval in one process",
+            processes.world_size,
+        )
     shard = EvalSampler(len(val_data), processes.world_size, processes.rank)
     val = make(
         val_data,

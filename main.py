@@ -121,8 +121,9 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
              f"{stats['acc1']:.1f}%")  # fmt: skip
         tell(None, f"Max accuracy: {best:.2f}%")
     tell(None, f"Training time {metrics.clock(time.time() - started)}")
-    if loaders.skipped():
-        tell("data", f"{loaders.skipped()} unreadable pictures were replaced by others")
+    skipped = int(distributed.all_reduce_sum(torch.tensor(loaders.skipped(), device=device)))
+    if skipped:
+        tell("data", f"{skipped} unreadable pictures were left out")
     log.close()
     return stats
 

@@ -1,4 +1,4 @@
-"""Numbers on the way to a person: accuracies, running means, the progress line, log.txt, TensorBoard.
+"""Numbers on the way to a person: accuracies, means, the progress line, log.txt, TensorBoard.
 
 Shapes: B batch, C classes. Nothing here waits for the device but what a printed line needs.
 """

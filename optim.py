@@ -103,12 +103,14 @@ def build_schedule(
             args.warmup_epochs, args.epochs,
         )  # fmt: skip
     noise = args.lr_noise
+    if noise and len(noise) == 1:
+        noise = noise[0]
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer, sched=args.sched, num_epochs=max(1, args.epochs),
             decay_epochs=args.decay_epochs, cooldown_epochs=0, patience_epochs=args.patience_epochs,
             decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs, noise=noise[0] if noise and len(noise) == 1 else noise,
+            warmup_epochs=args.warmup_epochs, noise=noise,
             noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
             step_on_epochs=not on_updates, updates_per_epoch=updates_per_epoch,
         )  # fmt: skip

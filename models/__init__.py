@@ -12,7 +12,6 @@ from torch import nn
 from augment import InputConfig
 from errors import UserError
 from models.deit import DistilledVisionTransformer
-from models.student import Student, has_distillation_head
 from models.loading import (
     FinetuneReport,
     finetune,
@@ -21,6 +20,7 @@ from models.loading import (
     load_weights,
     weight_keys,
 )
+from models.student import Student, has_distillation_head
 
 __all__ = [
     "DistilledVisionTransformer",
@@ -154,7 +154,8 @@ def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Stu
         pretrained=args.pretrained,
     )
     if args.finetune and not args.resume:
-        _logger.info("weights: %s: %s", args.finetune, finetune(network, args.finetune).describe())
+        print_once = finetune(network, args.finetune).describe()
+        _logger.info("finetune %s: %s", args.finetune, print_once)
     if args.attn_only:
         freeze_all_but_attention(network)
     if args.cosub:

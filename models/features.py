@@ -29,7 +29,7 @@ ATTENTION_KINDS = ("scores", "probabilities")
 
 @dataclass(frozen=True)
 class Tap:
-    """One tensor wanted from inside. `kind` is for attention: scores (q k^T scale) or their softmax."""
+    """A tensor wanted from inside. `kind` of attention: scores (q k^T scale) or probabilities."""
 
     feature: str
     layer: int

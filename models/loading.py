@@ -113,7 +113,8 @@ def _why_not(
         )
     if same_names and wrong == ["pos_embed"]:
         return (
-            f"has {weights['pos_embed'].shape[1]} tokens, the model {wanted['pos_embed'].shape[1]}: "
+            f"has {weights['pos_embed'].shape[1]} tokens, the model "
+            f"{wanted['pos_embed'].shape[1]}: "
             "another resolution; set --input-size, or use --finetune to resample it"
         )
     missing, surplus = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))

@@ -17,7 +17,7 @@ class Student(nn.Module):
         network, so that dropout can be off while it distils; "one" hands over one Tensor, which is
         the mean of two heads where the network has two, so that none stays untrained.
     submodels: 2 shows every batch twice, in one pass, under two draws of stochastic depth, and
-        returns both outputs (Cosub).
+        returns the outputs one below the other, (2B, C) (Cosub).
     Raises UserError if the network has no distillation head to hand over.
     """
 
@@ -39,11 +39,10 @@ class Student(nn.Module):
         return "dist" if self.heads == "both" else "cls"
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """images: (B, 3, height, width). Returns logits (B, C), or two of them."""
+        """images: (B, 3, height, width). Returns logits (B, C), a pair, or (2B, C)."""
         if self.submodels == 1:
             return self._logits(images)
-        outputs = self._logits(torch.cat([images] * self.submodels))
-        return outputs.chunk(self.submodels)  # type: ignore[union-attr, return-value]
+        return self._logits(torch.cat([images] * self.submodels))
 
     def _logits(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(self.network, DistilledVisionTransformer):

@@ -87,13 +87,10 @@ def test_evaluation_of_squares_is_timms_in_every_pixel(
 def test_evaluation_of_other_shapes_crops_the_middle_and_pads_nothing(
     picture: tuple[int, int],
 ) -> None:
-    transform = build_transform(False, settings(), replace(WIDE, **PLAIN_COLOURS))
+    transform = build_transform(False, settings(), replace(WIDE, mean=PLAIN.mean, std=PLAIN.std))
     tensor = transform(Image.new("RGB", picture[::-1], "white"))
     assert tensor.shape == (3, 40, 56)
     assert tensor.min() == 1.0, "a padded border would be black"
-
-
-PLAIN_COLOURS = dict(mean=PLAIN.mean, std=PLAIN.std)
 
 
 def test_pictures_up_to_32_pixels_are_neither_cropped_nor_resized_at_evaluation() -> None:

@@ -341,6 +341,17 @@ def test_shards_are_streamed_and_evaluation_counts_what_comes(tmp_path: Path, wo
 
 
 @pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
+def test_shards_are_not_evaluated_in_several_processes_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_shards(tmp_path / "shards")
+    for world in (1, 2):
+        assert "may count a picture twice" not in caplog.text
+        loaders("wds/digits", root, "--nb-classes", "2", "--batch-size", "2", world=world)
+    assert "evaluation on shards in 2 processes may count a picture twice" in caplog.text
+
+
+@pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
 def test_a_label_beyond_the_classes_is_told_before_it_breaks_the_loss(tmp_path: Path) -> None:
     root = write_shards(tmp_path / "shards", bad_label=True)
     data = loaders("wds/digits", root, "--nb-classes", "2", "--batch-size", "2")

@@ -117,7 +117,8 @@ def test_a_vit_teacher_of_another_resolution_is_fed_at_its_own(form: str, tmp_pa
     [
         (["--teacher-path", "nowhere.pth"], ["nowhere.pth", "not there"]),
         (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pica"], ["resnet_pico"]),
-        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet18"], ["looks like", "resnet18"]),
+        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet18"],
+         ["looks like", "resnet18"]),
         (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pico"],
          ["10 classes", "has 4", "train a teacher"]),
         (["--teacher-model", "regnety_160"], ["1000 classes", "has 4", "train a teacher"]),
