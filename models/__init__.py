@@ -153,15 +153,24 @@ def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Stu
         drop_path_rate=args.drop_path,
         pretrained=args.pretrained,
     )
+    origin = ""
     if args.finetune and not args.resume:
-        print_once = finetune(network, args.finetune).describe()
-        _logger.info("finetune %s: %s", args.finetune, print_once)
+        origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
     if args.attn_only:
         freeze_all_but_attention(network)
-    if args.cosub:
-        return Student(network, submodels=2)
+    both = _build_heads(args, network)
+    return Student(
+        network,
+        heads="both" if both else "one",
+        submodels=2 if args.cosub else 1,
+        origin=origin,
+    )
+
+
+def _build_heads(args: Namespace, network: nn.Module) -> bool:
+    """Return whether the loss is to see the distillation head beside the class head."""
     if args.distillation_type == "none":
-        return Student(network)
+        return False
     two_heads = has_distillation_head(network)
     if args.distillation_head == "cls" and two_heads:
         raise UserError(
@@ -171,4 +180,4 @@ def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Stu
     both = args.distillation_head == "dist" or (args.distillation_head == "auto" and two_heads)
     if both and not args.train_mode and not isinstance(network, DistilledVisionTransformer):
         raise UserError(f"--no-train-mode: {args.model} gives both logits in training mode only")
-    return Student(network, heads="both" if both else "one")
+    return both

@@ -18,13 +18,16 @@ class Student(nn.Module):
         the mean of two heads where the network has two, so that none stays untrained.
     submodels: 2 shows every batch twice, in one pass, under two draws of stochastic depth, and
         returns the outputs one below the other, (2B, C) (Cosub).
+    origin: where the first weights come from, in words, for the run's first lines.
     Raises UserError if the network has no distillation head to hand over.
     """
 
-    def __init__(self, network: nn.Module, *, heads: str = "one", submodels: int = 1) -> None:
+    def __init__(
+        self, network: nn.Module, *, heads: str = "one", submodels: int = 1, origin: str = ""
+    ) -> None:
         super().__init__()
         self.network = network
-        self.heads, self.submodels = heads, submodels
+        self.heads, self.submodels, self.origin = heads, submodels, origin
         if heads == "both" and not has_distillation_head(network):
             raise UserError(
                 f"{type(network).__name__} has no distillation head; use a student with one, such "
@@ -59,7 +62,7 @@ class Student(nn.Module):
         text = f"{every / 1e6:.2f} M parameters, class {'and distillation head' if two else 'head'}"
         if self.num_parameters() < every:
             text += f", {self.num_parameters() / 1e6:.2f} M of them train"
-        return text
+        return f"{text}, {self.origin}" if self.origin else text
 
 
 def has_distillation_head(network: nn.Module) -> bool:

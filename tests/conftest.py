@@ -1,5 +1,7 @@
 """What all tests share: one thread, no network, the repository's programs, real data if there."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -85,6 +87,21 @@ def run_main() -> Run:
 
     def run(*flags: str, cwd: Path = ROOT, timeout: float = 240, **env: str):
         return _run([sys.executable, str(ROOT / "main.py"), *flags], cwd, timeout, **env)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_inside() -> Run:
+    """The same in this process: without the seconds that a new one takes to import torch."""
+
+    def run(*flags: str) -> subprocess.CompletedProcess:
+        import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main.run(list(flags))
+        return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
     return run
 

@@ -55,55 +55,56 @@ def test_the_quick_start_distils_on_embedded_pictures(run_main, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["none", "soft", "hard"])
 def test_a_folder_of_pictures_trains_resumes_and_evaluates(
-    kind: str, run_main, picture_folder: Path, tmp_path: Path
+    kind: str, run_inside, picture_folder: Path, tmp_path: Path
 ) -> None:
     teacher = ["--model", "resnet_pico", "--epochs", "1", "--output_dir", str(tmp_path / "teacher")]
     base = [*TINY, "--data-path", str(picture_folder), "--output_dir", str(tmp_path / "out")]
     if kind != "none":
-        made = run_main(*base, *teacher)
+        made = run_inside(*base, *teacher)
         assert made.returncode == 0, made.stderr
         base += ["--distillation-type", kind, "--teacher-model", "resnet_pico",
                  "--teacher-path", str(tmp_path / "teacher" / "checkpoint.pth")]  # fmt: skip
-    once = run_main(*base, "--epochs", "1")
+    once = run_inside(*base, "--epochs", "1")
     assert once.returncode == 0, once.stderr
-    again = run_main(*base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
+    again = run_inside(*base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
     assert again.returncode == 0, again.stderr
     epochs = [json.loads(line)["epoch"] for line in (tmp_path / "out" / "log.txt").open()]
     assert epochs == [0, 1]
-    evaluated = run_main("--eval", *base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
+    evaluated = run_inside("--eval", *base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
     assert evaluated.returncode == 0, evaluated.stderr
     assert "weights:" in evaluated.stdout and "model_ema" in evaluated.stdout
     assert "Accuracy of the network on the 12 test images" in evaluated.stdout
 
 
-def test_a_resumed_run_ends_in_the_weights_of_one_that_was_not_stopped(
-    run_main, picture_folder: Path, tmp_path: Path
+def test_the_same_seed_gives_the_same_weights_whatever_the_workers(
+    run_inside, picture_folder: Path, tmp_path: Path
 ) -> None:
-    base = [*TINY, "--data-path", str(picture_folder), "--drop-path", "0.2", "--sched", "cosine"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run_main(*base, "--output_dir", str(whole)).returncode == 0
-    # stopped after one epoch of two: the schedule must be that of two
-    kill = run_main(*base, "--output_dir", str(parts), "--num_workers", "1")
-    assert kill.returncode == 0, kill.stderr
-    first = torch.load(whole / "checkpoint.pth", weights_only=True)
-    second = torch.load(parts / "checkpoint.pth", weights_only=True)
-    for name, value in first["model"].items():
-        assert torch.equal(value, second["model"][name]), name
+    base = [*TINY, "--data-path", str(picture_folder), "--drop-path", "0.2"]
+    saved = []
+    for workers in ("0", "2"):
+        folder = tmp_path / workers
+        assert (
+            run_inside(*base, "--output_dir", str(folder), "--num_workers", workers).returncode == 0
+        )
+        saved.append(torch.load(folder / "checkpoint.pth", weights_only=True))
+    for key in ("model", "model_ema"):
+        for name, value in saved[0][key].items():
+            assert torch.equal(value, saved[1][key][name]), name
 
 
-def test_evaluation_needs_no_train_folder(run_main, picture_folder: Path, tmp_path: Path) -> None:
+def test_evaluation_needs_no_train_folder(run_inside, picture_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(picture_folder / "val", tmp_path / "data" / "val")
-    result = run_main("--eval", *TINY, "--data-path", str(tmp_path / "data"))
+    result = run_inside("--eval", *TINY, "--data-path", str(tmp_path / "data"))
     assert result.returncode == 0, result.stderr
     assert "random weights" in result.stdout and "crop" in result.stdout
 
 
 def test_finetuning_takes_another_class_count_resolution_and_a_teacher(
-    run_main, picture_folder: Path, tmp_path: Path
+    run_inside, picture_folder: Path, tmp_path: Path
 ) -> None:
     digits = models.create_model("deit_pico_distilled_patch4_32", num_classes=10)
     torch.save({"model": digits.state_dict()}, tmp_path / "digits.pth")
-    result = run_main(
+    result = run_inside(
         *TINY, "--data-path", str(picture_folder), "--epochs", "1", "--input-size", "32", "48",
         "--finetune", str(tmp_path / "digits.pth"), "--lr", "1e-4", "--attn-only",
     )  # fmt: skip
@@ -111,7 +112,7 @@ def test_finetuning_takes_another_class_count_resolution_and_a_teacher(
     assert "1 resampled (pos_embed)" in result.stdout and "of them train" in result.stdout
 
 
-def test_cosub_bce_and_three_augment_train(run_main, picture_folder: Path) -> None:
+def test_cosub_bce_and_three_augment_train(run_inside, picture_folder: Path) -> None:
     base = [*TINY, "--data-path", str(picture_folder), "--epochs", "1"]
     for flags in (["--cosub", "--model", "deit_pico_patch4_32"],
                   ["--bce-loss", "--ThreeAugment", "--src", "--smoothing", "0"],
@@ -119,7 +120,7 @@ def test_cosub_bce_and_three_augment_train(run_main, picture_folder: Path) -> No
                   ["--no-train-mode", "--no-model-ema", "--layer-decay", "0.7",
                    "--no-sched-on-updates", "--no-repeated-aug", "--amp", "bf16",
                    "--grad-accum-steps", "2", "--clip-grad", "0"]):  # fmt: skip
-        result = run_main(*base, *flags)
+        result = run_inside(*base, *flags)
         assert result.returncode == 0, (flags, result.stderr)
 
 
@@ -147,7 +148,7 @@ def bad_picture(folder: Path) -> Path:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    case: str, words: list[str], run_main, picture_folder: Path, tmp_path: Path
+    case: str, words: list[str], run_inside, picture_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(picture_folder, data)
@@ -184,23 +185,23 @@ def test_bad_input_is_one_line_and_exit_code_2(
     elif case == "soft on one head":
         flags += ["--distillation-type", "soft", "--model", "deit_pico_patch4_32",
                   "--distillation-head", "dist"]  # fmt: skip
-    assert_one_line(run_main(*flags), *words)
+    assert_one_line(run_inside(*flags), *words)
 
 
 def test_a_bad_picture_can_be_skipped_and_is_counted(
-    run_main, picture_folder: Path, tmp_path: Path
+    run_inside, picture_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(picture_folder, data)
     bad_picture(data)
-    result = run_main(*TINY, "--data-path", str(data), "--on-bad-image", "skip",
+    result = run_inside(*TINY, "--data-path", str(data), "--on-bad-image", "skip",
                       "--num_workers", "1", "--epochs", "1")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d+ unreadable pictures? ", result.stdout)
 
 
-def test_an_odd_batch_mixes(run_main, picture_folder: Path) -> None:
-    result = run_main(*TINY, "--data-path", str(picture_folder), "--batch-size", "5")
+def test_an_odd_batch_mixes(run_inside, picture_folder: Path) -> None:
+    result = run_inside(*TINY, "--data-path", str(picture_folder), "--batch-size", "5")
     assert result.returncode == 0, result.stderr
 
 
@@ -213,6 +214,11 @@ def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
     two = run_torchrun(2, *base, "--batch-size", "32", "--output_dir", str(tmp_path / "two"))
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
+    each = [
+        [float(loss) for loss in re.findall(r"Epoch: .* loss ([\d.]+) .* images/s", run.stdout)]
+        for run in (one, two)
+    ]
+    assert len(each[0]) >= 20 and each[0] == pytest.approx(each[1], abs=2e-4)
     for name in ("train_loss", "test_loss", "test_acc1"):
         values = [
             [json.loads(line)[name] for line in (tmp_path / which / "log.txt").open()]

@@ -293,3 +293,11 @@ def test_cosub_shows_a_batch_to_two_submodels() -> None:
 def test_what_is_exported_has_no_wrapper_in_its_names() -> None:
     assert isinstance(student().network, DistilledVisionTransformer | nn.Module)
     assert "cls_token" in student().network.state_dict()
+
+
+def test_a_distilled_network_of_timm_hands_over_both_heads_too() -> None:
+    network = timm.create_model("levit_128s", num_classes=5)
+    module = models.Student(network, heads="both").train()
+    cls, dist = module(torch.randn(2, 3, 224, 224))
+    assert cls.shape == dist.shape == (2, 5)
+    assert models.Student(network).train()(torch.randn(2, 3, 224, 224)).shape == (2, 5)

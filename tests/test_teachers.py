@@ -130,3 +130,22 @@ def test_a_teacher_that_cannot_teach_is_one_line(flags: list[str], words: list[s
         build(4, *flags)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+def test_a_teacher_comes_from_a_timm_folder(tmp_path: Path) -> None:
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    weights = {name: v.float() for name, v in load_file(SHIPPED).items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    config = {"architecture": "resnet_pico", "num_classes": 10,
+              "pretrained_cfg": {"input_size": [3, 48, 48], "mean": [0.1, 0.2, 0.3],
+                                 "std": [1, 1, 1], "num_classes": 10, "classifier": "fc",
+                                 "first_conv": "conv1.0"}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher = build(10, "--teacher-model", f"local-dir:{tmp_path}")
+    assert teacher.adapter.size == (48, 48) and teacher.adapter.renormalises
+    assert torch.equal(teacher.network.fc.bias, weights["fc.bias"])
+    with pytest.raises(UserError, match="10 classes"):
+        build(4, "--teacher-model", f"local-dir:{tmp_path}")
