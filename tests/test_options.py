@@ -102,7 +102,7 @@ def test_what_cannot_work_is_refused_in_one_line(line: str, words: str) -> None:
      "--cooldown-epochs 3", "--patience-epochs 3", "--color-jitter 0.4"],
 )  # fmt: skip
 def test_a_flag_that_does_nothing_says_so(line: str) -> None:
-    notes = parse(line).notes
+    notes = parse(f"--data-path x {line}").notes
     assert len(notes) == 1 and line.split()[0].replace("_", "-") in notes[0]
 
 
