@@ -8,10 +8,13 @@ import contextlib
 import datetime
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from torch import Tensor
 from errors import UserError
 
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,26 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a DataLoader's worker live through the signals that ask a run to stop.
+
+    Slurm and terminals send them to every process; a worker that obeyed would end the step that
+    the run wants to finish. A SIGTERM from the parent itself still ends it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -150,13 +174,68 @@ def any_rank(flag: Tensor) -> Tensor:
     return agreed.bool()
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return rank 0's `value` (picklable) in every process."""
+def all_gather(tensor: Tensor) -> Tensor:
+    """Return the tensors of all processes, of the same shape, stacked in a new first axis."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Return the `value` (picklable) of the process `source` in every process."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run `function` in the first process alone; all return its answer or raise its UserError."""
+    answer: Any = None
+    if is_main():
+        try:
+            answer = function()
+        except UserError as error:
+            answer = error
+    answer = broadcast_object(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+class Agreement:
+    """The largest wish of all processes, the same answer in all of them at the same call.
+
+    On a GPU the answer is that to the wishes of `LAG` calls ago, so that nobody waits for work
+    that was only just queued. One process alone has its wish at once, without any work.
+    """
+
+    LAG = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.device = device
+
+    def __call__(self, wish: int) -> int:
+        if world_size() == 1:
+            return wish
+        wishes = torch.full((), wish, dtype=torch.int32, device=self.device)
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return int(wishes)
+        answer = torch.empty((), dtype=torch.int32, pin_memory=True)
+        answer.copy_(wishes, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._asked.append((answer, ready))
+        if len(self._asked) <= self.LAG:
+            return 0
+        answer, ready = self._asked.popleft()
+        ready.synchronize()
+        return int(answer)
 
 
 @contextlib.contextmanager
