@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from errors import UserError
 
@@ -100,6 +101,11 @@ def init_processes(
         torch.cuda.set_device(place)
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "srun does not tell where the first process is: use run_with_submitit.py, set "
+            "MASTER_ADDR and MASTER_PORT, or give --dist-url file://FOLDER_OF_ALL_NODES/NEW_FILE"
+        )
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(
             backend="nccl" if place.type == "cuda" else "gloo",
@@ -110,6 +116,25 @@ def init_processes(
             device_id=place if place.type == "cuda" else None,
         )
     return Processes(rank_, local_rank_, world, place, launcher)
+
+
+def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
+    """Wrap `module` in DDP, with the gradients already in the order that they will keep.
+
+    DDP lays out its gradients anew after the first backward pass, and the place of a number
+    decides in which order three or more processes add it up. A pass over `example` beforehand
+    (in evaluation mode, which changes nothing) gives a resumed run the layout of one that was not
+    stopped, and so the same bits.
+    """
+    device_ids = [example.device.index] if example.is_cuda else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+    was_training = module.training
+    module.eval()
+    outputs = [leaf for leaf in tree_leaves(wrapped(example)) if isinstance(leaf, Tensor)]
+    sum(output.float().sum() for output in outputs).backward()
+    module.zero_grad(set_to_none=True)
+    module.train(was_training)
+    return wrapped
 
 
 def shutdown() -> None:
@@ -256,7 +281,7 @@ def first_to_say(message: str) -> bool:
     When nobody can be asked, the answer is yes: a line printed twice is better than none.
     """
     if not dist.is_initialized():
-        return int(os.environ.get("RANK", 0)) == 0 or "RANK" not in os.environ
+        return find_launcher(os.environ)[1] == 0
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.add(f"said/{message}", 1) == 1

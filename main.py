@@ -15,7 +15,6 @@ from pathlib import Path
 from signal import Signals
 
 import torch
-from torch import nn
 
 import augment
 import datasets
@@ -80,9 +79,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
     if processes.world_size > 1:
-        model = nn.parallel.DistributedDataParallel(
-            student, device_ids=[device.index] if device.type == "cuda" else None
-        )
+        example = torch.zeros(2, 3, *inputs.input_size, device=device)
+        model = distributed.data_parallel(student, example)
     log = metrics.RunLog(
         args.output_dir if distributed.is_main() else "", keeper.epoch,
         images_seen=keeper.global_step * effective,
@@ -141,9 +139,7 @@ def pick_amp(wanted: str, device: torch.device) -> torch.dtype | None:
 
 def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float]:
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
-    path = args.resume or args.finetune
-    if path == "auto":
-        path = str(resume.find_newest(Path(args.output_dir)) or "")
+    path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
     if not path:
         what = "timm's published weights" if args.pretrained else "random weights (no --resume)"
         tell("weights", what)

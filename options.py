@@ -96,7 +96,7 @@ def _add_run_flags(group: Any) -> None:
     add("--seed", default=0, type=int)
     add("--output-dir", default="", help="checkpoints, log.txt, TensorBoard; empty: save nothing")
     add("--resume", default="", help="checkpoint to go on from, or to evaluate: file, URL, or "
-        "auto: the newest good one in --output_dir")  # fmt: skip
+        "auto: the newest good one in --output_dir, auto:FILE: or else that file")  # fmt: skip
     add("--resume-anyway", action="store_true", help="go on although settings have changed")
     add("--checkpoint-steps", default=0, type=int, help="updates between two checkpoints; 0: off")
     add("--checkpoint-minutes", default=30.0, type=float,
@@ -324,7 +324,7 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         raise UserError("--cosub and --distillation-head cls cannot go together")
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
-    if args.resume == "auto" and not args.output_dir:
+    if args.resume.partition(":")[0] == "auto" and not args.output_dir:
         raise UserError("--resume auto looks in --output_dir, which is not given")
     if args.sched == "plateau" and args.sched_on_updates and "sched_on_updates" in explicit:
         raise UserError("--sched plateau looks at epochs: use --no-sched-on-updates")

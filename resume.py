@@ -177,17 +177,17 @@ class Keeper:
     # ---- going on
 
     def resume(self, source: str, *, anyway: bool = False) -> str:
-        """Take up the run of `source`, a file, URL or `auto`; return in words where it was.
+        """Take up the run of `source`; return in words where it was.
 
+        source: a file, a URL, `auto` (the newest in our folder), or `auto:` and one of the former,
+            for where the folder has none yet.
         Raises UserError for a file that cannot be read or belongs to another run, and, unless
         `anyway`, for settings that must not change.
         """
         found: dict[str, Any] = {}
 
         def look() -> str:
-            path = source
-            if source == "auto":
-                path = str(find_newest(self.folder) or "") if self.folder else ""
+            path = resolve(source, self.folder)
             if path:
                 found.update(load_run(path))
             return path
@@ -259,6 +259,14 @@ class Keeper:
             if not 0 <= state["micro_steps"] <= self.steps:
                 raise ValueError(f"step {state['micro_steps']} of {self.steps}")
             self.tally.load_state_dict(state)
+
+
+def resolve(source: str, folder: Path | None) -> str:
+    """Return the file or URL that `source` (see `Keeper.resume`) means, or "" for none."""
+    auto, _, otherwise = source.partition(":")
+    if auto != "auto":
+        return source
+    return str((folder and find_newest(folder)) or otherwise)
 
 
 def find_newest(folder: Path) -> Path | None:
