@@ -107,12 +107,14 @@ def init_processes(
             "MASTER_ADDR and MASTER_PORT, or give --dist-url file://FOLDER_OF_ALL_NODES/NEW_FILE"
         )
     if world > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_min)
+        store = next(dist.rendezvous(dist_url, rank_, world, timeout=timeout))[0]
         dist.init_process_group(
             backend="nccl" if place.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=dist.PrefixStore(_attempt(os.environ), store),
             rank=rank_,
             world_size=world,
-            timeout=datetime.timedelta(minutes=timeout_min),
+            timeout=timeout,
             device_id=place if place.type == "cuda" else None,
         )
     return Processes(rank_, local_rank_, world, place, launcher)
@@ -141,6 +143,18 @@ def shutdown() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _attempt(environ: Mapping[str, str]) -> str:
+    """Return a name for this start among the restarts by torchrun, the same in all processes.
+
+    torchrun lends its own store, in which the addresses of the processes that died stay from one
+    start to the next; who finds them waits for the dead. Each node counts restarts for itself, so
+    the count names a start on one node only; for several, see docs/cluster.md.
+    """
+    if environ.get("LOCAL_WORLD_SIZE") != environ.get("WORLD_SIZE"):
+        return "start"
+    return f"start-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 def leave_signals_to_parent(worker: int) -> None:

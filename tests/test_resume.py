@@ -6,9 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ import engine
 import resume
 from errors import EXIT_STOPPED, Stopped, UserError
 from losses import DistillationLoss
+from tools.kill_sweep import compare_runs, differences, finish, kill, start
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 # mixup, erasing, repeated augmentation and EMA are on by default
 FLAGS = [
@@ -35,38 +33,9 @@ FLAGS = [
 # ---- whole runs
 
 
-def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
-    """Yield where two checkpoints differ, to the bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        for key in a:
-            yield from differences(a[key], b[key], f"{place}.{key}")
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b)):
-            yield from differences(x, y, f"{place}.{i}")
-    elif not (torch.equal(a, b) if isinstance(a, Tensor) else a == b):
-        yield place
-
-
 def assert_same_run(one: Path, other: Path) -> None:
     """Weights, average, optimizer, counters and log are those of the other run, bit for bit."""
-    saved = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (one, other)]
-    free = tuple(f".args.{name}" for name in resume.MAY_CHANGE)
-    assert not [p for p in differences(*saved) if p not in free]
-    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
-
-
-def start(flags: list[str], out: Path, processes: int = 1) -> subprocess.Popen:
-    """Start a run into `out`; its output goes to out.log beside it."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
-    environ |= {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with open(f"{out}.log", "a") as log:
-        return subprocess.Popen(
-            [*launcher, str(ROOT / "main.py"), *flags, "--output_dir", str(out)],
-            env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    assert not compare_runs(one, other)
 
 
 def wait_for(words: str, log: Path, process: subprocess.Popen, timeout: float = 120) -> None:
@@ -75,14 +44,6 @@ def wait_for(words: str, log: Path, process: subprocess.Popen, timeout: float = 
     while words not in log.read_text():
         assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.01)
-
-
-def finish(flags: list[str], out: Path, processes: int = 1) -> str:
-    process = start(flags, out, processes)
-    code = process.wait(300)
-    text = Path(f"{out}.log").read_text()
-    assert code == 0, text
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +70,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
     finish(flags, whole, processes)
     process = start(flags, killed, processes)
     wait_for(words, Path(f"{killed}.log"), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(process)
     text = finish([*flags, "--num_workers", "0", "--log-interval", "2"], killed, processes)
     assert "resume: " in text and "starting from the beginning" in text
     assert_same_run(whole, killed)

@@ -17,7 +17,7 @@ import torch
 
 import run_with_submitit
 from errors import UserError
-from test_resume import assert_same_run
+from tools.kill_sweep import compare_runs, finish
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT.parent / "shared" / "slurm"
@@ -44,8 +44,8 @@ def test_deits_request_asks_for_what_deits_did() -> None:
 
 
 def test_a_request_without_gpus_and_with_any_parameter_of_sbatch() -> None:
-    asked = parameters("--ngpus", "0", "--tasks-per-node", "3", "--mem-per-gpu", "0", "--qos", "low",
-                       "--slurm", "exclusive", "--slurm", "gres-flags=x")  # fmt: skip
+    flags = "--ngpus 0 --tasks-per-node 3 --mem-per-gpu 0 --qos low"
+    asked = parameters(*flags.split(), "--slurm", "exclusive", "--slurm", "gres-flags=x")
     assert "gpus_per_node" not in asked and "mem_gb" not in asked and asked["tasks_per_node"] == 3
     assert asked["slurm_additional_parameters"] == {"exclusive": True, "gres_flags": "x"}
     assert asked["slurm_qos"] == "low"
@@ -104,8 +104,9 @@ class Job:
 
     def __init__(self, folder: Path, *flags: str) -> None:
         environ = os.environ | {"OMP_NUM_THREADS": "1"}
+        program = str(ROOT / "run_with_submitit.py")
         result = subprocess.run(
-            [sys.executable, str(ROOT / "run_with_submitit.py"), "--job_dir", f"{folder}/%j", *flags],
+            [sys.executable, program, "--job_dir", f"{folder}/%j", *flags],
             env=environ, cwd=folder, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
@@ -164,8 +165,8 @@ def test_a_signal_saves_requeues_and_the_run_goes_on(
     shell("scancel", f"--signal={name}", job.number)
     job.wait_for("Stopped by SIG" + name)
     job.wait_for_end()
-    assert "resume: " in job.said() and "epoch 1, step" in job.said()
-    assert_same_run(whole, job.folder)
+    assert "checkpoint.pth, epoch" in job.said()
+    assert not compare_runs(whole, job.folder)
 
 
 @pytest.mark.slow
@@ -178,19 +179,22 @@ def test_a_preempted_job_goes_on_by_itself(
                    "/dev/null", "--wrap", "sleep 1").strip()  # fmt: skip
     job.wait_for("Stopped by SIGTERM")
     job.wait_for_end()
-    assert urgent != job.number and "epoch 0, step" in job.said()
-    assert_same_run(whole, job.folder)
+    assert urgent != job.number and "checkpoint.pth, epoch" in job.said()
+    assert not compare_runs(whole, job.folder)
 
 
 @pytest.mark.slow
-def test_a_job_whose_time_is_over_goes_on(
-    whole: Path, run_flags: list[str], tmp_path: Path
-) -> None:
-    job = Job(tmp_path, *run_flags, "--timeout", "2", "--signal-delay", "90", "--max-timeouts", "9")
-    job.wait_for("[2/3] [1/")
-    subprocess.run(["true"])
+def test_a_job_whose_time_is_over_goes_on(slurm: None, tmp_path: Path) -> None:
+    flags = [*RUN, "--epochs", "12", "--batch-size", "64", "--num_workers", "0"]
+    finish(flags, tmp_path / "whole")
+    job = Job(tmp_path, *REQUEST, "--nodes", "1", "--tasks-per-node", "1", *flags)
+    job.wait_for("[1/12] [1/")
+    # less than the two minutes of --signal-delay; Slurm looks every half a minute
+    shell("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
+    job.wait_for("Stopped by SIGUSR2")
     job.wait_for_end()
-    assert_same_run(whole, job.folder)
+    assert "Job has timed out" in job.said() and "checkpoint.pth, epoch" in job.said()
+    assert not compare_runs(tmp_path / "whole", job.folder)
 
 
 @pytest.mark.slow
@@ -204,5 +208,4 @@ def test_a_cancelled_job_stops_in_order_and_is_not_requeued(
     while job.state() != "CANCELLED":
         assert time.monotonic() < end, job.state()
         time.sleep(0.3)
-    job.wait = lambda *_: None  # type: ignore[method-assign]
     torch.load(job.folder / "checkpoint.pth", weights_only=True)
