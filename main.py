@@ -186,6 +186,13 @@ def run(
         distributed.shutdown()
         on_stop(stop.signal_number)
         return EXIT_STOPPED
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        print(f"error: a DataLoader worker is gone ({reason}); was the memory full? Use fewer "
+              "--num-workers; --resume auto goes on", file=sys.stderr)  # fmt: skip
+        return 1
     distributed.shutdown()
     return 0
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import distributed
 import engine
 import resume
 from errors import EXIT_STOPPED, Stopped, UserError
@@ -106,6 +107,46 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
     assert text.count("Stopped by SIGUSR1") == 1 and f"exitcode  : {EXIT_STOPPED}" in text
     finish(flags, tmp_path / "out", 2)
     assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_the_same(
+    folder_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
+    finish(flags, tmp_path / "whole", 2)
+    process = start(flags, tmp_path / "out", 2, "--max-restarts=2")
+    wait_for("[2/2] [1/", tmp_path / "out.log", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    assert process.wait(180) == 0, (tmp_path / "out.log").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_in_one_line_and_it_can_go_on(
+    folder_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*folder_flags, "--num_workers", "1"]
+    process = start(flags, tmp_path / "out")
+    wait_for("[1/2] [1/", tmp_path / "out.log", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    assert process.wait(60) == 1
+    said = (tmp_path / "out.log").read_text()
+    assert said.count("error: a DataLoader worker is gone") == 1 and "Traceback" not in said
+    assert "resume: " in finish(flags, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_run_of_bad_losses_ends_in_one_line(folder_flags: list[str], tmp_path: Path) -> None:
+    flags = [*folder_flags, "--lr", "1e30", "--unscale-lr", "--max-bad-steps", "2",
+             "--no-sched-on-updates", "--warmup-lr", "1e30"]  # fmt: skip
+    process = start(flags, tmp_path / "out")
+    assert process.wait(60) == 2
+    said = (tmp_path / "out.log").read_text()
+    assert "2 updates in a row" in said and "bad_batch.pth" in said and "Traceback" not in said
+    assert (tmp_path / "out" / "bad_batch.pth").exists()
 
 
 # ---- a run in this process: a network of two numbers
@@ -387,6 +428,37 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
     engine.seed_step(saved["seed"], "step", saved["epoch"], saved["micro_step"], saved["rank"])
     loss = nn.functional.cross_entropy(again(saved["images"]), saved["labels"])
     assert not torch.isfinite(loss) and not torch.isfinite(saved["terms"]["loss"])
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """Train in two processes, of which the second gets a picture that is not finite."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    distributed.init_processes("cpu", dist_url=f"file://{folder}/meeting")
+    model = distributed.data_parallel(OneHead(), torch.zeros(2, 3, 2, 2))
+    images = torch.randn(3, 3, 3, 2, 2)
+    images[1, 0] = torch.nan if rank == 1 else 0.0
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for limit in (2, 1):
+        try:
+            stats = engine.train_one_epoch(
+                model, criterion, [(batch, torch.arange(3)) for batch in images], optimizer, CPU, 0,
+                max_bad_steps=limit, on_bad_batch=lambda batch: f"the hands of {batch['rank']}",
+            )  # fmt: skip
+            said = str(stats["skipped_updates"])
+        except UserError as error:
+            said = error.line()
+        weights = model.module.layer.weight.detach()
+        torch.save({"said": said, "weights": weights}, f"{folder}/{rank}-{limit}.pth")
+    distributed.shutdown()
+
+
+def test_a_bad_loss_in_one_process_is_skipped_and_told_by_both(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    for limit, words in ((2, "1"), (1, "step 1, process 1: loss nan, base nan; the batch is in")):
+        one, two = (torch.load(tmp_path / f"{rank}-{limit}.pth") for rank in (0, 1))
+        assert one["said"] == two["said"] and words in one["said"]
+        assert torch.equal(one["weights"], two["weights"]) and one["weights"].isfinite().all()
 
 
 def test_an_epoch_taken_up_again_has_the_means_of_the_whole(tmp_path: Path) -> None:

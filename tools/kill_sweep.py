@@ -50,11 +50,15 @@ MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
 }  # fmt: skip
 
 
-def start(flags: list[str], out: Path, processes: int = 1) -> subprocess.Popen:
-    """Start a run into `out`, in a process group of its own; what it says goes to `out`.log."""
+def start(flags: list[str], out: Path, processes: int = 1, *more: str) -> subprocess.Popen:
+    """Start a run into `out`, in a process group of its own; what it says goes to `out`.log.
+
+    more: for torchrun, which starts several processes.
+    """
     launcher = [sys.executable]
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                     *more]  # fmt: skip
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environ["OMP_NUM_THREADS"] = "1"
     with open(f"{out}.log", "a") as log:
