@@ -4,8 +4,10 @@
 it the tests are skipped, or fail if REQUIRE_SLURM is 1.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +19,7 @@ import torch
 
 import run_with_submitit
 from errors import UserError
-from tools.kill_sweep import compare_runs, finish
+from tools.kill_sweep import compare_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT.parent / "shared" / "slurm"
@@ -99,6 +101,11 @@ def slurm() -> Iterator[None]:
         subprocess.run([str(SCRIPTS / "slurm_down.sh")], capture_output=True, timeout=120)
 
 
+def is_pending(process: int, number: int) -> bool:
+    status = Path(f"/proc/{process}/status").read_text()
+    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
 class Job:
     """A run submitted through `run_with_submitit.py`."""
 
@@ -117,8 +124,25 @@ class Job:
         files = sorted(self.folder.glob("*_log.*"))
         return "".join(file.read_text() for file in files)
 
+    def tasks(self) -> list[int]:
+        """Return the processes of the run, without their workers."""
+        mine = f"SLURM_JOB_ID={self.number}\0".encode()
+        found = {}
+        for process in filter(lambda path: path.name.isdigit(), Path("/proc").iterdir()):
+            with contextlib.suppress(OSError):
+                if mine in (process / "environ").read_bytes():
+                    words = (process / "cmdline").read_text().split("\0")
+                    if "python" in words[0] and "submitit.core._submit" in words:
+                        parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                        found[int(process.name)] = int(parent)
+        assert found
+        return [task for task, parent in found.items() if parent not in found]
+
+    def shown(self, name: str) -> str:
+        return shell("scontrol", "show", "job", self.number).split(f"{name}=")[1].split()[0]
+
     def state(self) -> str:
-        return shell("scontrol", "show", "job", self.number).split("JobState=")[1].split()[0]
+        return self.shown("JobState")
 
     def wait(self, done: Callable[[], bool], timeout: float = 240) -> None:
         end = time.monotonic() + timeout
@@ -156,14 +180,13 @@ def whole(slurm: None, run_flags: list[str], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["USR1", "USR2"])
 def test_a_signal_saves_requeues_and_the_run_goes_on(
-    name: str, whole: Path, run_flags: list[str], tmp_path: Path
+    whole: Path, run_flags: list[str], tmp_path: Path
 ) -> None:
     job = Job(tmp_path, *run_flags)
     job.wait_for("[2/3] [1/")
-    shell("scancel", f"--signal={name}", job.number)
-    job.wait_for("Stopped by SIG" + name)
+    shell("scancel", "--signal=USR1", job.number)
+    job.wait_for("Stopped by SIGUSR1")
     job.wait_for_end()
     assert "checkpoint.pth, epoch" in job.said()
     assert not compare_runs(whole, job.folder)
@@ -184,17 +207,24 @@ def test_a_preempted_job_goes_on_by_itself(
 
 
 @pytest.mark.slow
-def test_a_job_whose_time_is_over_goes_on(slurm: None, tmp_path: Path) -> None:
-    flags = [*RUN, "--epochs", "12", "--batch-size", "64", "--num_workers", "0"]
-    finish(flags, tmp_path / "whole")
-    job = Job(tmp_path, *REQUEST, "--nodes", "1", "--tasks-per-node", "1", *flags)
-    job.wait_for("[1/12] [1/")
-    # less than the two minutes of --signal-delay; Slurm looks every half a minute
-    shell("scontrol", "update", f"JobId={job.number}", "TimeLimit=2")
+def test_a_job_whose_time_is_over_goes_on(
+    whole: Path, run_flags: list[str], tmp_path: Path
+) -> None:
+    job = Job(tmp_path, *run_flags)
+    job.wait_for("[1/3] [1/")
+    tasks = job.tasks()
+    for task in tasks:  # so that the run is not over before Slurm looks, every half a minute
+        os.kill(task, signal.SIGSTOP)
+    hours, minutes, _ = map(int, job.shown("RunTime").split(":"))
+    limit = 60 * hours + minutes + 2  # less than the two minutes of --signal-delay are left
+    shell("scontrol", "update", f"JobId={job.number}", f"TimeLimit={limit}")
+    job.wait(lambda: all(is_pending(task, signal.SIGUSR2) for task in tasks))
+    for task in tasks:
+        os.kill(task, signal.SIGCONT)
     job.wait_for("Stopped by SIGUSR2")
     job.wait_for_end()
     assert "Job has timed out" in job.said() and "checkpoint.pth, epoch" in job.said()
-    assert not compare_runs(tmp_path / "whole", job.folder)
+    assert not compare_runs(whole, job.folder)
 
 
 @pytest.mark.slow
