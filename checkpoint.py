@@ -1,7 +1,7 @@
 """Files with weights: read without executing anything, written so that a kill does no harm.
 
 `read_weights_file` takes any released format from a file or URL; what its keys mean is the
-models' business. `save_checkpoint` and `load_checkpoint` are a run's own files.
+models' business. `save_atomically` writes a run's own files; what is in them is `resume.py`'s.
 """
 
 import argparse
@@ -10,7 +10,10 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
+import struct
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +21,16 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from torch import nn
 
 import distributed
 from errors import UserError
 
-FORMAT = 1
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError,
-              IndexError, TypeError, ImportError, AssertionError)  # fmt: skip
+              IndexError, TypeError, ImportError, AssertionError, ArithmeticError, MemoryError,
+              struct.error, zipfile.BadZipFile)  # fmt: skip
 
 
 def is_url(source: str) -> bool:
@@ -49,6 +51,8 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
         raise UserError(f"{source}: not there; give a checkpoint file or URL")
     if path.is_dir():
         raise UserError(f"{source}: is a folder; give a checkpoint file in it")
+    if not path.is_file():
+        raise UserError(f"{source}: is no file (a pipe or device); give a checkpoint file")
     if path.stat().st_size == 0:
         raise UserError(f"{source}: is empty; copy or download it again")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -69,6 +73,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_pickle(path: Path) -> Any:
     try:
+        _check_archive(path)
         with torch.serialization.safe_globals(LEGACY_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storage classes, which the user cannot mend
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -89,7 +94,35 @@ def _read_pickle(path: Path) -> Any:
         ) from error
 
 
-def _brief(error: Exception) -> str:
+def _check_archive(path: Path) -> None:
+    """Raise ValueError for an archive that is damaged or swells; torch itself checks neither.
+
+    Every entry has a checksum (CRC-32), which torch writes and skips on reading. torch never
+    compresses, so an archive that holds more than its own size is a bomb. Files of before torch
+    1.6 are no archives and have no checksum.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (
+            any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            or sum(entry.file_size for entry in entries) > path.stat().st_size
+        ):
+            raise ValueError("it would unpack to more than its size")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"the checksum of {damaged} differs")
+
+
+def _brief(error: BaseException) -> str:
+    """Return the reason on one line: the system's words (disk full), where it was the system."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
@@ -135,10 +168,14 @@ def hash_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_atomically(content: Any, path: str | Path) -> None:
+def save_atomically(
+    content: Any, path: str | Path, *, keep: int = 1, copy_to: Path | None = None
+) -> None:
     """Write `content` so that `path` is at every moment the old file or the whole new one.
 
-    Raises UserError when it cannot be written (disk full, no right to); the old file stays.
+    keep: how many to keep, this one included; those before it are `aged(path, 1)` and on.
+    copy_to: another name for the same content, there before `path` changes.
+    Raises UserError when it cannot be written (disk full, no right to); the old files stay.
     """
     path = Path(path)
     shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -148,6 +185,13 @@ def save_atomically(content: Any, path: str | Path) -> None:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if copy_to is not None:
+            _link(shadow, copy_to)
+        for age in range(keep - 1, 1, -1):
+            if aged(path, age - 1).exists():
+                os.replace(aged(path, age - 1), aged(path, age))
+        if keep > 1 and path.exists():
+            _link(path, aged(path, 1))
         os.replace(shadow, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
@@ -155,6 +199,25 @@ def save_atomically(content: Any, path: str | Path) -> None:
         raise UserError(
             f"{path}: cannot be written ({_brief(error)}); the file from before is untouched"
         ) from error
+
+
+def aged(path: Path, age: int) -> Path:
+    """Return the name of the file that was `path` before the last `age` writes."""
+    return path.with_name(f"{path.stem}-{age}{path.suffix}") if age else path
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give `source` a second name, replacing what has it; a copy where links are not possible."""
+    shadow = source.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shadow.unlink(missing_ok=True)
+    try:
+        os.link(source, shadow)
+    except OSError:
+        shutil.copyfile(source, shadow)
+        with open(shadow, "rb") as file:
+            os.fsync(file.fileno())
+    os.replace(shadow, target)
+    shadow.unlink(missing_ok=True)  # renaming one name of a file to another does nothing
 
 
 def _sync_folder(folder: Path) -> None:
@@ -176,47 +239,3 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-def save_checkpoint(
-    path: str | Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: Any,
-    epoch: int,
-    model_ema: Any = None,
-    scaler: torch.amp.GradScaler | None = None,
-    args: Namespace | None = None,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a run's checkpoint: DeiT's keys, and `extra` beside them. `epoch`: the last finished.
-
-    `model_ema` (state dict of the average) and `scaler` are there only if the run has them.
-    """
-    content = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": lr_scheduler.state_dict(),
-        "epoch": epoch,
-        "args": to_plain(args) if args is not None else {},
-        "format": FORMAT,
-        **to_plain(extra or {}),
-    }
-    if model_ema is not None:
-        content["model_ema"] = model_ema.state_dict()
-    if scaler is not None:
-        content["scaler"] = scaler.state_dict()
-    save_atomically(content, path)
-
-
-def load_checkpoint(source: str | Path) -> dict[str, Any]:
-    """Return a run's checkpoint. Raises UserError if the file is no run's but only weights."""
-    content = read_weights_file(source)
-    missing = [key for key in ("model", "optimizer", "epoch") if key not in content]
-    if missing:
-        raise UserError(
-            f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
-            "its weights use --finetune"
-        )
-    return content

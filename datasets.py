@@ -6,6 +6,7 @@ and name it in `DATA_SETS`. timm's names (`wds/...`, `tfds/...`, `torch/...`, `f
 """
 
 import difflib
+import hashlib
 import json
 import logging
 import numbers
@@ -30,7 +31,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from augment import InputConfig, Transform, build_transform
-from distributed import Processes
+from distributed import Processes, leave_signals_to_parent
 from errors import UserError
 from samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 
@@ -515,13 +516,25 @@ class Loaders:
     train_sampler: TrainSampler | None
     data: tuple[Pictures | Stream, ...]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the views of the next pass over `train`."""
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the order and the views of the next pass over `train`, from batch `done` on."""
         if self.train_sampler is not None:
             self.train_sampler.set_epoch(epoch)
+            self.train_sampler.set_start(done * self.train.batch_size)
         for data in self.data:
             if isinstance(data, Stream):
                 data.set_epoch(epoch)
+
+    def fingerprint(self) -> str:
+        """Return which pictures have which labels, in a few words, wherever the folders lie."""
+        digest = hashlib.sha256()
+        for data in self.data:
+            digest.update(repr((len(data), data.num_classes, data.classes)).encode())
+            source = getattr(data, "source", None)
+            if isinstance(source, Files):
+                digest.update(source.names.tobytes() + source.labels.tobytes())
+        counts = " + ".join(str(len(data)) for data in self.data)
+        return f"{counts} pictures, {digest.hexdigest()[:12]}"
 
     def skipped(self) -> int:
         """Return how many different pictures this process and its workers could not read."""
@@ -642,6 +655,7 @@ def _build_loader(
         pin_memory=pin_memory,
         drop_last=is_train,
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(derive_seed(seed, "workers", rank)),
     )
 

@@ -8,18 +8,23 @@ import contextlib
 import datetime
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from errors import UserError
 
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -96,22 +101,80 @@ def init_processes(
         torch.cuda.set_device(place)
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "srun does not tell where the first process is: use run_with_submitit.py, set "
+            "MASTER_ADDR and MASTER_PORT, or give --dist-url file://FOLDER_OF_ALL_NODES/NEW_FILE"
+        )
     if world > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=timeout_min)
+        store = next(dist.rendezvous(dist_url, rank_, world, timeout=timeout))[0]
         dist.init_process_group(
             backend="nccl" if place.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=dist.PrefixStore(_attempt(os.environ), store),
             rank=rank_,
             world_size=world,
-            timeout=datetime.timedelta(minutes=timeout_min),
+            timeout=timeout,
             device_id=place if place.type == "cuda" else None,
         )
     return Processes(rank_, local_rank_, world, place, launcher)
+
+
+def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
+    """Wrap `module` in DDP, with the gradients already in the order that they will keep.
+
+    DDP lays out its gradients anew after the first backward pass, and the place of a number
+    decides in which order three or more processes add it up. A pass over `example` beforehand
+    (in evaluation mode, which changes nothing) gives a resumed run the layout of one that was not
+    stopped, and so the same bits.
+    """
+    device_ids = [example.device.index] if example.is_cuda else None
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+    was_training = module.training
+    module.eval()
+    outputs = [leaf for leaf in tree_leaves(wrapped(example)) if isinstance(leaf, Tensor)]
+    sum(output.float().sum() for output in outputs).backward()
+    module.zero_grad(set_to_none=True)
+    module.train(was_training)
+    return wrapped
 
 
 def shutdown() -> None:
     """Leave the process group, if one was joined."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _attempt(environ: Mapping[str, str]) -> str:
+    """Return a name for this start among the restarts by torchrun, the same in all processes.
+
+    torchrun lends its own store, in which the addresses of the processes that died stay from one
+    start to the next; who finds them waits for the dead. Each node counts restarts for itself, so
+    the count names a start on one node only; for several, see docs/cluster.md.
+    """
+    if environ.get("LOCAL_WORLD_SIZE") != environ.get("WORLD_SIZE"):
+        return "start"
+    return f"start-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a DataLoader's worker live through the signals that ask a run to stop.
+
+    Slurm and terminals send them to every process; a worker that obeyed would end the step that
+    the run wants to finish. A SIGTERM from the parent itself still ends it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def rank() -> int:
@@ -150,13 +213,68 @@ def any_rank(flag: Tensor) -> Tensor:
     return agreed.bool()
 
 
-def broadcast_object(value: Any) -> Any:
-    """Return rank 0's `value` (picklable) in every process."""
+def all_gather(tensor: Tensor) -> Tensor:
+    """Return the tensors of all processes, of the same shape, stacked in a new first axis."""
+    if not dist.is_initialized():
+        return tensor[None]
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Return the `value` (picklable) of the process `source` in every process."""
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=source)
     return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Run `function` in the first process alone; all return its answer or raise its UserError."""
+    answer: Any = None
+    if is_main():
+        try:
+            answer = function()
+        except UserError as error:
+            answer = error
+    answer = broadcast_object(answer)
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+class Agreement:
+    """The largest wish of all processes, the same answer in all of them at the same call.
+
+    On a GPU the answer is that to the wishes of `LAG` calls ago, so that nobody waits for work
+    that was only just queued. One process alone has its wish at once, without any work.
+    """
+
+    LAG = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.device = device
+
+    def __call__(self, wish: int) -> int:
+        if world_size() == 1:
+            return wish
+        wishes = torch.full((), wish, dtype=torch.int32, device=self.device)
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        if self.device.type != "cuda":
+            return int(wishes)
+        answer = torch.empty((), dtype=torch.int32, pin_memory=True)
+        answer.copy_(wishes, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._asked.append((answer, ready))
+        if len(self._asked) <= self.LAG:
+            return 0
+        answer, ready = self._asked.popleft()
+        ready.synchronize()
+        return int(answer)
 
 
 @contextlib.contextmanager
@@ -177,7 +295,7 @@ def first_to_say(message: str) -> bool:
     When nobody can be asked, the answer is yes: a line printed twice is better than none.
     """
     if not dist.is_initialized():
-        return int(os.environ.get("RANK", 0)) == 0 or "RANK" not in os.environ
+        return find_launcher(os.environ)[1] == 0
     try:
         store = dist.distributed_c10d._get_default_store()
         return store.add(f"said/{message}", 1) == 1

@@ -8,8 +8,8 @@ or a file answers, this room cannot tell. All randomness of a step follows from
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,56 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.Abst
     return torch.autocast(device.type, dtype=dtype)
 
 
+class Interrupt(Protocol):
+    """What a signal does to a run: `heard` its number, or 0; `stop` saves and raises Stopped."""
+
+    heard: int
+
+    def stop(self) -> None: ...
+
+
+class Tally:
+    """How far an epoch has come: micro-steps done, the sums behind its means, its bad updates.
+
+    With the weights it is all that a run stopped in the middle of an epoch needs to go on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Stand at the beginning of an epoch."""
+        self.micro = 0
+        self.meters: dict[str, Meter] = {}
+        self.bad = _BadSteps(self.device)
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.meters.setdefault(name, Meter(self.device)).update(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values, the sums of every process (axis 0); all must call it."""
+        sums = [meter.sums for meter in self.meters.values()]
+        return {
+            "micro_steps": self.micro,
+            "meters": list(self.meters),
+            "sums": distributed.all_gather(torch.stack(sums)).cpu() if sums else None,
+            "bad": self.bad.counts.cpu(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up this process's sums; from another number of processes the first takes all."""
+        self.micro = state["micro_steps"]
+        self.bad.counts.copy_(state["bad"])
+        sums = state["sums"]  # (processes, meters, 2, 2)
+        if sums is not None and len(sums) != distributed.world_size():
+            sums = [sums.sum(0) * distributed.is_main()] * distributed.world_size()
+        for i, name in enumerate(state["meters"]):
+            self.meters[name] = Meter(self.device)
+            self.meters[name].sums.copy_(sums[distributed.rank()][i])
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: nn.Module,
@@ -61,6 +111,9 @@ def train_one_epoch(
     max_bad_steps: int = 10,
     log_interval: int = 10,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
+    on_update: Callable[[int], None] | None = None,
+    on_bad_batch: Callable[[dict[str, Any]], str] | None = None,
+    tally: Tally | None = None,
     header: str | None = None,
 ) -> dict[str, float]:
     """Train `model` once over `data_loader`, whose batches are pictures (B,3,H,W), labels (B,).
@@ -70,19 +123,26 @@ def train_one_epoch(
     teacher: pictures (B,3,H,W) to logits (B,C), or None.
     max_norm: largest gradient norm, None for no clipping. accum_steps: micro-steps per update.
     on_log: called at every printed line with the update's number in the epoch and the averages.
+    on_update: called after every update with the number of updates since the run began; what it
+        raises ends the epoch there.
+    on_bad_batch: called once, in the process with the bad loss, with what reproduces it; returns
+        where it put that.
+    tally: what was done of the epoch before; `data_loader` brings only the rest of it.
     Returns the averages of the epoch, and how many updates were skipped as non-finite.
     Raises UserError when `max_bad_steps` updates in a row had a non-finite loss or gradient.
     """
+    tally = Tally(device) if tally is None else tally
     model.train(set_training_mode)
     micro_steps = len(data_loader)  # type: ignore[arg-type]
     updates = -(-micro_steps // accum_steps)
-    progress = ProgressLogger(micro_steps, header or f"Epoch: [{epoch}]", interval=log_interval)
-    meters: dict[str, Meter] = {}
-    bad = _BadSteps(device, max_bad_steps)
+    progress = ProgressLogger(
+        micro_steps, header or f"Epoch: [{epoch}]", interval=log_interval, start=tally.micro
+    )
+    meters, bad = tally.meters, tally.bad
     network = getattr(model, "module", model)
     optimizer.zero_grad(set_to_none=True)
 
-    for micro, (images, labels, *_) in enumerate(progress(data_loader)):
+    for micro, (images, labels, *_) in enumerate(progress(data_loader), start=tally.micro):
         update, last_of_update = micro // accum_steps, (micro + 1) % accum_steps == 0
         last_of_update |= micro + 1 == micro_steps
         in_update = min(accum_steps, micro_steps - update * accum_steps)
@@ -102,28 +162,33 @@ def train_one_epoch(
                 outputs = model(images)
             loss = criterion(images, outputs, labels, teacher_outputs=teacher_outputs)
             _backward(loss / in_update, loss_scaler)
-        for name, value in {"loss": loss.detach(), **criterion.terms}.items():
-            meters.setdefault(name, Meter(device)).update(value)
-        bad.watch(loss)
+        terms = {"loss": loss.detach(), **criterion.terms}
+        tally.add(terms)
+        batch = {"images": images, "labels": labels, "teacher_outputs": teacher_outputs}
+        bad.watch(loss, {"micro_step": micro, "terms": terms, **batch})
         if not last_of_update:
             continue
 
         norm = _update(optimizer, network, loss_scaler, max_norm, bad)
-        meters.setdefault("grad_norm", Meter(device)).update(norm)
+        tally.micro = micro + 1
+        tally.add({"grad_norm": norm})
+        if bad.too_many(max_bad_steps, look=progress.due(micro)):
+            place = {"epoch": epoch, "seed": seed, "model": network.network.state_dict()}
+            bad.stop(place, max_bad_steps, on_bad_batch)
         if model_ema is not None:
             model_ema.update(network.network, epoch * updates + update)
         if progress.due(micro):
-            bad.check()
             shown = {name: meter.recent() for name, meter in meters.items()}
             shown["lr"] = max(group["lr"] for group in optimizer.param_groups)
             progress.log(micro, shown, images_per_step=images.shape[0] * distributed.world_size())
             if on_log is not None:
                 on_log(update, shown)
+        if on_update is not None:
+            on_update(epoch * updates + update + 1)
 
-    bad.check()
     stats = {name: meter.average() for name, meter in meters.items()}
     stats["lr"] = max(group["lr"] for group in optimizer.param_groups)
-    return stats | {"skipped_updates": bad.total()}
+    return stats | {"skipped_updates": bad.total}
 
 
 def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:
@@ -160,17 +225,22 @@ def _update(
 
 
 class _BadSteps:
-    """Non-finite updates: all processes agree on each, and it is counted on the device."""
+    """Non-finite updates: all processes agree on each, and it is counted on the device.
 
-    def __init__(self, device: torch.device, limit: int) -> None:
-        self.limit = limit
+    counts: bad updates in a row until now, the most in a row, all of the epoch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(3, dtype=torch.long, device=device)
         self._now = torch.zeros((), dtype=torch.bool, device=device)
-        self._streak = torch.zeros((), dtype=torch.long, device=device)
-        self._longest = torch.zeros((), dtype=torch.long, device=device)
-        self._total = torch.zeros((), dtype=torch.long, device=device)
+        self._batches: list[dict[str, Any]] = []  # of this update
+        self._decided = True
 
-    def watch(self, loss: Tensor) -> None:
-        """Remember whether the loss of a micro-step was not finite."""
+    def watch(self, loss: Tensor, batch: dict[str, Any]) -> None:
+        """Remember a micro-step of this update, and whether its loss was not finite."""
+        if self._decided:
+            self._batches, self._decided = [], False
+        self._batches.append(batch)
         self._now |= ~torch.isfinite(loss.detach())
 
     def decide(self, norm: Tensor | None) -> Tensor:
@@ -178,22 +248,41 @@ class _BadSteps:
         if norm is not None:
             self._now |= ~torch.isfinite(norm)
         skip = distributed.any_rank(self._now)
-        self._streak = (self._streak + 1) * skip
-        self._longest = torch.maximum(self._longest, self._streak)
-        self._total = self._total + skip
+        streak = (self.counts[0] + 1) * skip
+        self.counts = torch.stack(
+            [streak, torch.maximum(self.counts[1], streak), self.counts[2] + skip]
+        )
         self._now = torch.zeros_like(self._now)
+        self._decided = True
         return skip
 
-    def check(self) -> None:
-        """Raise UserError if too many updates in a row were bad (one read from the device)."""
-        if int(self._longest) >= self.limit:
-            raise UserError(
-                f"the loss was not finite in {int(self._longest)} updates in a row "
-                f"(--max-bad-steps {self.limit}); lower --lr, set --clip-grad 1, or use --amp bf16"
-            )
-
+    @property
     def total(self) -> int:
-        return int(self._total)
+        return int(self.counts[2])
+
+    def too_many(self, limit: int, *, look: bool) -> bool:
+        """Return whether `limit` updates in a row were bad; GPUs are only asked on `look`."""
+        return (look or not self.counts.is_cuda) and int(self.counts[1]) >= limit
+
+    def stop(
+        self, place: dict[str, Any], limit: int, save: Callable[[dict[str, Any]], str] | None
+    ) -> None:
+        """Save the first bad batch of this update that any process has; raise UserError."""
+        bad = [b for b in self._batches if not torch.isfinite(b["terms"]["loss"])]
+        has_one = distributed.all_gather(self.counts.new_tensor(bool(bad)))
+        culprit = int(has_one.argmax())  # of equal ones the first: rank 0, if no loss was bad
+        text = ""
+        if distributed.rank() == culprit:
+            batch = (bad or self._batches)[0] | {"rank": culprit} | place
+            terms = ", ".join(f"{name} {float(v):.4g}" for name, v in batch["terms"].items())
+            saved = f"; the batch is in {save(batch)}" if save is not None else ""
+            text = (
+                f"the loss was not finite in {int(self.counts[1])} updates in a row "
+                f"(--max-bad-steps {limit}), last in epoch {batch['epoch']}, step "
+                f"{batch['micro_step']}, process {culprit}: {terms}{saved}; lower --lr, "
+                "set --clip-grad 1, or use --amp bf16"
+            )
+        raise UserError(distributed.broadcast_object(text, culprit))
 
 
 @torch.no_grad()
@@ -205,16 +294,19 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     header: str = "Test:",
     log_interval: int = 50,
+    interrupt: Interrupt | None = None,
 ) -> dict[str, float]:
     """Return {"loss", "acc1", "acc5", "count"} of `model` over `data_loader`, in all processes.
 
     loss: mean cross entropy in nats per picture; acc1 and acc5 in percent (with fewer than five
     classes acc5 counts all of them). Each process may bring any number of pictures, none included:
     sums and counts are added up, so no picture is counted twice.
+    interrupt: when it has heard a signal in any process, all stop together, without an answer.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, count
+    # loss, top-1, top-5, count, and how many processes broke off
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     for step, (images, labels, *_) in enumerate(progress(data_loader)):
         images = images.to(device, non_blocking=True)
@@ -226,13 +318,18 @@ def evaluate(
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         top1, top5 = accuracy(logits, labels, topk=(1, 5))
-        sums += torch.stack([loss, top1, top5, loss.new_tensor(labels.shape[0])]).double()
+        sums[:4] += torch.stack([loss, top1, top5, loss.new_tensor(labels.shape[0])]).double()
         if progress.due(step):
             progress.log(
                 step, {"loss": float(sums[0] / sums[3]), "acc1": 100 * float(sums[1] / sums[3])}
             )
+        if interrupt is not None and interrupt.heard:
+            sums[4] += 1
+            break
     model.train(was_training)
-    loss, top1, top5, count = distributed.all_reduce_sum(sums).tolist()
+    loss, top1, top5, count, broken_off = distributed.all_reduce_sum(sums).tolist()
+    if broken_off and interrupt is not None:
+        interrupt.stop()
     if count == 0:
         raise UserError("the evaluation set is empty: no picture reached the model")
     stats: dict[str, Any] = {

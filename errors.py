@@ -1,10 +1,11 @@
-"""What the user can mend. `main.py` turns it into one line on stderr and exit code 2."""
+"""How a run ends early: what the user can mend, and a stop that was asked for."""
 
 
 class UserError(ValueError):
     """A setting, a file or a picture that only the user can put right.
 
-    The message is one line: what was asked, what was found, what to do.
+    The message is one line: what was asked, what was found, what to do. `main.py` prints it on
+    stderr and ends with exit code 2.
     """
 
     def line(self) -> str:
@@ -17,3 +18,17 @@ class UserError(ValueError):
         if "Original Traceback" in message:
             message = message.rsplit("UserError: ", 1)[-1]
         return " ".join(message.split())
+
+
+EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; all processes raise this together.
+
+    `main.py` ends with `EXIT_STOPPED`, after a checkpoint was written.
+    """
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.signal_number = signal_number

@@ -10,14 +10,13 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from signal import Signals
 
 import torch
-from torch import nn
 
 import augment
-import checkpoint
 import datasets
 import distributed
 import engine
@@ -26,8 +25,9 @@ import metrics
 import models
 import optim
 import options
+import resume
 import teachers
-from errors import UserError
+from errors import EXIT_STOPPED, Stopped, UserError
 
 _logger = logging.getLogger("main")
 
@@ -71,21 +71,26 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     tell("recipe", f"{args.epochs} epochs of {updates_per_epoch} updates, effective batch "
          f"{effective}, learning rate {lr:.3g}")  # fmt: skip
 
-    start_epoch, best = args.start_epoch, 0.0
-    if args.resume:
-        saved = checkpoint.load_checkpoint(args.resume)
-        start_epoch, best = restore(saved, student, optimizer, schedule, scaler, ema, args.resume)
+    tally = engine.Tally(device)
+    keeper = resume.build_keeper(
+        args, {"model": student.network, "optimizer": optimizer, "lr_scheduler": schedule,
+               "scaler": scaler, "model_ema": ema}, tally,
+        facts={"processes": processes.world_size, "data": loaders.fingerprint()},
+        steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
+    )  # fmt: skip
     if processes.world_size > 1:
-        model = nn.parallel.DistributedDataParallel(
-            student, device_ids=[device.index] if device.type == "cuda" else None
-        )
-    log = metrics.RunLog(args.output_dir if distributed.is_main() else "", start_epoch)
+        example = torch.zeros(2, 3, *inputs.input_size, device=device)
+        model = distributed.data_parallel(student, example)
+    log = metrics.RunLog(
+        args.output_dir if distributed.is_main() else "", keeper.epoch,
+        images_seen=keeper.global_step * effective,
+    )  # fmt: skip
     log.config(vars(args))
     stats: dict[str, float] = {}
     started = time.time()
 
-    for epoch in range(start_epoch, args.epochs):
-        loaders.set_epoch(epoch)
+    for epoch in keeper.epochs(args.epochs):
+        loaders.set_epoch(epoch, tally.micro)
         seen = epoch * updates_per_epoch
         train_stats = engine.train_one_epoch(
             model, criterion, loaders.train, optimizer, device, epoch,
@@ -98,56 +103,30 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
             on_log=lambda update, shown, seen=seen: log.scalars(
                 "train", shown, (seen + update + 1) * effective
             ),
+            on_update=keeper.after_update, on_bad_batch=keeper.save_bad_batch, tally=tally,
         )  # fmt: skip
-        stats = engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype)
+        stats = engine.evaluate(
+            loaders.val, student.network, device, amp_dtype=amp_dtype, interrupt=keeper
+        )
         ema_stats = {}
         if ema is not None:
             ema_stats = engine.evaluate(
-                loaders.val, ema.on(device), device, amp_dtype=amp_dtype, header="Test EMA:"
-            )
+                loaders.val, ema.on(device), device, amp_dtype=amp_dtype, header="Test EMA:",
+                interrupt=keeper,
+            )  # fmt: skip
         schedule.end_epoch(epoch, stats["acc1"])
-        is_best, best = stats["acc1"] > best, max(best, stats["acc1"])
-        if args.output_dir and distributed.is_main():
-            for name in ["checkpoint.pth"] + ["best_checkpoint.pth"] * is_best:
-                checkpoint.save_checkpoint(
-                    Path(args.output_dir, name), model=student.network, optimizer=optimizer,
-                    lr_scheduler=schedule, epoch=epoch, model_ema=ema, scaler=scaler, args=args,
-                    extra={"best_acc1": best, "global_step": (epoch + 1) * updates_per_epoch},
-                )  # fmt: skip
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(),
                   (epoch + 1) * updates_per_epoch * effective)  # fmt: skip
-        distributed.barrier()
+        keeper.end_epoch(stats["acc1"])  # after the log, from which a resumed run drops doubles
         tell(None, f"Accuracy of the network on the {stats['count']} test images: "
              f"{stats['acc1']:.1f}%")  # fmt: skip
-        tell(None, f"Max accuracy: {best:.2f}%")
+        tell(None, f"Max accuracy: {keeper.best:.2f}%")
     tell(None, f"Training time {metrics.clock(time.time() - started)}")
     skipped = int(distributed.all_reduce_sum(torch.tensor(loaders.skipped(), device=device)))
     if skipped:
         tell("data", f"{skipped} unreadable pictures were left out")
     log.close()
     return stats
-
-
-def restore(saved, student, optimizer, schedule, scaler, ema, source: str) -> tuple[int, float]:
-    """Put a checkpoint back into the parts of a run; return its next epoch and best accuracy."""
-    try:
-        student.network.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--resume {source}: is of another model or optimizer ({reason}); use the flags it was "
-            "made with, or --finetune to take its weights alone"
-        ) from error
-    schedule.load_state_dict(saved.get("lr_scheduler", {}))
-    if scaler is not None and "scaler" in saved:
-        scaler.load_state_dict(saved["scaler"])
-    if ema is not None:
-        if "model_ema" in saved:
-            ema.load_state_dict(saved["model_ema"])
-        else:
-            ema.refresh(student.network)
-    return saved["epoch"] + 1, float(saved.get("best_acc1", 0.0))
 
 
 def pick_amp(wanted: str, device: torch.device) -> torch.dtype | None:
@@ -161,7 +140,7 @@ def pick_amp(wanted: str, device: torch.device) -> torch.dtype | None:
 
 def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float]:
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
-    path = args.resume or args.finetune
+    path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
     if not path:
         what = "timm's published weights" if args.pretrained else "random weights (no --resume)"
         tell("weights", what)
@@ -187,8 +166,13 @@ def tell(what: str | None, line: str) -> None:
         print(f"{what}: {line}" if what else line, flush=True)
 
 
-def run(argv: Sequence[str] | None = None) -> int:
-    """Parse, run, and turn what the user can mend into one line and exit code 2."""
+def run(
+    argv: Sequence[str] | None = None, on_stop: Callable[[int], None] = lambda signal_number: None
+) -> int:
+    """Parse and run; return the exit code: 0 done, 2 for what the user can mend, in one line.
+
+    A run that a signal has stopped returns EXIT_STOPPED, after `on_stop` has heard which.
+    """
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     try:
         settings = options.parse_args(argv)
@@ -197,6 +181,19 @@ def run(argv: Sequence[str] | None = None) -> int:
         if distributed.first_to_say(error.line()):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
         return 2  # without leaving the group: another process may still wait in a collective
+    except Stopped as stop:
+        name = Signals(stop.signal_number).name
+        tell(None, f"Stopped by {name}; --resume auto goes on from here")
+        distributed.shutdown()
+        on_stop(stop.signal_number)
+        return EXIT_STOPPED
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        print(f"error: a DataLoader worker is gone ({reason}); was the memory full? Use fewer "
+              "--num-workers; --resume auto goes on", file=sys.stderr)  # fmt: skip
+        return 1
     distributed.shutdown()
     return 0
 

@@ -39,24 +39,23 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._epoch = torch.zeros(2, dtype=torch.float64, device=device)  # sum, count
-        self._since = torch.zeros_like(self._epoch)
+        # rows: since the beginning, since `recent` was read; columns: sum, count
+        self.sums = torch.zeros(2, 2, dtype=torch.float64, device=device)
 
     def update(self, value: Tensor | float) -> None:
-        value = torch.as_tensor(value, device=self._epoch.device).detach().double()
+        value = torch.as_tensor(value, device=self.sums.device).detach().double()
         finite = torch.isfinite(value)
-        added = torch.stack([torch.where(finite, value, 0.0), finite.double()])
-        self._epoch += added
-        self._since += added
+        self.sums += torch.stack([torch.where(finite, value, 0.0), finite.double()])
 
     def recent(self) -> float:
         """Return the mean since the last call, over all processes, which must all call it."""
-        since, self._since = self._since, torch.zeros_like(self._since)
+        since = self.sums[1].clone()
+        self.sums[1] = 0
         return _mean(since)
 
     def average(self) -> float:
         """Return the mean since the beginning, over all processes, which must all call it."""
-        return _mean(self._epoch)
+        return _mean(self.sums[0])
 
 
 def _mean(sum_and_count: Tensor) -> float:
@@ -68,16 +67,16 @@ class ProgressLogger:
     """One line every `interval` steps: step, time left, numbers, pictures a second, data wait.
 
     On a terminal the lines overwrite each other; redirected, they follow each other. Only the
-    first process prints.
+    first process prints. start: steps done before, by a run that this one goes on from.
     """
 
-    def __init__(self, length: int, header: str, *, interval: int = 10) -> None:
-        self.length, self.header, self.interval = length, header, interval
+    def __init__(self, length: int, header: str, *, interval: int = 10, start: int = 0) -> None:
+        self.length, self.header, self.interval, self.start = length, header, interval, start
         self._speaks = distributed.is_main()
         self._overwrites = sys.stdout.isatty()
         self._begin = self._mark = time.perf_counter()
         self._waited = 0.0
-        self._steps_at_mark = 0
+        self._steps_at_mark = start
 
     def __call__(self, batches: Iterable) -> Iterator[Any]:
         """Yield the batches, and measure how long each was waited for."""
@@ -91,7 +90,7 @@ class ProgressLogger:
                 print("\r\033[K", end="")
             seconds = time.perf_counter() - self._begin
             share = 100 * self._waited / max(seconds, 1e-9)
-            print(f"{self.header} {self.length} steps in {clock(seconds)}, "
+            print(f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
                   f"data wait {share:.0f}%", flush=True)  # fmt: skip
 
     def due(self, step: int) -> bool:
@@ -102,7 +101,7 @@ class ProgressLogger:
         if not self._speaks:
             return
         now, done = time.perf_counter(), step + 1
-        eta = (now - self._begin) / done * (self.length - done)
+        eta = (now - self._begin) / (done - self.start) * (self.length - done)
         parts = [f"[{done}/{self.length}]", f"eta {clock(eta)}"]
         parts += [f"{name} {number(value)}" for name, value in values.items()]
         if images_per_step:
@@ -153,7 +152,7 @@ class RunLog:
         """Write the settings of the run, every flag with its value."""
         if self._folder is not None:
             text = yaml.safe_dump({k: _plain(v) for k, v in settings.items()}, sort_keys=True)
-            (self._folder / "config.yaml").write_text(text)
+            _replace_text(self._folder / "config.yaml", text)
 
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
         """Put `values` under `prefix/name` in TensorBoard."""
@@ -204,8 +203,15 @@ def keep_epochs_before(path: Path, epoch: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             _logger.warning("%s: dropped a line that is no epoch: %.40s", path, line)
-    shadow = path.with_name(path.name + ".tmp")
-    shadow.write_text("".join(kept))
+    _replace_text(path, "".join(kept))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with shadow.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(shadow, path)
 
 

@@ -95,7 +95,13 @@ def _add_run_flags(group: Any) -> None:
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", default=0, type=int)
     add("--output-dir", default="", help="checkpoints, log.txt, TensorBoard; empty: save nothing")
-    add("--resume", default="", help="checkpoint to go on from, or to evaluate; file or URL")
+    add("--resume", default="", help="checkpoint to go on from, or to evaluate: file, URL, or "
+        "auto: the newest good one in --output_dir, auto:FILE: or else that file")  # fmt: skip
+    add("--resume-anyway", action="store_true", help="go on although settings have changed")
+    add("--checkpoint-steps", default=0, type=int, help="updates between two checkpoints; 0: off")
+    add("--checkpoint-minutes", default=30.0, type=float,
+        help="minutes between two checkpoints, besides the one of every epoch; 0: off")  # fmt: skip
+    add("--keep-checkpoints", default=2, type=int, help="the last so many; the best besides")
     add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate and exit")
     add("--log-interval", default=10, type=int, help="steps between two printed lines")
@@ -273,6 +279,9 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("num_workers", 0, None),
         ("nb_classes", 1, None),
         ("start_epoch", 0, None),
+        ("checkpoint_steps", 0, None),
+        ("checkpoint_minutes", 0, None),
+        ("keep_checkpoints", 1, None),
         ("distillation_alpha", 0, 1),
         ("smoothing", 0, 1),
         ("drop", 0, 1),
@@ -315,6 +324,8 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         raise UserError("--cosub and --distillation-head cls cannot go together")
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
+    if args.resume.partition(":")[0] == "auto" and not args.output_dir:
+        raise UserError("--resume auto looks in --output_dir, which is not given")
     if args.sched == "plateau" and args.sched_on_updates and "sched_on_updates" in explicit:
         raise UserError("--sched plateau looks at epochs: use --no-sched-on-updates")
     if args.opt_betas is not None and len(args.opt_betas) < 2:
@@ -359,6 +370,10 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "distillation_tau": (args.distillation_type != "soft", "only soft has a temperature"),
         "distillation_reduction": (args.distillation_type != "soft", "only soft is reduced so"),
         "finetune": (bool(args.resume), "--resume brings its own weights"),
+        "resume_anyway": (not args.resume, "it belongs to --resume"),
+        "checkpoint_steps": (not args.output_dir, "nothing is saved without --output_dir"),
+        "checkpoint_minutes": (not args.output_dir, "nothing is saved without --output_dir"),
+        "keep_checkpoints": (not args.output_dir, "nothing is saved without --output_dir"),
         "start_epoch": (bool(args.resume), "--resume knows its epoch"),
     }
     return [

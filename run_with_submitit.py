@@ -1,32 +1,41 @@
-"""Slurm: ask for nodes, start `main.py` on them, requeue when time runs out.
+"""Slurm: ask for nodes, start `main.py` on them, go on after a preemption or the time limit.
 
     python run_with_submitit.py --job_dir DIR --nodes 2 --ngpus 8 --data-path IMAGENET ...
 
 takes every flag of main.py besides its own. `%j` in --job_dir becomes the job's number. The
-checkpoints go to --output_dir, or to --job_dir when none is given.
+checkpoints go to --output_dir, or to --job_dir when none is given. See docs/cluster.md.
 """
 
 import argparse
 import os
+import signal
 import sys
-import uuid
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import options
 from errors import UserError
 
+ROOT = Path(__file__).resolve().parent
+LAST_WORDS_S = 60  # how long the other tasks wait for the first one to have the job requeued
+
 
 def get_submitit_parser() -> argparse.ArgumentParser:
     """Return the parser of the request to Slurm; main.py's own flags are left over by it."""
-    parser = options.Parser("run_with_submitit.py", description=__doc__.split("\n")[0])
+    parser = options.Parser(
+        "run_with_submitit.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+        epilog="All other flags go to main.py; see python main.py --help.",
+    )  # fmt: skip
     add = parser.add_argument
     add("--ngpus", default=8, type=int, help="GPUs, and tasks, per node; 0: CPU tasks")
     add("--tasks-per-node", default=None, type=int, help="default: --ngpus, or 1 without GPUs")
     add("--nodes", default=2, type=int)
     add("--timeout", default=2800, type=int, metavar="MIN", help="time limit in minutes")
-    add("--job-dir", default="", help="Slurm's and our output; %%j: the job's number")
-    add("--shared-dir", default="", help="a folder all nodes see; default: under --job_dir")
+    add("--job-dir", default="", help="Slurm's and our output; %%j: the job's number; default: %%j "
+        "in --shared-dir")  # fmt: skip
+    add("--shared-dir", default="", help="a folder that all nodes see, where they find each other; "
+        "default: --job-dir, or experiments here")  # fmt: skip
     add("--partition", default="learnfair")
     add("--use-volta32", action="store_true", help="--constraint volta32gb")
     add("--constraint", default="")
@@ -34,105 +43,124 @@ def get_submitit_parser() -> argparse.ArgumentParser:
     add("--account", default="")
     add("--qos", default="")
     add("--cpus-per-task", default=10, type=int)
-    add("--mem-per-gpu", default=40, type=int, metavar="GB", help="memory for each task")
+    add("--mem-per-gpu", default=40, type=int, metavar="GB", help="for each task; 0: do not ask")
     add("--signal-delay", default=120, type=int, metavar="S",
         help="seconds before the time limit at which the job is told to stop")  # fmt: skip
     add("--max-timeouts", default=30, type=int, help="how often a timed-out job is requeued")
-    add("--slurm", action="append", default=[], metavar="KEY=VALUE", help="any sbatch parameter")
+    add("--slurm", action="append", default=[], metavar="KEY[=VALUE]",
+        help="any sbatch parameter, as in --slurm exclusive --slurm nice=100")  # fmt: skip
     return parser
 
 
 class Trainer:
-    """The callable that Slurm runs. It holds the command line, never anything a run has changed.
+    """The callable that Slurm runs: the command line, and nothing that a run has changed.
 
-    On preemption Slurm starts this very object again, so the run looks for its checkpoint itself.
+    After a preemption Slurm starts this very object again, without having asked `checkpoint`; so
+    every start looks for the newest checkpoint itself.
     """
 
-    def __init__(self, argv: Sequence[str], output_dir: str) -> None:
-        self.argv = tuple(argv)
-        self.output_dir = output_dir
+    def __init__(self, argv: Sequence[str], output_dir: str, shared_dir: str, resume: str) -> None:
+        self.argv, self.resume = tuple(argv), resume
+        self.output_dir, self.shared_dir = output_dir, shared_dir
 
     def __call__(self) -> None:
         import submitit
 
         import main
+        from errors import EXIT_STOPPED
 
         job = submitit.JobEnvironment()
-        os.environ.update(
-            RANK=str(job.global_rank), LOCAL_RANK=str(job.local_rank),
-            WORLD_SIZE=str(job.num_tasks), MASTER_ADDR=job.hostnames[0],
-            MASTER_PORT=str(10_000 + int(job.job_id.split("_")[0]) % 50_000),
-        )  # fmt: skip
-        code = main.run(self.command(job.job_id))
+        usual = signal.Signals[f"SIG{job.USR_SIG}"]
+        requeue = signal.getsignal(usual)  # submitit's handler, which main.py replaces
+        heard: list[int] = []
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+        code = main.run(self.command(job.job_id, restarts), on_stop=heard.append)
+        # SIGTERM is a preemption, after which Slurm requeues by itself, or the user's scancel
+        if code == EXIT_STOPPED and heard[0] != signal.SIGTERM:
+            requeue(usual, None)  # type: ignore[operator, misc]
+            time.sleep(LAST_WORDS_S)  # not the first task: an exit would be noted as a failure
         if code:
             raise SystemExit(code)
 
     def checkpoint(self) -> object:
-        """What submitit submits again when the time limit is near: the same run."""
+        """Return what submitit requeues when a signal came: the same run."""
         import submitit
 
-        return submitit.helpers.DelayedSubmission(Trainer(self.argv, self.output_dir))
+        return submitit.helpers.DelayedSubmission(self)
 
-    def command(self, job_id: str) -> list[str]:
-        """Return main.py's command line, with the output folder and the newest checkpoint."""
-        folder = Path(self.output_dir.replace("%j", job_id))
-        words = [*self.argv, "--output_dir", str(folder)]
-        if (folder / "checkpoint.pth").exists():
-            words += ["--resume", str(folder / "checkpoint.pth")]
-        return words
+    def command(self, job_id: str, restarts: str) -> list[str]:
+        """Return main.py's command line in this start of the job.
+
+        Every start has a file of its own in which the processes find each other: one that an
+        earlier start has left would send them to processes that are gone.
+        """
+        output_dir, shared_dir = (
+            Path(folder.replace("%j", job_id)) for folder in (self.output_dir, self.shared_dir)
+        )
+        shared_dir.mkdir(parents=True, exist_ok=True)
+        meeting = shared_dir / f".meeting-{job_id}-{restarts}"
+        return [
+            *self.argv, "--output-dir", str(output_dir), "--resume", self.resume,
+            "--dist-url", f"file://{meeting}",
+        ]  # fmt: skip
 
 
 def slurm_parameters(request: argparse.Namespace) -> dict[str, object]:
-    """Return submitit's parameters for a request. Raises UserError for a bad --slurm pair."""
+    """Return submitit's parameters for a request."""
     tasks = request.tasks_per_node or max(request.ngpus, 1)
     parameters: dict[str, object] = {
         "name": "deit",
         "nodes": request.nodes,
         "tasks_per_node": tasks,
         "cpus_per_task": request.cpus_per_task,
-        "mem_gb": request.mem_per_gpu * tasks,
         "timeout_min": request.timeout,
         "slurm_partition": request.partition,
         "slurm_signal_delay_s": request.signal_delay,
+        "slurm_setup": [f"export PYTHONPATH={ROOT}:$PYTHONPATH"],
     }
     if request.ngpus:
         parameters["gpus_per_node"] = request.ngpus
+    if request.mem_per_gpu:
+        parameters["mem_gb"] = request.mem_per_gpu * tasks
     constraint = request.constraint or ("volta32gb" if request.use_volta32 else "")
     for name, value in (("constraint", constraint), ("comment", request.comment),
                         ("account", request.account), ("qos", request.qos)):  # fmt: skip
         if value:
             parameters[f"slurm_{name}"] = value
-    extra = {}
-    for pair in request.slurm:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"--slurm {pair}: write KEY=VALUE, as in --slurm exclusive=1")
-        extra[key.replace("-", "_")] = value
+    pairs = (pair.partition("=") for pair in request.slurm)
+    extra = {key.replace("-", "_"): value if equals else True for key, equals, value in pairs}
     if extra:
         parameters["slurm_additional_parameters"] = extra
     return parameters
 
 
 def submit(argv: Sequence[str] | None = None) -> str:
-    """Submit the run and return the job's number. Bad flags of main.py are refused here."""
+    """Submit the run and return the job's number. Raises UserError for bad flags of main.py too."""
     request, rest = get_submitit_parser().parse_known_args(argv)
+    shared = Path(request.shared_dir or "experiments").expanduser().absolute()
+    job_dir = Path(request.job_dir).expanduser().absolute() if request.job_dir else shared / "%j"
     settings = options.parse_args(rest)
-    job_dir = Path(request.job_dir or Path.home() / "experiments" / "%j").expanduser().absolute()
-    output_dir = settings.args.output_dir if "output_dir" in settings.explicit else str(job_dir)
-    plain = Path(str(job_dir).replace("%j", f"pending-{uuid.uuid4().hex[:8]}"))
-    folder = Path(request.shared_dir).expanduser().absolute() if request.shared_dir else job_dir
+    output_dir = job_dir
+    if "output_dir" in settings.explicit:
+        output_dir = Path(settings.args.output_dir).expanduser().absolute()
+    resume = settings.args.resume
+    if not settings.args.eval and not resume.startswith("auto"):
+        resume = f"auto:{resume}" if resume else "auto"
 
     import submitit
 
     try:
         executor = submitit.AutoExecutor(
-            folder=str(folder), slurm_max_num_timeout=request.max_timeouts
+            folder=str(job_dir), cluster="slurm", slurm_max_num_timeout=request.max_timeouts
         )
         executor.update_parameters(**slurm_parameters(request))
-        job = executor.submit(Trainer(rest, str(Path(output_dir).absolute())))
+        trainer = Trainer(
+            rest, str(output_dir), str(shared if request.shared_dir else job_dir), resume
+        )
+        return executor.submit(trainer).job_id
     except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
-        raise UserError(f"Slurm did not take the job ({plain.parent}): {error}") from error
-    return job.job_id
+        reason = " ".join(str(error).split())
+        raise UserError(f"Slurm did not take the job: {reason}") from error
 
 
 def main() -> int:

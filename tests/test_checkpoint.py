@@ -6,12 +6,13 @@ import http.server
 import os
 import pathlib
 import pickle
+import subprocess
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import checkpoint
 from errors import UserError
@@ -146,23 +147,53 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert os.listdir(tmp_path) == ["x.pth"]
 
 
-def test_a_runs_checkpoint_holds_deits_keys_in_plain_types(tmp_path: Path) -> None:
-    network = nn.Linear(2, 3)
-    optimizer = torch.optim.AdamW(network.parameters())
-    args = argparse.Namespace(lr=0.1, path=Path("/x"), size=(1, 2))
-    path = tmp_path / "checkpoint.pth"
-    checkpoint.save_checkpoint(
-        path, model=network, optimizer=optimizer, lr_scheduler=optimizer, epoch=4, args=args,
-        extra={"best_acc1": 7.0},
-    )  # fmt: skip
-    saved = torch.load(path, weights_only=True)
-    assert set(saved) == {"model", "optimizer", "lr_scheduler", "epoch", "args", "format",
-                          "best_acc1"}  # fmt: skip
-    assert saved["args"] == {"lr": 0.1, "path": "/x", "size": [1, 2]}
-    assert checkpoint.load_checkpoint(path)["epoch"] == 4
+def test_each_write_ages_the_ones_before_and_names_the_best(tmp_path: Path) -> None:
+    path, best = tmp_path / "checkpoint.pth", tmp_path / "best_checkpoint.pth"
+    for number in range(5):
+        copy_to = best if number == 1 else None
+        checkpoint.save_atomically({"n": number}, path, keep=3, copy_to=copy_to)
+    held = {p.name: torch.load(p, weights_only=True)["n"] for p in tmp_path.iterdir()}
+    assert held == {"checkpoint.pth": 4, "checkpoint-1.pth": 3, "checkpoint-2.pth": 2,
+                    "best_checkpoint.pth": 1}  # fmt: skip
 
 
-def test_going_on_from_mere_weights_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    torch.save({"model": {"w": torch.ones(2)}}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="--finetune"):
-        checkpoint.load_checkpoint(tmp_path / "w.pth")
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"w": torch.full((50,), 1.5)}, path)
+    content = path.read_bytes()
+    place = content.index(torch.full((50,), 1.5).numpy().tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert torch.load(path, weights_only=True)["w"][0] != 1.5, "torch does not look"
+    with pytest.raises(UserError, match="checksum"):
+        checkpoint.read_weights_file(path)
+
+
+def test_a_zip_bomb_a_link_loop_and_a_pipe_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    with pytest.raises(UserError, match="more than its size"):
+        checkpoint.read_weights_file(tmp_path / "bomb.pth")
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    with pytest.raises(UserError, match="not there"):
+        checkpoint.read_weights_file(tmp_path / "loop.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(UserError, match="no file"):
+        checkpoint.read_weights_file(tmp_path / "pipe.pth")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_is_one_line_and_the_file_before_survives(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        path = disk / "checkpoint.pth"
+        checkpoint.save_atomically({"w": torch.ones(20_000)}, path, keep=2)
+        with pytest.raises(UserError, match="No space left on device.*untouched"):
+            checkpoint.save_atomically({"w": torch.ones(60_000)}, path, keep=2)
+        assert checkpoint.read_weights_file(path)["w"].sum() == 20_000
+        assert os.listdir(disk) == ["checkpoint.pth"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -1,0 +1,372 @@
+"""A run that may be killed at any moment: what it saves and when, and how the next one goes on.
+
+All randomness is a function of names (see `samplers.py`), so a run is its weights, optimizer,
+scaler and average, the place in the epoch with the sums of its means, and its settings.
+"""
+
+import logging
+import os
+import re
+import reprlib
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import checkpoint
+import distributed
+from errors import Stopped, UserError
+
+_logger = logging.getLogger(__name__)
+
+FORMAT = 2
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SAME_EVENT_S = 0.5  # torchrun passes on a signal that the process group has had already
+SAVE = 1  # a wish below every signal's number
+REQUIRED = ("model", "optimizer", "epoch")
+NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
+# Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
+# free because the pictures themselves are compared; --epochs, because training on is common.
+MAY_CHANGE = frozenset({
+    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
+    "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "log_interval",
+    "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
+    "resume_anyway", "start_epoch", "teacher_check", "world_size",
+})  # fmt: skip
+# Optimizer state with the shape of its parameter
+SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> Any: ...
+
+
+class Tally(Stateful, Protocol):
+    """The place in an epoch (`engine.Tally`)."""
+
+    micro: int
+
+    def reset(self) -> None: ...
+
+
+class Keeper:
+    """Keeps a run's work in `folder`, and ends it in good order when a signal asks for it.
+
+    parts: what has a state, by its key in the checkpoint; `model` and `optimizer` at least.
+    settings: every flag; facts: what must stay the same besides flags (processes, data).
+    steps: micro-steps of an epoch, or 0 where the data is a stream in which nobody can find a
+        place again: then an epoch that was not finished begins anew.
+    keep: checkpoints besides the best. every_steps (updates), every_minutes: 0 is never.
+    With an empty folder nothing is written.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        parts: Mapping[str, Stateful],
+        tally: Tally,
+        *,
+        settings: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        steps: int,
+        device: torch.device,
+        keep: int = 2,
+        every_steps: int = 0,
+        every_minutes: float = 0,
+    ) -> None:
+        self.folder = Path(folder) if folder else None
+        self.parts, self.tally, self.steps, self.keep = parts, tally, steps, keep
+        self.settings, self.facts = checkpoint.to_plain(settings), checkpoint.to_plain(facts)
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, 0.0
+        self.heard = 0  # the signal that asked for a stop
+        self._heard_at = 0.0
+        self._agree = distributed.Agreement(device)
+        self._saved_at = time.monotonic()
+
+    # ---- when to save, when to stop
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Yield the epochs that are left of `count`; meanwhile, hear the signals."""
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        try:
+            if count == 0:
+                self.save()  # a run of no epochs keeps its weights
+            yield from range(self.epoch, count)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        """Remember the first signal; end the process at once at the second."""
+        now = time.monotonic()
+        if self.heard and (number != self.heard or now - self._heard_at > SAME_EVENT_S):
+            os._exit(128 + number)
+        self.heard, self._heard_at = number, now
+
+    def stop(self) -> None:
+        """Save and raise Stopped; all processes must call it, whoever heard the signal."""
+        heard = torch.tensor(self.heard, device=self._agree.device)
+        number = int(distributed.all_gather(heard).max())
+        self.save()
+        raise Stopped(number)
+
+    def after_update(self, global_step: int) -> None:
+        """Save if it is time to; stop, in all processes, if any has heard a signal."""
+        self.global_step = global_step
+        wish = self._agree(self.heard or SAVE * self._minutes_are_over())
+        if wish > SAVE:
+            self.stop()
+        if wish == SAVE or (self.every_steps and global_step % self.every_steps == 0):
+            self.save()
+
+    def _minutes_are_over(self) -> bool:
+        """Return whether the first process's clock says so; it says so once."""
+        now = time.monotonic()
+        over = self.every_minutes > 0 and now - self._saved_at >= 60 * self.every_minutes
+        if over:
+            self._saved_at = now
+        return over and distributed.is_main()
+
+    def end_epoch(self, acc1: float) -> None:
+        """Count the epoch as done, save, and keep it as the best if its accuracy (percent) is."""
+        is_best, self.best = acc1 > self.best, max(self.best, acc1)
+        self.epoch += 1
+        self.tally.reset()
+        self.save(is_best=is_best)
+
+    # ---- writing
+
+    def save(self, *, is_best: bool = False) -> None:
+        """Write the checkpoint of this moment; all processes must call it."""
+        tally = self.tally.state_dict()
+        self._saved_at = time.monotonic()
+        if self.folder is not None:
+            distributed.on_main(lambda: self._write(tally, is_best))
+
+    def _write(self, tally: dict[str, Any], is_best: bool) -> None:
+        content = {name: part.state_dict() for name, part in self.parts.items()}
+        content |= {
+            "epoch": self.epoch - 1,  # the last finished one, as DeiT
+            "global_step": self.global_step,
+            "best_acc1": self.best,
+            "tally": tally,
+            "args": self.settings,
+            "facts": self.facts,
+            "format": FORMAT,
+        }
+        checkpoint.save_atomically(
+            content, self.folder / NEWEST, keep=self.keep,
+            copy_to=self.folder / BEST if is_best else None,
+        )  # fmt: skip
+
+    def save_bad_batch(self, batch: Mapping[str, Any]) -> str:
+        """Write what reproduces a batch with a non-finite loss; return where."""
+        if self.folder is None:
+            return "no file, for want of --output_dir"
+        path = self.folder / "bad_batch.pth"
+        checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        return str(path)
+
+    # ---- going on
+
+    def resume(self, source: str, *, anyway: bool = False) -> str:
+        """Take up the run of `source`; return in words where it was.
+
+        source: a file, a URL, `auto` (the newest in our folder), or `auto:` and one of the former,
+            for where the folder has none yet.
+        Raises UserError for a file that cannot be read or belongs to another run, and, unless
+        `anyway`, for settings that must not change.
+        """
+        found: dict[str, Any] = {}
+
+        def look() -> str:
+            path = resolve(source, self.folder)
+            if path:
+                found.update(load_run(path))
+            return path
+
+        path = distributed.on_main(look)
+        if not path:
+            return "no checkpoint yet, starting from the beginning"
+        saved = found or load_run(path)
+        changes = list(self._changes(saved))
+        if changes and not anyway:
+            raise UserError(
+                f"--resume {path}: {'; '.join(changes)}. This must not change within a run; give "
+                "what it began with, or --resume-anyway"
+            )
+        for change in changes:
+            _logger.warning("resumed anyway: %s", change)
+        try:
+            self._restore(saved)
+        except checkpoint.UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--resume {path}: is of another model or optimizer ({reason}); use the flags it "
+                "was made with, or --finetune to take its weights alone"
+            ) from error
+        return f"{path}, epoch {self.epoch}, step {self.tally.micro} of {self.steps}"
+
+    def _changes(self, saved: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what differs from the settings of `saved`, with both values."""
+        if not isinstance(saved.get("args"), dict) or not isinstance(saved.get("facts"), dict):
+            return  # not written by this code, and nothing is known
+        was, now = saved["args"], self.settings
+        if "epochs" in was and was["epochs"] != now.get("epochs"):
+            _logger.warning("--epochs was %s and is %s: the schedule follows the new number",
+                            reprlib.repr(was["epochs"]), now.get("epochs"))  # fmt: skip
+        for name in sorted(set(was) & set(now) - MAY_CHANGE):
+            if was[name] != now[name]:
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} was {reprlib.repr(was[name])} and is {now[name]!r}"
+        for name, value in self.facts.items():
+            if saved["facts"].get(name) != value:
+                yield f"{name}: was {reprlib.repr(saved['facts'].get(name))} and is {value!r}"
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            if name in saved:
+                if name.startswith("model"):
+                    check_weights(saved[name], part.state_dict())
+                if name == "optimizer":
+                    check_optimizer_state(saved[name], part)
+                part.load_state_dict(saved[name])
+            elif hasattr(part, "refresh"):  # the average begins with the weights
+                part.refresh(self.parts["model"])
+            elif name not in ("lr_scheduler", "scaler"):
+                raise ValueError(f"no {name} in it")
+        self.epoch, self.best = saved["epoch"] + 1, float(saved.get("best_acc1", 0.0))
+        self.global_step = int(saved.get("global_step", 0))
+        state = dict(saved.get("tally") or {})
+        if state.get("micro_steps") and not self.steps:
+            _logger.warning("streamed data: epoch %d begins anew", self.epoch)
+        elif state.get("micro_steps"):
+            was, now = (
+                settings["batch_size"] * facts["processes"]
+                for settings, facts in ((saved["args"], saved["facts"]),
+                                        (self.settings, self.facts))
+            )  # fmt: skip
+            group = self.settings["grad_accum_steps"]
+            if was != now:  # as many pictures of the epoch, rounded down to whole updates
+                state["micro_steps"] = state["micro_steps"] * was // now // group * group
+            if not 0 <= state["micro_steps"] <= self.steps:
+                raise ValueError(f"step {state['micro_steps']} of {self.steps}")
+            self.tally.load_state_dict(state)
+
+
+def resolve(source: str, folder: Path | None) -> str:
+    """Return the file or URL that `source` (see `Keeper.resume`) means, or "" for none."""
+    auto, _, otherwise = source.partition(":")
+    if auto != "auto":
+        return source
+    return str((folder and find_newest(folder)) or otherwise)
+
+
+def find_newest(folder: Path) -> Path | None:
+    """Return the newest checkpoint in `folder` that is whole, or None where there is none.
+
+    Damaged newer ones are put aside as NAME.damaged, with a warning. Raises UserError if all are
+    damaged: beginning again would throw work away.
+    """
+    older = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*.pth")
+        if (match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name))
+    }
+    names = [folder / NEWEST, *(older[age] for age in sorted(older)), folder / BEST]
+    damaged = []
+    for path in filter(os.path.lexists, names):
+        try:
+            load_run(path)
+        except UserError as error:
+            _logger.warning("%s; taking the one before", error.line())
+            damaged.append(path)
+            continue
+        for bad in damaged:  # so that it does not take the place of a good one
+            os.replace(bad, bad.with_name(bad.name + ".damaged"))
+        return path
+    if damaged:
+        raise UserError(
+            f"--resume auto: no checkpoint in {folder} can be read "
+            f"({', '.join(path.name for path in damaged)}); remove them to begin again"
+        )
+    return None
+
+
+def load_run(source: str | Path) -> dict[str, Any]:
+    """Return a run's checkpoint. Raises UserError if the file is no run's but only weights."""
+    content = checkpoint.read_weights_file(source)
+    missing = [key for key in REQUIRED if key not in content]
+    if missing:
+        raise UserError(
+            f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
+            "its weights use --finetune"
+        )
+    for key, kind in (("model", dict), ("optimizer", dict), ("epoch", int), ("best_acc1", float),
+                      ("global_step", int), ("tally", dict)):  # fmt: skip
+        if key in content and not isinstance(content[key], kind):
+            found = type(content[key]).__name__
+            raise UserError(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
+    if content["epoch"] < -1:
+        raise UserError(f"{source}: epoch {content['epoch']}: damaged")
+    return content
+
+
+def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise ValueError for another type of number; shapes and names are torch's to check."""
+    for name, value in ours.items():
+        found = saved.get(name)
+        if isinstance(found, Tensor) and found.dtype != value.dtype:
+            raise ValueError(f"{name} is {found.dtype}, not {value.dtype}")
+
+
+def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
+    """Raise ValueError for what torch takes in without a look, and would stumble over later."""
+    groups, ours = saved["param_groups"], optimizer.param_groups
+    shapes = [parameter.shape for group in ours for parameter in group["params"]]
+    for group, our in zip(groups, ours):
+        for key, value in our.items():
+            number = isinstance(value, int | float)
+            if key != "params" and (
+                key not in group or isinstance(group[key], int | float) != number
+            ):
+                raise ValueError(f"{key} of a parameter group is {reprlib.repr(group.get(key))}")
+    states = saved["state"].items()
+    keys = {frozenset(state) for _, state in states}
+    if len(keys) > 1:
+        raise ValueError("state is missing for some parameters")
+    for index, state in states:
+        for key, value in state.items():
+            if key in SHAPED and value is not None and value.shape != shapes[index]:
+                raise ValueError(f"{key} of parameter {index} has shape {tuple(value.shape)}")
+
+
+def build_keeper(
+    args: Namespace,
+    parts: Mapping[str, Stateful | None],
+    tally: Tally,
+    *,
+    facts: Mapping[str, Any],
+    steps: int,
+    device: torch.device,
+) -> Keeper:
+    """Return the keeper of a run, resumed if --resume says so. Parts that are None are left out."""
+    keeper = Keeper(
+        args.output_dir, {name: part for name, part in parts.items() if part is not None}, tally,
+        settings=vars(args), facts=facts, steps=steps, device=device, keep=args.keep_checkpoints,
+        every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes,
+    )  # fmt: skip
+    if keeper.folder is not None and distributed.is_main():
+        for leftover in keeper.folder.glob(".*.pth.*.tmp"):  # of a run killed while it wrote
+            leftover.unlink(missing_ok=True)
+    if args.resume:
+        where = keeper.resume(args.resume, anyway=args.resume_anyway)
+        _logger.info("resume: %s", where)
+    return keeper

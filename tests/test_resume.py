@@ -1,0 +1,492 @@
+"""A run that is killed ends as if nothing had happened; a damaged or foreign file does no harm."""
+
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import distributed
+import engine
+import resume
+from errors import EXIT_STOPPED, Stopped, UserError
+from losses import DistillationLoss
+from tools.kill_sweep import compare_runs, differences, finish, kill, start
+
+CPU = torch.device("cpu")
+# mixup, erasing, repeated augmentation and EMA are on by default
+FLAGS = [
+    "--model", "deit_pico_distilled_patch4_32", "--batch-size", "4", "--epochs", "2",
+    "--warmup-epochs", "0", "--log-interval", "1", "--drop-path", "0.2", "--checkpoint-steps", "1",
+    "--resume", "auto",
+]  # fmt: skip
+
+
+# ---- whole runs
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, average, optimizer, counters and log are those of the other run, bit for bit."""
+    assert not compare_runs(one, other)
+
+
+def wait_for(words: str, log: Path, process: subprocess.Popen, timeout: float = 120) -> None:
+    """Wait until the run has printed `words`."""
+    end = time.monotonic() + timeout
+    while words not in log.read_text():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def folder_flags(picture_folder: Path) -> list[str]:
+    return [*FLAGS, "--data-path", str(picture_folder)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "accumulation", "processes", "words"),
+    [
+        (0, 1, 1, "Epoch: [2/2] [2/"),
+        (2, 2, 1, "Test EMA: ["),
+        (0, 2, 2, "Epoch: [1/2] [2/"),
+    ],
+)
+def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
+    workers: int, accumulation: int, processes: int, words: str,
+    folder_flags: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    flags = [*folder_flags, "--num_workers", str(workers), "--grad-accum-steps", str(accumulation),
+             "--batch-size", str(4 // processes)]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(flags, whole, processes)
+    process = start(flags, killed, processes)
+    wait_for(words, Path(f"{killed}.log"), process)
+    kill(process)
+    text = finish([*flags, "--num_workers", "0", "--log-interval", "2"], killed, processes)
+    assert "resume: " in text and "starting from the beginning" in text
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_ends_the_step_saves_and_has_a_code_of_its_own(
+    name: str, folder_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*folder_flags, "--checkpoint-steps", "0", "--num_workers", "1"]
+    process = start(flags, tmp_path / "out")
+    wait_for("[1/2] [2/", tmp_path / "out.log", process)
+    os.killpg(process.pid, getattr(signal, name))  # as Slurm: workers hear it too
+    assert process.wait(60) == EXIT_STOPPED
+    text = (tmp_path / "out.log").read_text()
+    assert f"Stopped by {name}" in text and "Traceback" not in text and "killed" not in text
+    assert checkpoint.read_weights_file(tmp_path / "out" / "checkpoint.pth")["global_step"] >= 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
+    folder_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
+    finish(flags, tmp_path / "whole", 2)
+    process = start(flags, tmp_path / "out", 2)
+    wait_for("[1/2] [2/", tmp_path / "out.log", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGUSR1)
+    process.wait(60)
+    text = (tmp_path / "out.log").read_text()
+    assert text.count("Stopped by SIGUSR1") == 1 and f"exitcode  : {EXIT_STOPPED}" in text
+    finish(flags, tmp_path / "out", 2)
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_the_same(
+    folder_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
+    finish(flags, tmp_path / "whole", 2)
+    process = start(flags, tmp_path / "out", 2, "--max-restarts=2")
+    wait_for("[2/2] [1/", tmp_path / "out.log", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    assert process.wait(180) == 0, (tmp_path / "out.log").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_in_one_line_and_it_can_go_on(
+    folder_flags: list[str], tmp_path: Path
+) -> None:
+    flags = [*folder_flags, "--num_workers", "1"]
+    process = start(flags, tmp_path / "out")
+    wait_for("[1/2] [1/", tmp_path / "out.log", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    assert process.wait(60) == 1
+    said = (tmp_path / "out.log").read_text()
+    assert said.count("error: a DataLoader worker is gone") == 1 and "Traceback" not in said
+    assert "resume: " in finish(flags, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_run_of_bad_losses_ends_in_one_line(folder_flags: list[str], tmp_path: Path) -> None:
+    flags = [*folder_flags, "--lr", "1e30", "--unscale-lr", "--max-bad-steps", "2",
+             "--no-sched-on-updates", "--warmup-lr", "1e30"]  # fmt: skip
+    process = start(flags, tmp_path / "out")
+    assert process.wait(60) == 2
+    said = (tmp_path / "out.log").read_text()
+    assert "2 updates in a row" in said and "bad_batch.pth" in said and "Traceback" not in said
+    assert (tmp_path / "out" / "bad_batch.pth").exists()
+
+
+# ---- a run in this process: a network of two numbers
+
+
+class Tiny(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(width, 2)
+
+
+def keeper(folder: Path | str, width: int = 3, **changes: Any) -> resume.Keeper:
+    """A keeper of a tiny run that has made one update; `changes` to its settings or facts."""
+    network = Tiny(width)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    network.layer(torch.ones(1, width)).sum().backward()
+    optimizer.step()
+    settings = {"lr": 0.1, "seed": 0, "batch_size": 4, "grad_accum_steps": 1, "num_workers": 0}
+    facts = {"processes": 1, "data": "24 + 12 pictures"}
+    settings |= {k: v for k, v in changes.items() if k not in facts}
+    facts |= {k: v for k, v in changes.items() if k in facts}
+    made = resume.Keeper(
+        str(folder), {"model": network, "optimizer": optimizer}, engine.Tally(CPU),
+        settings=settings, facts=facts, steps=6, device=CPU, keep=3,
+    )  # fmt: skip
+    made.global_step = 1
+    return made
+
+
+def test_auto_without_a_checkpoint_begins_and_with_one_goes_on(tmp_path: Path) -> None:
+    assert "from the beginning" in keeper(tmp_path).resume("auto")
+    first = keeper(tmp_path)
+    first.end_epoch(12.5)
+    again = keeper(tmp_path)
+    assert "epoch 1, step 0" in again.resume("auto")
+    assert (again.epoch, again.best, again.global_step) == (1, 12.5, 1)
+
+
+def test_auto_falls_back_over_damaged_files_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = keeper(tmp_path)
+    for acc1 in (3.0, 2.0, 1.0):
+        first.end_epoch(acc1)
+    newest = tmp_path / "checkpoint.pth"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert "checkpoint-1.pth, epoch 2" in keeper(tmp_path).resume("auto")
+    assert "checkpoint.pth" in caplog.text and "taking the one before" in caplog.text
+    assert (tmp_path / "checkpoint.pth.damaged").exists() and not newest.exists()
+    for name in ("checkpoint-1.pth", "checkpoint-2.pth"):
+        (tmp_path / name).unlink()  # the best may be another name of the same file
+        (tmp_path / name).touch()
+    assert "best_checkpoint.pth, epoch 1" in keeper(tmp_path).resume("auto")
+
+
+def test_auto_does_not_begin_again_over_damaged_files(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pth").write_bytes(b"PK\x03\x04, once upon a time")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        keeper(tmp_path).resume("auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lr": 0.2}, "--lr was 0.1 and is 0.2"),
+        ({"seed": 7}, "--seed was 0 and is 7"),
+        ({"batch_size": 8}, "--batch-size was 4 and is 8"),
+        ({"processes": 2}, "processes: was 1 and is 2"),
+        ({"data": "25 + 12 pictures"}, r"data: was '24 \+ 12 pictures' and is '25"),
+    ],
+)
+def test_what_must_not_change_is_refused_with_both_values_unless_anyway(
+    change: dict, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper(tmp_path).end_epoch(1.0)
+    with pytest.raises(UserError, match=words):
+        keeper(tmp_path, **change).resume("auto")
+    assert "epoch 1" in keeper(tmp_path, **change).resume("auto", anyway=True)
+    assert "resumed anyway" in caplog.text
+
+
+def test_what_does_not_reach_the_weights_may_change(tmp_path: Path) -> None:
+    keeper(tmp_path).end_epoch(1.0)
+    assert "epoch 1" in keeper(tmp_path, num_workers=3, output_dir="b").resume("auto")
+
+
+def test_with_another_batch_the_place_is_that_of_as_many_pictures(tmp_path: Path) -> None:
+    first = keeper(tmp_path)
+    first.tally.micro = 5  # of 4 pictures
+    first.tally.add({"loss": torch.tensor(2.0)})
+    first.save()
+    again = keeper(tmp_path, batch_size=8, grad_accum_steps=2)
+    again.resume("auto", anyway=True)
+    assert again.tally.micro == 2, "two and a half of 8 pictures, whole updates of two"
+    assert again.tally.meters["loss"].average() == 2.0
+
+
+def test_an_average_begins_with_the_weights_where_a_file_has_none(tmp_path: Path) -> None:
+    keeper(tmp_path).end_epoch(1.0)
+    again = keeper(tmp_path)
+
+    class Average(Tiny):
+        def refresh(self, network: nn.Module) -> None:
+            self.load_state_dict(network.state_dict())
+
+    again.parts["model_ema"] = Average()
+    again.resume("auto")
+    assert torch.equal(again.parts["model_ema"].layer.weight, again.parts["model"].layer.weight)
+    again.parts["projections"] = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="no projections"):
+        again.resume("auto")
+
+
+def test_a_second_signal_ends_the_process_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    kept = keeper(tmp_path)
+    for _ in kept.epochs(1):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # torchrun's copy of the same
+        assert kept.heard == signal.SIGTERM and not codes
+        signal.raise_signal(signal.SIGUSR1)
+        assert codes == [128 + signal.SIGUSR1]
+        with pytest.raises(Stopped):
+            kept.after_update(9)
+    assert checkpoint.read_weights_file(tmp_path / "checkpoint.pth")["global_step"] == 9
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_steps_and_minutes_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = keeper(tmp_path)
+    saved: list[int] = []
+    monkeypatch.setattr(kept, "_write", lambda *_: saved.append(kept.global_step))
+    kept.every_steps = 3
+    for step in range(1, 8):
+        kept.after_update(step)
+    assert saved == [3, 6]
+    kept.every_steps, kept.every_minutes = 0, 1.0
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    kept.after_update(8)
+    kept.after_update(9)
+    assert saved == [3, 6, 8]
+
+
+# ---- bad files
+
+
+class Hostile:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.marker}",))
+
+
+def damage(path: Path, kind: str, dice: random.Random, marker: Path) -> None:
+    """Damage the checkpoint at `path` in one of many ways."""
+    whole = path.read_bytes()
+    content = torch.load(path, weights_only=True)
+    if kind == "cut":
+        path.write_bytes(whole[: dice.randrange(len(whole))])
+    elif kind == "flip":
+        place = dice.randrange(len(whole))
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1 :]
+        )
+    elif kind == "overwrite":
+        place, length = dice.randrange(len(whole)), dice.randrange(1, 64)
+        path.write_bytes(whole[:place] + dice.randbytes(length) + whole[place + length :])
+    elif kind == "noise":
+        path.write_bytes(dice.randbytes(dice.randrange(2000)))
+    elif kind == "key":
+        target = dice.choice([content, content["model"], content["optimizer"],
+                              content["optimizer"]["param_groups"][0], content["tally"],
+                              content["optimizer"]["state"][0]])  # fmt: skip
+        target.pop(dice.choice([key for key in target if key not in ("format",)]))
+        torch.save(content, path)
+    elif kind == "shape":
+        target = dice.choice([content["model"], content["optimizer"]["state"][0]])
+        key = dice.choice([key for key in target if target[key].dim() > 0])
+        target[key] = torch.zeros(dice.randrange(9, 20))
+        torch.save(content, path)
+    elif kind == "type":
+        key = dice.choice(["model", "optimizer", "epoch", "tally", "global_step", "best_acc1"])
+        content[key] = dice.choice(["words", [1, 2], None, b"bytes", torch.zeros(2)])
+        torch.save(content, path)
+    elif kind == "dtype":
+        name = dice.choice(list(content["model"]))
+        content["model"][name] = content["model"][name].to(dice.choice([torch.int8, torch.half]))
+        torch.save(content, path)
+    elif kind == "hostile":
+        content[dice.choice(["model", "args", "x"])] = Hostile(marker)
+        torch.save(content, path, _use_new_zipfile_serialization=dice.random() < 0.5)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Hostile(marker), protocol=dice.randrange(6)))
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "loop":
+        path.unlink()
+        path.symlink_to(path)
+
+
+KINDS = ["cut", "flip", "overwrite", "noise", "key", "shape", "type", "dtype", "hostile", "pickle",
+         "folder", "loop"]  # fmt: skip
+
+
+def same(saved: resume.Keeper, loaded: resume.Keeper) -> bool:
+    one, other = (
+        {name: part.state_dict() for name, part in k.parts.items()} for k in (saved, loaded)
+    )
+    return not list(differences(one, other)) and saved.epoch == loaded.epoch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_300_damaged_checkpoints_none_loads_wrong_runs_code_or_ends_in_a_traceback(
+    kind: str, tmp_path: Path
+) -> None:
+    good = keeper(tmp_path / "good")
+    good.tally.micro = 2
+    good.tally.add({"loss": torch.tensor(2.0)})
+    good.save()
+    refused = 0
+    for number in range(25):
+        path = tmp_path / str(number) / "checkpoint.pth"
+        shutil.copytree(tmp_path / "good", path.parent)
+        damage(path, kind, random.Random(f"{kind}{number}"), tmp_path / "ran")
+        fresh = keeper(tmp_path)
+        try:
+            fresh.resume(str(path))
+        except UserError as error:
+            refused += 1
+            assert "\n" not in error.line() and str(path) in error.line()
+        else:  # padding and dates of an archive may change, what it says may not; keys that
+            # were taken away may be ones without which a run can go on
+            assert kind == "key" or same(good, fresh), (kind, number)
+    assert not (tmp_path / "ran").exists()
+    assert refused == 25 or kind in ("flip", "overwrite", "key"), refused
+
+
+# ---- losses that are not finite
+
+
+class OneHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.drop = nn.Linear(12, 4), nn.Dropout(0.5)
+
+    @property
+    def network(self) -> nn.Module:
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(self.drop(images.flatten(1)))
+
+
+def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: Path) -> None:
+    model, kept = OneHead(), keeper(tmp_path)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+    loader = [(torch.randn(3, 3, 2, 2), torch.arange(3)) for _ in range(4)]
+    for images, _ in loader[1:]:
+        images[1] = 1e38 * images[1]  # overflows in the forward pass
+        images[2] = torch.inf
+    with pytest.raises(UserError) as caught:
+        engine.train_one_epoch(
+            model, criterion, loader, torch.optim.SGD(model.parameters(), lr=0.1), CPU, 5,
+            seed=3, max_bad_steps=2, on_bad_batch=kept.save_bad_batch, log_interval=100,
+        )  # fmt: skip
+    for words in ("2 updates in a row", "epoch 5, step 2", "loss nan", "bad_batch.pth"):
+        assert words in str(caught.value)
+    saved = checkpoint.read_weights_file(tmp_path / "bad_batch.pth")
+    again = OneHead()
+    again.load_state_dict(saved["model"])
+    engine.seed_step(saved["seed"], "step", saved["epoch"], saved["micro_step"], saved["rank"])
+    loss = nn.functional.cross_entropy(again(saved["images"]), saved["labels"])
+    assert not torch.isfinite(loss) and not torch.isfinite(saved["terms"]["loss"])
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """Train in two processes, of which the second gets a picture that is not finite."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    distributed.init_processes("cpu", dist_url=f"file://{folder}/meeting")
+    model = distributed.data_parallel(OneHead(), torch.zeros(2, 3, 2, 2))
+    images = torch.randn(3, 3, 3, 2, 2)
+    images[1, 0] = torch.nan if rank == 1 else 0.0
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for limit in (2, 1):
+        try:
+            stats = engine.train_one_epoch(
+                model, criterion, [(batch, torch.arange(3)) for batch in images], optimizer, CPU, 0,
+                max_bad_steps=limit, on_bad_batch=lambda batch: f"the hands of {batch['rank']}",
+            )  # fmt: skip
+            said = str(stats["skipped_updates"])
+        except UserError as error:
+            said = error.line()
+        weights = model.module.layer.weight.detach()
+        torch.save({"said": said, "weights": weights}, f"{folder}/{rank}-{limit}.pth")
+    distributed.shutdown()
+
+
+def test_a_bad_loss_in_one_process_is_skipped_and_told_by_both(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    for limit, words in ((2, "1"), (1, "step 1, process 1: loss nan, base nan; the batch is in")):
+        one, two = (torch.load(tmp_path / f"{rank}-{limit}.pth") for rank in (0, 1))
+        assert one["said"] == two["said"] and words in one["said"]
+        assert torch.equal(one["weights"], two["weights"]) and one["weights"].isfinite().all()
+
+
+def test_an_epoch_taken_up_again_has_the_means_of_the_whole(tmp_path: Path) -> None:
+    loader = [(torch.randn(3, 3, 2, 2), torch.arange(3)) for _ in range(4)]
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
+
+    class Rest(list):
+        def __len__(self) -> int:
+            return 4
+
+    class Enough(Exception):
+        pass
+
+    def after_two(done: int) -> None:
+        if done == 2:
+            raise Enough
+
+    stats, weights = [], []
+    for parts in (1, 2):
+        model, tally = OneHead(), engine.Tally(CPU)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if parts == 2:
+            with pytest.raises(Enough):
+                engine.train_one_epoch(model, criterion, loader, optimizer, CPU, 0,
+                                       on_update=after_two, tally=tally)  # fmt: skip
+            state, tally = tally.state_dict(), engine.Tally(CPU)
+            tally.load_state_dict(state)
+        rest = Rest(loader[tally.micro :])
+        stats.append(engine.train_one_epoch(model, criterion, rest, optimizer, CPU, 0, tally=tally))
+        weights.append(model.layer.weight)
+    assert stats[0] == stats[1] and torch.equal(*weights)
