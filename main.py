@@ -21,9 +21,9 @@ import checkpoint
 import datasets
 import distributed
 import engine
-import losses
 import metrics
 import models
+import objective
 import optim
 import options
 import teachers
@@ -53,20 +53,24 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
     for note in notes:
         _logger.warning("%s", note)
-    if teacher is not None and args.teacher_check:
+    if teacher is not None and args.teacher_check and args.distillation_type != "none":
         tell("teacher", "accuracy on the evaluation set")
         engine.evaluate(loaders.val, teacher, device, amp_dtype=None, header="Teacher:")
 
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
-    criterion = losses.build_criterion(
-        args, mixing=mixup_fn is not None, head=student.distillation_head
-    )
-    optimizer, lr = optim.build_optimizer(args, student, processes.world_size)
     updates_per_epoch = -(-len(loaders.train) // args.grad_accum_steps)
-    schedule = optim.build_schedule(args, optimizer, updates_per_epoch)
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     ema = optim.build_ema(args, student.network)
+    criterion = objective.build_objective(
+        args, student, teacher, mixing=mixup_fn is not None, input_size=inputs.input_size,
+        total_updates=args.epochs * updates_per_epoch,
+    )  # fmt: skip
+    if isinstance(criterion, objective.Objective):
+        tell("objective", criterion.describe())
+    optimizer, lr = optim.build_optimizer(args, student, processes.world_size)
+    follower = getattr(criterion, "at_update", None)
+    schedule = optim.build_schedule(args, optimizer, updates_per_epoch, follower)
+    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     effective = args.batch_size * processes.world_size * args.grad_accum_steps
     tell("recipe", f"{args.epochs} epochs of {updates_per_epoch} updates, effective batch "
          f"{effective}, learning rate {lr:.3g}")  # fmt: skip
@@ -99,6 +103,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                 "train", shown, (seen + update + 1) * effective
             ),
         )  # fmt: skip
+        if epoch == start_epoch:
+            objective.warn_of_lost_terms(train_stats)
         stats = engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype)
         ema_stats = {}
         if ema is not None:
@@ -112,7 +118,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                 checkpoint.save_checkpoint(
                     Path(args.output_dir, name), model=student.network, optimizer=optimizer,
                     lr_scheduler=schedule, epoch=epoch, model_ema=ema, scaler=scaler, args=args,
-                    extra={"best_acc1": best, "global_step": (epoch + 1) * updates_per_epoch},
+                    extra={"best_acc1": best, "global_step": (epoch + 1) * updates_per_epoch,
+                           "projections": student.projections.state_dict()},
                 )  # fmt: skip
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(),
                   (epoch + 1) * updates_per_epoch * effective)  # fmt: skip
@@ -131,6 +138,7 @@ def restore(saved, student, optimizer, schedule, scaler, ema, source: str) -> tu
     """Put a checkpoint back into the parts of a run; return its next epoch and best accuracy."""
     try:
         student.network.load_state_dict(saved["model"])
+        student.projections.load_state_dict(saved.get("projections", {}))
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -12,7 +12,6 @@ from torch import nn
 from augment import InputConfig
 from errors import UserError
 from models.deit import DistilledVisionTransformer
-from models.student import Student, has_distillation_head
 from models.loading import (
     FinetuneReport,
     finetune,
@@ -21,6 +20,7 @@ from models.loading import (
     load_weights,
     weight_keys,
 )
+from models.student import Student, has_distillation_head
 
 __all__ = [
     "DistilledVisionTransformer",

@@ -14,7 +14,7 @@ network without taps has no hooks.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,6 +26,12 @@ from errors import UserError
 
 FEATURES = ["hidden", "attention", "pooled"]
 ATTENTION_KINDS = ("scores", "probabilities")
+
+# For networks that the taps do not know: functions from (images, the network's output) to a dict
+# with these keys, TextBrewer's protocol. An entry is added by assignment and named on the command
+# line. `hidden` and `attention` are lists, which the layers of a match count from 0.
+ADAPTOR_KEYS = ["logits", "logits_mask", "losses", "inputs_mask", "labels", "hidden", "attention"]
+ADAPTORS: dict[str, Callable[[Tensor, Any], Mapping[str, Any]]] = {}
 
 
 class Tap(NamedTuple):
@@ -205,3 +211,50 @@ def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor
         query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
         scores = (query * scale) @ key.transpose(-2, -1)
     return scores.softmax(-1) if kind == "probabilities" else scores
+
+
+class AdaptorTaps:
+    """An adaptor's answers in the place of `FeatureTaps`.
+
+    Raises UserError at the first forward for keys that are unknown, or mean nothing for pictures
+    (`logits_mask`, `labels`: every picture has one label, which comes from the data), and for a
+    layer that the adaptor does not give.
+    """
+
+    layout = Layout(0, 0)
+
+    def __init__(
+        self, adaptor: Callable[[Tensor, Any], Mapping[str, Any]], taps: Iterable[Tap] = ()
+    ) -> None:
+        self.adaptor, self.taps = adaptor, tuple(dict.fromkeys(taps))
+
+    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
+        """Run `network` once on images (B, 3, height, width) and read its output."""
+        found = self.adaptor(images, network(images))
+        known = {"logits", "losses", "inputs_mask", *FEATURES}
+        if not isinstance(found, Mapping) or set(found) - known:
+            given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+            raise UserError(f"adaptor: gave {given}; for pictures the keys are {sorted(known)}")
+        logits, own = found.get("logits"), found.get("losses", ())
+        return Observed(
+            logits[0] if isinstance(logits, list) and len(logits) == 1 else logits,
+            {tap: self._state(found, tap) for tap in self.taps},
+            found.get("inputs_mask"),
+            (own,) if isinstance(own, Tensor) else tuple(own),
+        )
+
+    def grid(self, tap: Tap, patches: int) -> tuple[int, int]:
+        raise UserError("resize: an adaptor's states have no known grid")
+
+    def _state(self, found: Mapping[str, Any], tap: Tap) -> Tensor:
+        states = found.get(tap.feature, ())
+        if tap.layer not in range(-len(states), len(states)):
+            raise UserError(
+                f"{tap.feature} layer {tap.layer}: the adaptor gave {len(states)} of them"
+            )
+        return states[tap.layer]
+
+
+def taps_on(network: nn.Module, taps: Iterable[Tap], adaptor: Any = None) -> Any:
+    """Return what sees the `taps` of a network: hooks, or the adaptor if there is one."""
+    return FeatureTaps(network, taps) if adaptor is None else AdaptorTaps(adaptor, taps)
