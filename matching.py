@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from torch import nn
-from torch.nn.utils.parametrizations import orthogonal
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 import losses
 from errors import UserError
@@ -40,14 +41,25 @@ def linear_projection(dim_S: int, dim_T: int) -> nn.Linear:
     return linear
 
 
-def orthogonal_projection(dim_S: int, dim_T: int) -> nn.Module:
-    """Return a linear map with orthonormal columns (rows, if dim_T < dim_S), kept so in training.
+class Orthonormal(nn.Module):
+    """A parametrization: of any weights, the orthonormal ones that QR finds in them.
 
-    Householder reflections: exact at every step, and no matrix beside the weights is stored.
-    Source: Miles et al. 2024 (arXiv 2403.06213).
+    Not torch's `orthogonal`: its Householder form becomes all zero under weight decay.
     """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight: (dim_T, dim_S). Returns orthonormal columns, or rows if those are fewer."""
+        wide = weight.shape[0] < weight.shape[1]
+        basis, triangle = torch.linalg.qr(weight.mT if wide else weight)
+        basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # orthonormal: unchanged
+        return basis.mT if wide else basis
+
+
+def orthogonal_projection(dim_S: int, dim_T: int) -> nn.Module:
+    """Return a linear map that stays orthogonal in training (VkD, arXiv 2403.06213)."""
     linear = nn.Linear(dim_S, dim_T, bias=False)
-    return orthogonal(linear, orthogonal_map="householder", use_trivialization=False)
+    nn.init.orthogonal_(linear.weight)
+    return register_parametrization(linear, "weight", Orthonormal())
 
 
 PROJ_MAP: dict[str, Callable[[int, int], nn.Module]] = {
@@ -56,7 +68,7 @@ PROJ_MAP: dict[str, Callable[[int, int], nn.Module]] = {
     "tanh": lambda dim_S, dim_T: nn.Sequential(linear_projection(dim_S, dim_T), nn.Tanh()),
     "orthogonal": orthogonal_projection,
 }
-NO_DECAY = ("orthogonal",)  # decay would turn the reflections towards the identity
+NO_DECAY = ("orthogonal",)  # only the direction of its weights counts
 
 
 # --- one match ------------------------------------------------------------------------------
