@@ -322,7 +322,10 @@ def check_objective(args: Namespace) -> None:
          f"below 0 ({args.ranking_kl_weight}), --ranking-tau must be above 0 ({args.ranking_tau})"),
         (args.ranking_kl_weight and args.batch_size < 3, f"--batch-size {args.batch_size}: ranking "
          "needs 3 pictures a batch, so that each has two others to choose from"),
-        (args.cosub and (matches or args.ranking_kl_weight), "--cosub has no teacher to match"),
+        (args.cosub and (matches or args.ranking_kl_weight or args.distill_config
+                         or args.student_adaptor or args.hard_label_weight is not None
+                         or args.hard_label_weight_scheduler != "none"),
+         "--cosub has no teacher to match, and no weights"),
     ):  # fmt: skip
         if wrong:
             raise UserError(message)

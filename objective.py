@@ -180,8 +180,9 @@ class Objective(nn.Module):
         if self.criterion.distillation_type == "none":
             loss = self.criterion.weights[0] * loss
         self.terms = dict(self.criterion.terms)
-        if isinstance(self.criterion.kd_loss, ScheduledTemperature):
-            self.terms["temperature_clamped"] = self.criterion.kd_loss.clamped
+        clamped = getattr(self.criterion.kd_loss, "clamped", None)
+        if clamped is not None:
+            self.terms["temperature_clamped"] = clamped
         if seen_S.losses:
             own = sum(value.float().mean() for value in seen_S.losses)
             self.terms["own"], loss = own.detach(), loss + self.criterion.weights[0] * own

@@ -69,12 +69,13 @@ def layout_of(network: nn.Module) -> Layout:
     """Return what `network` (a timm model) offers. Raises UserError if it has no known layers."""
     blocks = _blocks(network)
     if blocks is not None:
-        names = [name for name in ("cls", "dist") if _has_token(network, name)]
-        registers = getattr(network, "num_prefix_tokens", 0) - len(names)
+        prefix = getattr(
+            network, "num_prefix_tokens", 0
+        )  # none where a token joins later, as CaiT's
+        names = [name for name in ("cls", "dist") if _has_token(network, name)][:prefix]
+        names += ["register"] * (prefix - len(names))
         grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
-        return Layout(
-            len(blocks) + 1, len(blocks), (*names, *["register"] * registers), grid and tuple(grid)
-        )
+        return Layout(len(blocks) + 1, len(blocks), tuple(names), grid and tuple(grid))
     stages = _stages(network)
     if not stages:
         raise UserError(
@@ -149,7 +150,7 @@ class FeatureTaps:
             raise UserError(f"{name} has no attention to match, it is a CNN; match hidden instead")
         if tap.layer not in range(-len(valid), len(valid)):
             raise UserError(
-                f"{tap.feature} layer {tap.layer} of {name} is out of range: it has layers 0 to "
+                f"{tap.feature} layer {tap.layer} of {name} is out of range: its layers are 0 to "
                 f"{valid.stop - 1}"
             )
         getattr(self, f"_tap_{tap.feature}")(network, tap, valid[tap.layer])

@@ -155,6 +155,7 @@ def test_a_layout_names_layers_prefix_tokens_and_grid() -> None:
     assert (layout.hidden, layout.attention, layout.grid) == (4, 3, (2, 2))
     assert layout.prefix == ("cls", "dist")
     assert layout_of(vit("vit_small_patch14_reg4_dinov2")).prefix == ("cls", *["register"] * 4)
+    assert layout_of(timm.create_model("cait_xxs24_224", **VIT)).prefix == (), "it joins later"
     assert layout_of(cnn()).hidden == 5 and layout_of(cnn()).attention == 0
 
 

@@ -157,6 +157,7 @@ def test_a_flag_may_repeat_the_file_or_fill_in_what_it_leaves_out(tmp_path: Path
         ("--ranking-kl-weight 1 --ranking-tau 0", "ranking-tau"),
         ("--student-adaptor mine", "mine"),
         (f"--cosub --match {HIDDEN}", "cosub"),
+        ("--cosub --hard-label-weight 0.5", "cosub"),
     ],
 )
 def test_flags_of_an_objective_that_cannot_be_are_refused(flags: str, words: str) -> None:
