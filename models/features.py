@@ -26,6 +26,7 @@ from errors import UserError
 
 FEATURES = ["hidden", "attention", "pooled"]
 ATTENTION_KINDS = ("scores", "probabilities")
+CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")  # CaiT's and XCiT's: after the blocks
 
 # For networks that the taps do not know: functions from (images, the network's output) to a dict
 # with these keys, TextBrewer's protocol. An entry is added by assignment and named on the command
@@ -69,9 +70,8 @@ def layout_of(network: nn.Module) -> Layout:
     """Return what `network` (a timm model) offers. Raises UserError if it has no known layers."""
     blocks = _blocks(network)
     if blocks is not None:
-        prefix = getattr(
-            network, "num_prefix_tokens", 0
-        )  # none where a token joins later, as CaiT's
+        joins_later = any(hasattr(network, stage) for stage in CLASS_ATTENTION)
+        prefix = 0 if joins_later else getattr(network, "num_prefix_tokens", 0)
         names = [name for name in ("cls", "dist") if _has_token(network, name)][:prefix]
         names += ["register"] * (prefix - len(names))
         grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
