@@ -241,13 +241,13 @@ def build_objective(
     schedulers = (args.hard_label_weight_scheduler, args.kd_loss_weight_scheduler)
     weights = (args.hard_label_weight, args.kd_loss_weight)
     asked = (matches, args.ranking_kl_weight, args.distill_config, args.probability_shift,
-             args.student_adaptor, args.teacher_adaptor, args.temperature_scheduler != "none",
+             args.student_adaptor, args.temperature_scheduler != "none",
              set(schedulers) - {"none"}, weights != (None, None))  # fmt: skip
     if not any(asked):
         return criterion
     alpha = args.distillation_alpha if args.distillation_type != "none" else 0.0
     extra: dict[str, Term] = {}
-    if matches or args.ranking_kl_weight or args.student_adaptor or args.teacher_adaptor:
+    if matches or args.ranking_kl_weight or args.student_adaptor:
         extra = _build_terms(args, matches, student, members, input_size)
     return Objective(
         criterion,
@@ -280,7 +280,7 @@ def _build_terms(
     projections = Projections()
     student.observe(taps_on(student.network, taps_S, adaptor_S), projections)
     for index, (member, taps) in enumerate(zip(members, wanted)):
-        if not hasattr(member, "observe"):
+        if taps and not hasattr(member, "observe"):
             raise UserError("matches and ranking look inside the teacher: it must run, not a cache")
         if taps:
             member.observe(taps_on(member.network, taps, adaptor_T), index)
@@ -296,7 +296,7 @@ def _build_terms(
             terms[name] = build(projections, seen_S, seen_T, device)
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # RuntimeError: of a plugin's own arithmetic
             raise UserError(f"match {name}: {error}") from error
     if args.ranking_kl_weight:
         projections.views[RANKING] = lambda states: [states[POOLED]]
