@@ -204,6 +204,26 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous()).chunk(world_size())[rank()]
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Return the rows of all processes, (B, ...) each, in the order of ranks; gradients are kept.
+
+    A row's gradient is the sum over all processes. One process: the tensor itself.
+    """
+    return _AllGather.apply(tensor) if dist.is_initialized() else tensor
+
+
 def any_rank(flag: Tensor) -> Tensor:
     """Return, on the device, whether `flag` (bool, any shape) is true in any process."""
     if not dist.is_initialized():

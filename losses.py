@@ -13,6 +13,7 @@ import functools
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +88,13 @@ class DistillationLoss(nn.Module):
     head: "dist" distils the second of `(class, distillation)` logits, which the student must
         then return; "cls" the class logits, and a single Tensor will do.
     logit_standardization: of "soft": each row of both sides goes through `standardize_logits`.
+    kd_loss: instead of "soft"'s KL, (logits_S, logits_T, temperature) -> scalar, such as an entry
+        of `KD_LOSS_MAP`; `reduction` and tau^2 are then its own.
+    teacher_weights: shares of several teachers, whose logits then come as a list, a term each.
 
-    After a call `terms` holds {"base", "distillation"} (without "none": only "base"): detached
-    scalars before alpha, on the device.
+    `weights` are those of the two terms, (1 - alpha, alpha) until somebody writes others. After a
+    call `terms` holds {"base", "distillation"} (with "none": only "base"): detached scalars before
+    the weights, on the device.
     Raises ValueError for settings that are not the above.
     Source: Touvron et al. 2021 (arXiv 2012.12877) and DeiT's code; "cls" with "batchmean" is
     Hinton's, and Hugging Face's with 1 - alpha for their alpha.
@@ -106,6 +111,8 @@ class DistillationLoss(nn.Module):
         reduction: str = "numel",
         head: str = "dist",
         logit_standardization: bool = False,
+        kd_loss: Callable[[Tensor, Tensor, float], Tensor] | None = None,
+        teacher_weights: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
         _check_choice("distillation type", distillation_type, ("none", "soft", "hard"))
@@ -121,6 +128,8 @@ class DistillationLoss(nn.Module):
         object.__setattr__(self, "teacher_model", teacher_model)  # past nn.Module's registration
         self.distillation_type = distillation_type
         self.alpha = alpha
+        self.weights = (1 - alpha, alpha)
+        self.kd_loss, self.teacher_weights = kd_loss, tuple(teacher_weights)
         self.tau = tau
         self.reduction = reduction
         self.head = head
@@ -133,7 +142,7 @@ class DistillationLoss(nn.Module):
         outputs: Tensor | tuple[Tensor, Tensor],
         labels: Tensor,
         *,
-        teacher_outputs: Tensor | None = None,
+        teacher_outputs: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """Return the loss, a scalar.
 
@@ -153,10 +162,13 @@ class DistillationLoss(nn.Module):
         if self.distillation_type == "none":
             self.terms = {"base": base.detach()}
             return base
-        logits_T = self._ask_teacher(inputs, teacher_outputs)
-        distillation = self._distill(logits_S, logits_T)
+        if isinstance(teacher_outputs, list | tuple):
+            answers = zip(self.teacher_weights, teacher_outputs, strict=True)
+            distillation = sum(w * self._distill(logits_S, _from_teacher(t)) for w, t in answers)
+        else:
+            distillation = self._distill(logits_S, self._ask_teacher(inputs, teacher_outputs))
         self.terms = {"base": base.detach(), "distillation": distillation.detach()}
-        return (1 - self.alpha) * base + self.alpha * distillation
+        return self.weights[0] * base + self.weights[1] * distillation
 
     def _read_outputs(self, outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the logits for the labels and the logits for the teacher."""
@@ -201,6 +213,8 @@ class DistillationLoss(nn.Module):
                 return F.cross_entropy(logits_S, logits_T.argmax(dim=1))
             if self.logit_standardization:
                 logits_S, logits_T = standardize_logits(logits_S), standardize_logits(logits_T)
+            if self.kd_loss is not None:
+                return self.kd_loss(logits_S, logits_T, self.tau)
             total = self.tau**2 * F.kl_div(
                 F.log_softmax(logits_S / self.tau, dim=1),
                 F.log_softmax(logits_T / self.tau, dim=1),
@@ -280,8 +294,13 @@ def build_base_criterion(*, mixing: bool, smoothing: float, bce: bool) -> nn.Mod
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixing else smoothing)
 
 
-def build_criterion(args: Namespace, *, mixing: bool, head: str = "dist") -> nn.Module:
-    """Return the objective of the command line; the engine brings the teacher's logits."""
+def build_criterion(
+    args: Namespace, *, mixing: bool, head: str = "dist", **extensions: Any
+) -> nn.Module:
+    """Return the objective of the command line; the engine brings the teacher's logits.
+
+    extensions: `kd_loss` and `teacher_weights` of DistillationLoss.
+    """
     if args.cosub:
         return CosubLoss()
     return DistillationLoss(
@@ -293,6 +312,7 @@ def build_criterion(args: Namespace, *, mixing: bool, head: str = "dist") -> nn.
         reduction=args.distillation_reduction,
         head=head,
         logit_standardization=getattr(args, "logit_standardization", False),
+        **extensions,
     )
 
 

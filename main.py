@@ -20,9 +20,9 @@ import augment
 import datasets
 import distributed
 import engine
-import losses
 import metrics
 import models
+import objective
 import optim
 import options
 import resume
@@ -53,28 +53,33 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
     for note in notes:
         _logger.warning("%s", note)
-    if teacher is not None and args.teacher_check:
+    if teacher is not None and args.teacher_check and args.distillation_type != "none":
         tell("teacher", "accuracy on the evaluation set")
         engine.evaluate(loaders.val, teacher, device, amp_dtype=None, header="Teacher:")
 
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
-    criterion = losses.build_criterion(
-        args, mixing=mixup_fn is not None, head=student.distillation_head
-    )
-    optimizer, lr = optim.build_optimizer(args, student, processes.world_size)
     updates_per_epoch = -(-len(loaders.train) // args.grad_accum_steps)
-    schedule = optim.build_schedule(args, optimizer, updates_per_epoch)
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     ema = optim.build_ema(args, student.network)
+    criterion = objective.build_objective(
+        args, student, teacher, mixing=mixup_fn is not None, input_size=inputs.input_size,
+        total_updates=args.epochs * updates_per_epoch,
+    )  # fmt: skip
+    if isinstance(criterion, objective.Objective):
+        tell("objective", criterion.describe())
+    optimizer, lr = optim.build_optimizer(args, student, processes.world_size)
+    follower = getattr(criterion, "at_update", None)
+    schedule = optim.build_schedule(args, optimizer, updates_per_epoch, follower)
+    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     effective = args.batch_size * processes.world_size * args.grad_accum_steps
     tell("recipe", f"{args.epochs} epochs of {updates_per_epoch} updates, effective batch "
          f"{effective}, learning rate {lr:.3g}")  # fmt: skip
 
     tally = engine.Tally(device)
     keeper = resume.build_keeper(
-        args, {"model": student.network, "optimizer": optimizer, "lr_scheduler": schedule,
-               "scaler": scaler, "model_ema": ema}, tally,
+        args, {"model": student.network, "projections": student.trained_projections(),
+               "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
+               "model_ema": ema}, tally,
         facts={"processes": processes.world_size, "data": loaders.fingerprint()},
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
@@ -105,6 +110,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
             ),
             on_update=keeper.after_update, on_bad_batch=keeper.save_bad_batch, tally=tally,
         )  # fmt: skip
+        if not stats:  # the first epoch of this process
+            objective.warn_of_lost_terms(train_stats)
         stats = engine.evaluate(
             loaders.val, student.network, device, amp_dtype=amp_dtype, interrupt=keeper
         )

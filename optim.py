@@ -7,6 +7,7 @@ since the beginning), so that a resumed run goes on where the other stopped.
 import copy
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ def build_optimizer(
 
     The rate is --lr times effective batch / 512, where the effective batch counts all processes
     and accumulated micro-steps; --unscale-lr takes it as it is. No weight decay on biases, norms
-    and what the network names in `no_weight_decay`.
-    Raises UserError for an optimizer timm does not know.
+    and what the network names in `no_weight_decay`. Every projection is a group of its own, with
+    the options that its match gives.
+    Raises UserError for an optimizer timm does not know, or an option that it does not have.
     """
     lr = args.lr
     if not args.unscale_lr:
@@ -55,21 +57,32 @@ def build_optimizer(
     except (AssertionError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--opt {args.opt}: timm cannot make it ({reason})") from error
+    for name, projection in student.projections.items():
+        own = projection.optimizer_options
+        if unknown := set(own) - set(optimizer.defaults):
+            raise UserError(f"match {name}: proj: {args.opt} has no option {sorted(unknown)}")
+        group = {"params": list(projection.parameters()), "weight_decay": args.weight_decay}
+        optimizer.add_param_group(group | own)  # a rate of its own is taken as it is
     return optimizer, lr
 
 
 class Schedule:
     """timm's learning-rate scheduler, stepped from the global step or the epoch.
 
-    A plateau scheduler is the one that looks back: it hears each epoch's accuracy.
+    A plateau scheduler is the one that looks back: it hears each epoch's accuracy. follower: is
+    told the global step too, such as the weights of a loss.
     """
 
-    def __init__(self, scheduler: Any, *, on_updates: bool) -> None:
-        self.scheduler, self.on_updates = scheduler, on_updates
+    def __init__(
+        self, scheduler: Any, *, on_updates: bool, follower: Callable[[int], None] | None = None
+    ) -> None:
+        self.scheduler, self.on_updates, self.follower = scheduler, on_updates, follower
         self._is_plateau = type(scheduler).__name__ == "PlateauLRScheduler"
 
     def step(self, global_step: int, epoch: int) -> None:
         """Set the learning rate for update `global_step`, which lies in `epoch`; both from 0."""
+        if self.follower is not None:
+            self.follower(global_step)
         if self.on_updates:
             self.scheduler.step_update(global_step)
         elif not self._is_plateau:
@@ -93,7 +106,10 @@ class Schedule:
 
 
 def build_schedule(
-    args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+    args: Namespace,
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    follower: Callable[[int], None] | None = None,
 ) -> Schedule:
     """Return the learning rate's schedule over --epochs. Raises UserError for an unknown one."""
     on_updates = args.sched_on_updates and args.sched != "plateau"
@@ -119,7 +135,7 @@ def build_schedule(
         raise UserError(f"--sched {args.sched}: timm cannot make it ({reason})") from error
     if scheduler is None:
         raise UserError(f"--sched {args.sched}: unknown to timm; cosine, step, plateau, ...")
-    return Schedule(scheduler, on_updates=on_updates)
+    return Schedule(scheduler, on_updates=on_updates, follower=follower)
 
 
 class Ema:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+import matching
 from errors import UserError
 
 QUICK_START = Path(__file__).parent / "recipes" / "quickstart.yaml"
@@ -50,6 +51,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class Repeatable(argparse.Action):
+    """A flag whose single value stays as it is, and whose repetitions make a list."""
+
+    def __call__(self, parser, namespace, value, option_string=None):  # type: ignore[no-untyped-def]
+        owner, given = getattr(self, "_given", (None, []))
+        given = [*given, value] if owner is namespace else [value]
+        self._given = (namespace, given)
+        setattr(namespace, self.dest, value if len(given) == 1 else given)
+
+
 def _dashed(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -72,6 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     _add_run_flags(parser.add_argument_group("run"))
     _add_model_flags(parser.add_argument_group("student"))
     _add_distillation_flags(parser.add_argument_group("distillation"))
+    _add_objective_flags(parser.add_argument_group("what to match beside the labels"))
     _add_optimizer_flags(parser.add_argument_group("optimizer, schedule and EMA"))
     _add_augmentation_flags(parser.add_argument_group("augmentation and mixing"))
     _add_data_flags(parser.add_argument_group("data"))
@@ -134,8 +146,14 @@ def _add_model_flags(group: Any) -> None:
 
 def _add_distillation_flags(group: Any) -> None:
     add = group.add_argument
-    add("--teacher-model", default="regnety_160", help="timm name, hf-hub: or local-dir: source")
-    add("--teacher-path", default="", help="its weights: file or URL; empty: timm's pretrained")
+    add("--teacher-model", default="regnety_160", action=Repeatable,
+        help="timm name, hf-hub: or local-dir: source; repeat for several")  # fmt: skip
+    add("--teacher-path", default="", action=Repeatable,
+        help="its weights: file or URL; empty: timm's pretrained")  # fmt: skip
+    add("--teacher-weight", default=None, type=float, action="append",
+        help="share of a teacher among several; default: equal")  # fmt: skip
+    add("--teacher-logits", default="mean", choices=("mean", "apart"),
+        help="of several: one term of the mean, or a term each")  # fmt: skip
     add("--distillation-type", default="none", choices=("none", "soft", "hard"))
     add("--distillation-alpha", default=0.5, type=float,
         help="loss = (1 - alpha) * base + alpha * distillation")  # fmt: skip
@@ -147,6 +165,31 @@ def _add_distillation_flags(group: Any) -> None:
     _switch(group, "teacher-check", True, "print the teacher's accuracy at the start",
             "skip it")  # fmt: skip
     add("--cosub", action="store_true", help="co-train two submodels instead of a teacher")
+
+
+def _add_objective_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--match", default=[], action="append", metavar="KEY=VALUE,...",
+        help="layer_S=6,layer_T=12,feature=hidden,loss=cos,proj=linear; repeatable")  # fmt: skip
+    add("--distill-config", default="", help="TextBrewer's DistillationConfig, .json or .yaml")
+    add("--plugin", default=[], action="append", metavar="FILE.py",
+        help="adds losses, projections, schedules or adaptors by name; repeatable")  # fmt: skip
+    add("--student-adaptor", default="", help="reads the output of a student the taps do not know")
+    add("--teacher-adaptor", default="", help="reads the output of such a teacher")
+    add("--kd-loss-type", default="", help="soft: ce, mse or dist instead of DeiT's divergence")
+    add("--kd-loss-weight", default=None, type=float, help="default: --distillation-alpha")
+    add("--hard-label-weight", default=None, type=float, help="default: 1 - --distillation-alpha")
+    for name in ("kd-loss-weight", "hard-label-weight"):
+        add(f"--{name}-scheduler", default="none", help="linear_decay or linear_growth replaces it")
+    add("--temperature-scheduler", default="none", type=matching.read_schedule,
+        help="constant, flsw:BETA:GAMMA or cwsm:BETA, with --kd-loss-type")  # fmt: skip
+    add("--temperature-min", default=0.1, type=float, help="floor of scheduled temperatures")
+    _switch(group, "probability-shift", False, "swap the teacher's top logit with the label's")
+    _switch(group, "logit-standardization", False, "soft: z-score both sides' logits")
+    add("--ranking-kl-weight", default=0.0, type=float, help="of the pictures' similarities")
+    add("--ranking-similarity", default="cos", choices=("cos", "dot"))
+    add("--ranking-tau", default=1.0, type=float, help="temperature of the similarities")
+    _switch(group, "ranking-gather", False, "rank among the pictures of all processes")
 
 
 def _add_optimizer_flags(group: Any) -> None:
@@ -222,15 +265,43 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     Without a data path the quick start's recipe fills in what no flag gives.
     Raises UserError for unknown flags, values out of range, and combinations that cannot work.
     """
-    explicit = frozenset(vars(_parse(argv, suppress=True)))
-    args = _parse(argv)
+    given = vars(_parse(argv, suppress=True))
+    explicit = frozenset(given)
+    for plugin in given.get("plugin", ()):
+        matching.load_plugin(plugin)
+    defaults, notes = read_distill_config(given)
+    args = _parse(argv, defaults=defaults)
     if uses_quick_start(args):
-        args = _parse(argv, defaults=read_recipe(QUICK_START))
+        args = _parse(argv, defaults=read_recipe(QUICK_START) | defaults)
     elif args.data_set is None:
         args.data_set = "IMNET"
     check_ranges(args)
     check_combinations(args, explicit)
-    return Options(args, explicit, tuple(flags_without_effect(args, explicit)))
+    return Options(args, explicit, (*notes, *flags_without_effect(args, explicit)))
+
+
+def read_distill_config(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the flags of --distill-config by destination name, and notes.
+
+    given: the flags of the command line. Raises UserError for one that disagrees with the file.
+    """
+    path = given.get("distill_config")
+    if not path:
+        return {}, []
+    config, stated = matching.read_config(path)
+    flags = config.flags()
+    stated |= {"distillation_alpha"}
+    flags["distillation_alpha"] = config.kd_loss_weight
+    for name in sorted(stated & set(given)):
+        if given[name] != flags[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} {given[name]} disagrees with {path}, which says "
+                f"{flags[name]}; give it in one place"
+            )
+    del flags["distillation_alpha"]  # both weights are the file's
+    if not config.is_caching_logits:
+        return flags, []
+    return flags, ["is_caching_logits has no effect: a teacher cache keeps the augmentation too"]
 
 
 def uses_quick_start(args: argparse.Namespace) -> bool:
@@ -310,6 +381,7 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> None:
     """Raise UserError for flags that cannot go together, before any work is done."""
+    matching.check_objective(args)
     distils = args.distillation_type != "none"
     if args.data_set == "DIGITS" and args.data_path:
         raise UserError("--data-set DIGITS is embedded; leave out --data-path")
@@ -335,6 +407,8 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
 def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> list[str]:
     """Return one line for every flag that was given and does nothing in this run."""
     distils = args.distillation_type != "none"
+    teaches = distils or bool(args.match) or args.ranking_kl_weight > 0
+    several = isinstance(args.teacher_model, list)
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     three = args.ThreeAugment
     randaugment = args.aa not in ("", "none", None)
@@ -362,13 +436,23 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "model_ema_decay": (not args.model_ema, "there is no average"),
         "model_ema_force_cpu": (not args.model_ema, "there is no average"),
         "model_ema_warmup": (not args.model_ema, "there is no average"),
-        "teacher_model": (not distils, "--distillation-type is none"),
-        "teacher_path": (not distils, "--distillation-type is none"),
+        "teacher_model": (not teaches, "--distillation-type is none"),
+        "teacher_path": (not teaches, "--distillation-type is none"),
+        "teacher_weight": (not several, "there is one teacher"),
+        "teacher_logits": (not several or not distils, "no logits of several teachers"),
         "teacher_check": (not distils, "--distillation-type is none"),
         "distillation_alpha": (not distils, "--distillation-type is none"),
         "distillation_head": (not distils, "--distillation-type is none"),
         "distillation_tau": (args.distillation_type != "soft", "only soft has a temperature"),
-        "distillation_reduction": (args.distillation_type != "soft", "only soft is reduced so"),
+        "distillation_reduction": (
+            args.distillation_type != "soft" or bool(args.kd_loss_type),
+            "only soft is reduced so",
+        ),
+        "temperature_min": (args.temperature_scheduler == "none", "no temperature is scheduled"),
+        "kd_loss_weight": (not distils, "--distillation-type is none"),
+        "ranking_similarity": (not args.ranking_kl_weight, "--ranking-kl-weight is 0"),
+        "ranking_tau": (not args.ranking_kl_weight, "--ranking-kl-weight is 0"),
+        "ranking_gather": (not args.ranking_kl_weight, "--ranking-kl-weight is 0"),
         "finetune": (bool(args.resume), "--resume brings its own weights"),
         "resume_anyway": (not args.resume, "it belongs to --resume"),
         "checkpoint_steps": (not args.output_dir, "nothing is saved without --output_dir"),

@@ -1,10 +1,13 @@
 """The other side of the lesson: a frozen network with its own input adapter.
 
 Shapes: B batch, C classes. A teacher is a function from the student's pictures to logits; the
-engine cannot tell what answers.
+engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
 """
 
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 import models
 from augment import InputConfig
 from errors import UserError
+from models.features import ADAPTORS, AdaptorTaps, Observed
+from schedules import pick
 
 
 class InputAdapter(nn.Module):
@@ -52,7 +57,8 @@ class InputAdapter(nn.Module):
 class Teacher(nn.Module):
     """A frozen network, always in evaluation mode, without gradients.
 
-    amp_dtype: autocast type of its forward, or None.
+    amp_dtype: autocast type of its forward, or None. adaptor: reads the output of a network that
+        gives more than logits.
     """
 
     def __init__(
@@ -62,9 +68,12 @@ class Teacher(nn.Module):
         *,
         name: str = "",
         amp_dtype: torch.dtype | None = None,
+        adaptor: Any = None,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
+        self.taps: Any = AdaptorTaps(adaptor) if adaptor is not None else None
+        self.index: int | None = None
         self.adapter, self.name, self.amp_dtype = adapter, name, amp_dtype
         self.eval()
 
@@ -72,16 +81,58 @@ class Teacher(nn.Module):
         """Stay in evaluation mode, whatever is asked."""
         return super().train(False)
 
+    def observe(self, taps: Any, index: int = 0) -> None:
+        """From now on, return `Observed`, its states by (index, tap). taps: as of `Student`."""
+        self.taps, self.index = taps, index
+
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, height, width), normalised for the student. Returns logits (B, C)."""
+    def forward(self, images: Tensor) -> Tensor | Observed:
+        """images: (B, 3, height, width), normalised for the student.
+
+        Returns logits (B, C), or `Observed`.
+        """
         device = images.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            return self.network(self.adapter(images)).float()
+            if self.taps is None:
+                return self.network(self.adapter(images)).float()
+            seen = self.taps.forward(self.network, self.adapter(images))
+        logits = seen.logits.float() if isinstance(seen.logits, Tensor) else seen.logits
+        if self.index is None:
+            return logits
+        states = {(self.index, tap): state for tap, state in seen.states.items()}
+        return replace(seen, logits=logits, states=states)
 
     def describe(self) -> str:
         count = sum(p.numel() for p in self.network.parameters())
         return f"{self.name}, {count / 1e6:.2f} M parameters, {self.adapter.describe()}"
+
+
+class Teachers(nn.Module):
+    """Several teachers as one: the weighted mean of their logits, or all of them.
+
+    weights: their shares, which are scaled to sum 1.
+    """
+
+    def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.weights = tuple(weight / sum(weights) for weight in weights)
+        self.apart = False  # True: a list of logits, for a term each
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor | list[Tensor] | Observed:
+        """images: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
+        answers = [member(images) for member in self.members]
+        seen = [answer for answer in answers if isinstance(answer, Observed)]
+        logits = [answer.logits if isinstance(answer, Observed) else answer for answer in answers]
+        if not self.apart and len({answer.shape for answer in logits}) == 1:
+            logits = sum(w * answer for w, answer in zip(self.weights, logits))
+        states = {key: state for each in seen for key, state in each.states.items()}
+        return Observed(logits, states) if seen else logits
+
+    def describe(self) -> str:
+        shares = zip(self.members, self.weights)
+        return "; ".join(f"{member.describe()}, share {share:.2f}" for member, share in shares)
 
 
 def build_teacher(
@@ -90,35 +141,59 @@ def build_teacher(
     student_inputs: InputConfig,
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
-) -> Teacher | None:
-    """Return the teacher of the command line on `device`, or None without distillation.
+) -> Teacher | Teachers | None:
+    """Return the teacher of the command line on `device`, or None if nothing is asked of it.
 
+    Without distillation of logits it needs no classifier: what it saw inside is all that counts.
     Raises UserError for an unknown model, a file that is missing or of another architecture, and
     another number of classes than the student's.
     """
-    if args.distillation_type == "none":
+    classifies = args.distillation_type != "none"
+    if not (classifies or args.match or args.ranking_kl_weight):
         return None
-    name, path = args.teacher_model, args.teacher_path
-    own = models.data_config(name)
-    if not path and own["num_classes"] not in (None, num_classes):
-        raise UserError(_other_classes(name, "timm's weights", own["num_classes"], num_classes))
-    network = models.create_model(name, num_classes=num_classes, pretrained=not path)
+    names, paths = (
+        [x] if isinstance(x, str) else x for x in (args.teacher_model, args.teacher_path)
+    )
+    paths = paths if any(paths) else [""] * len(names)
+    weights = args.teacher_weight or [1.0] * len(names)
+    if not len(names) == len(paths) == len(weights) or min(weights) <= 0:
+        raise UserError(
+            f"{len(names)} --teacher-model, {len(paths)} --teacher-path, --teacher-weight "
+            f"{weights}; give one of each for every teacher, with weights above 0"
+        )
+    adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
+    members = []
+    for name, path in zip(names, paths):
+        network = _network(name, path, num_classes, classifies)
+        own = models.data_config(name)
+        teacher_inputs = InputConfig(
+            input_size=own["input_size"][1:], mean=tuple(own["mean"]), std=tuple(own["std"]),
+            interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
+        )  # fmt: skip
+        takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
+        adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
+        named = f"{name} from {path or 'timm'}"
+        members.append(Teacher(network, adapter, name=named, amp_dtype=amp_dtype, adaptor=adaptor))
+    one = members[0] if len(members) == 1 else Teachers(members, weights)
+    return one.to(device)
+
+
+def _network(name: str, path: str, num_classes: int, classifies: bool) -> nn.Module:
+    """Return a teacher's network with its weights, and with a classifier if it is to answer."""
+    own_classes = models.data_config(name)["num_classes"]
+    if classifies and not path and own_classes not in (None, num_classes):
+        raise UserError(_other_classes(name, "timm's weights", own_classes, num_classes))
+    classes = num_classes if classifies else 0
+    network = models.create_model(name, num_classes=classes, pretrained=not path)
     if path:
         try:
-            models.load_weights(network, path)
+            models.load_weights(network, path, without_head=not classifies)
         except UserError as error:
             raise UserError(
                 f"teacher {name}: {error}. To train a teacher on your classes: "
                 f"python main.py --model {name} --data-path ... --output_dir teacher"
             ) from error
-    teacher_inputs = InputConfig(
-        input_size=own["input_size"][1:], mean=tuple(own["mean"]), std=tuple(own["std"]),
-        interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
-    )  # fmt: skip
-    takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
-    adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
-    named = f"{name} from {path or 'timm'}"
-    return Teacher(network, adapter, name=named, amp_dtype=amp_dtype).to(device)
+    return network
 
 
 def _other_classes(name: str, what: str, found: int, wanted: int) -> str:

@@ -1,6 +1,6 @@
 """What a network saw inside: hidden states, attention and pooled features of timm models.
 
-Shapes: B batch, N tokens (prefix tokens first), P prefix tokens, D width, H heads.
+Shapes: B batch, N tokens (prefix tokens first), D width, H heads.
 The numbering, once for the whole repository (TextBrewer's and Hugging Face's):
 
     hidden[0]     the embedding output, input of block 0             (B, N, D)
@@ -13,23 +13,30 @@ row by row. Only what is asked for is computed: a tap is a forward hook on one m
 network without taps has no hooks.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Attention
+from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from errors import UserError
 
 FEATURES = ["hidden", "attention", "pooled"]
 ATTENTION_KINDS = ("scores", "probabilities")
+CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")  # CaiT's and XCiT's: after the blocks
+
+# For networks that the taps do not know: functions from (images, the network's output) to a dict
+# with these keys, TextBrewer's protocol. An entry is added by assignment and named on the command
+# line. `hidden` and `attention` are lists, which the layers of a match count from 0.
+ADAPTOR_KEYS = ["logits", "logits_mask", "losses", "inputs_mask", "labels", "hidden", "attention"]
+ADAPTORS: dict[str, Callable[[Tensor, Any], Mapping[str, Any]]] = {}
 
 
-@dataclass(frozen=True)
-class Tap:
-    """A tensor wanted from inside. `kind` of attention: scores (q k^T scale) or probabilities."""
+class Tap(NamedTuple):
+    """One tensor wanted from inside. kind, of attention: scores (q k^T scale) or their softmax."""
 
     feature: str
     layer: int
@@ -37,47 +44,65 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """A network's answer and what was seen on the way, by key.
+
+    mask: (B,N), 1 keeps a token, and losses, scalars of the network's own: only from an adaptor.
+    """
+
+    logits: Any
+    states: dict[Any, Any]
+    mask: Tensor | None = None
+    losses: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
 class Layout:
-    """What a network offers: how many of each feature, its prefix tokens, its heads' widths."""
+    """What a network offers: its layers by feature, its prefix tokens by name, its patch grid."""
 
-    num_hidden: int
-    num_attention: int
-    num_prefix_tokens: int
-    is_transformer: bool
-
-    def valid(self, feature: str) -> range:
-        return range({"hidden": self.num_hidden, "attention": self.num_attention}.get(feature, 1))
+    hidden: int
+    attention: int
+    prefix: tuple[str, ...] = ()
+    grid: tuple[int, int] | None = None
 
 
 def layout_of(network: nn.Module) -> Layout:
     """Return what `network` (a timm model) offers. Raises UserError if it has no known layers."""
     blocks = _blocks(network)
     if blocks is not None:
-        return Layout(len(blocks) + 1, len(blocks), getattr(network, "num_prefix_tokens", 0), True)
+        joins_later = any(hasattr(network, stage) for stage in CLASS_ATTENTION)
+        prefix = 0 if joins_later else getattr(network, "num_prefix_tokens", 0)
+        names = [name for name in ("cls", "dist") if _has_token(network, name)][:prefix]
+        names += ["register"] * (prefix - len(names))
+        grid = getattr(getattr(network, "patch_embed", None), "grid_size", None)
+        return Layout(len(blocks) + 1, len(blocks), tuple(names), grid and tuple(grid))
     stages = _stages(network)
     if not stages:
         raise UserError(
             f"{type(network).__name__} names no layers that could be tapped (no `blocks`, no "
-            "`feature_info`); give it an adaptor with --plugin"
+            "`feature_info`); give it an adaptor: --plugin FILE.py with --student-adaptor or "
+            "--teacher-adaptor"
         )
-    return Layout(len(stages), 0, 0, False)
+    return Layout(len(stages), 0)
 
 
-def _blocks(network: nn.Module) -> nn.Sequential | None:
+def _has_token(network: nn.Module, name: str) -> bool:
+    return getattr(network, f"{name}_token", None) is not None
+
+
+def _blocks(network: nn.Module) -> nn.Module | None:
     """Return the blocks of a plain transformer: tokens (B, N, D) in, tokens out."""
     blocks = getattr(network, "blocks", None)
-    if isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(network, "pos_embed"):
-        return blocks
-    return None
+    plain = isinstance(blocks, nn.Sequential | nn.ModuleList) and hasattr(network, "pos_embed")
+    return blocks if plain else None
 
 
 def _stages(network: nn.Module) -> list[str]:
-    info = getattr(network, "feature_info", None)
-    return [stage["module"] for stage in info] if info else []
+    return [stage["module"] for stage in getattr(network, "feature_info", None) or []]
 
 
 @dataclass
-class Record:
+class _Record:
     """Where the hooks put what they saw, while `active`."""
 
     active: bool = False
@@ -85,127 +110,96 @@ class Record:
 
 
 class FeatureTaps:
-    """Hooks on the wanted layers of one network, and the tensors of its last recorded forward.
+    """Hooks on the wanted layers of one network, which record during `forward` alone.
 
+    A copy of a tapped network (an average of its weights) carries hooks that stay idle.
     Raises UserError, naming the valid range or the attention class, for what cannot be tapped.
     """
 
     def __init__(self, network: nn.Module, taps: Iterable[Tap]) -> None:
-        self.taps = tuple(dict.fromkeys(taps))
-        self.layout = layout_of(network) if self.taps else None
-        self._record = Record()
-        self._queries: dict[int, Tensor] = {}
-        self._handles: list[Any] = []
-        for tap in self.taps:
+        self.layout = layout_of(network)
+        self.maps: dict[Tap, tuple[int, int]] = {}  # height and width of a CNN's maps, once seen
+        self._record = _Record()
+        for tap in dict.fromkeys(taps):
             self._install(network, tap)
 
-    def __deepcopy__(self, memo: dict) -> "FeatureTaps":
-        raise UserError("a network with taps cannot be copied: copy it before its taps are set")
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def forward(self, network: nn.Module, images: Tensor) -> tuple[Any, dict[Tap, Tensor]]:
-        """Run `network` once on images (B, 3, height, width); return its output and the tapped."""
+    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
+        """Run `network` once on images (B, 3, height, width); return its answer and the tapped."""
         self._record.active = True
         try:
-            output = network(images)
+            answer = network(images)
         finally:
             self._record.active = False
         seen, self._record.seen = self._record.seen, {}
-        self._queries.clear()
-        return output, seen
+        return Observed(answer, seen)
+
+    def grid(self, tap: Tap, patches: int) -> tuple[int, int]:
+        """Return height and width of a tap's `patches`. Raises UserError if nothing tells them."""
+        side = math.isqrt(patches)
+        for grid in (self.maps.get(tap), self.layout.grid, (side, side)):
+            if grid and grid[0] * grid[1] == patches:
+                return grid
+        raise UserError(f"{tap.feature} layer {tap.layer}: its {patches} patches are no known grid")
 
     def _install(self, network: nn.Module, tap: Tap) -> None:
-        if tap.feature not in FEATURES:
-            raise UserError(f"unknown feature {tap.feature!r}; known: {', '.join(FEATURES)}")
-        valid = self.layout.valid(tap.feature)  # type: ignore[union-attr]
         name = type(network).__name__
-        if tap.feature == "attention" and not valid:
-            raise UserError(f"{name} has no attention maps to match; match `hidden` instead")
+        if tap.feature not in FEATURES:
+            raise UserError(f"feature {tap.feature!r} is not known; known: {', '.join(FEATURES)}")
+        valid = range(getattr(self.layout, tap.feature, 1))
+        if not valid:
+            raise UserError(f"{name} has no attention to match, it is a CNN; match hidden instead")
         if tap.layer not in range(-len(valid), len(valid)):
             raise UserError(
-                f"{tap.feature} layer {tap.layer} of {name} is out of range: it has "
-                f"{valid.start} to {valid.stop - 1}"
+                f"{tap.feature} layer {tap.layer} of {name} is out of range: its layers are 0 to "
+                f"{valid.stop - 1}"
             )
-        if tap.feature == "hidden":
-            self._tap_hidden(network, tap, valid[tap.layer])
-        elif tap.feature == "attention":
-            self._tap_attention(network, tap, valid[tap.layer])
-        else:
-            self._tap_pooled(network, tap)
+        getattr(self, f"_tap_{tap.feature}")(network, tap, valid[tap.layer])
+
+    def _keep(self, tap: Tap, tensor: Tensor) -> None:
+        if self._record.active:
+            self._record.seen[tap] = tensor
 
     def _tap_hidden(self, network: nn.Module, tap: Tap, layer: int) -> None:
         blocks = _blocks(network)
         if blocks is None:
-            module = network.get_submodule(_stages(network)[layer])
             channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
 
             def keep_map(_: nn.Module, __: Any, output: Tensor) -> None:
-                if self._record.active:
-                    self._record.seen[tap] = as_tokens(output, channels_last)
+                if output.dim() == 4:
+                    output = output if channels_last else output.permute(0, 2, 3, 1)
+                    self.maps[tap] = (output.shape[1], output.shape[2])
+                    output = output.flatten(1, 2)  # (B, N, D)
+                self._keep(tap, output)
 
-            self._handles.append(module.register_forward_hook(keep_map))
+            network.get_submodule(_stages(network)[layer]).register_forward_hook(keep_map)
         elif layer == 0:
-
-            def keep_input(_: nn.Module, inputs: tuple) -> None:
-                if self._record.active:
-                    self._record.seen[tap] = inputs[0]
-
-            self._handles.append(blocks[0].register_forward_pre_hook(keep_input))
+            blocks[0].register_forward_pre_hook(lambda _, inputs: self._keep(tap, inputs[0]))  # type: ignore[index]
         else:
-
-            def keep_output(_: nn.Module, __: Any, output: Tensor) -> None:
-                if self._record.active:
-                    self._record.seen[tap] = output
-
-            self._handles.append(blocks[layer - 1].register_forward_hook(keep_output))
+            blocks[layer - 1].register_forward_hook(lambda _, __, output: self._keep(tap, output))  # type: ignore[index]
 
     def _tap_attention(self, network: nn.Module, tap: Tap, layer: int) -> None:
         attention = getattr(_blocks(network)[layer], "attn", None)  # type: ignore[index]
         if type(attention) is not Attention:
             raise UserError(
                 f"attention layer {layer} of {type(network).__name__} is a "
-                f"{type(attention).__name__}: only timm's plain Attention can be tapped exactly "
-                "(others add a bias or a rotation); match `hidden` instead"
+                f"{type(attention).__name__}: only timm's plain Attention can be read exactly "
+                "(others add a bias or a rotation); match hidden instead"
             )
-        if tap.kind not in ATTENTION_KINDS:
-            raise UserError(f"unknown attention kind {tap.kind!r}; known: scores, probabilities")
+        query = tap._replace(kind="query")
 
-        def keep_query(_: nn.Module, __: Any, query: Tensor) -> None:
+        def keep_attention(_: nn.Module, __: Any, key: Tensor) -> None:
             if self._record.active:
-                self._queries[layer] = query
+                scores = self._record.seen.pop(query), key, attention.scale
+                self._record.seen[tap] = attention_map(*scores, tap.kind)
 
-        def keep_scores(_: nn.Module, __: Any, key: Tensor) -> None:
-            if self._record.active:
-                self._record.seen[tap] = attention_map(
-                    self._queries[layer], key, attention.scale, tap.kind
-                )
+        attention.q_norm.register_forward_hook(lambda _, __, output: self._keep(query, output))
+        attention.k_norm.register_forward_hook(keep_attention)
 
-        self._handles.append(attention.q_norm.register_forward_hook(keep_query))
-        self._handles.append(attention.k_norm.register_forward_hook(keep_scores))
-
-    def _tap_pooled(self, network: nn.Module, tap: Tap) -> None:
+    def _tap_pooled(self, network: nn.Module, tap: Tap, layer: int) -> None:
         classifier = network.get_classifier()
-        if isinstance(classifier, tuple):  # a distilled ViT: the class token's head
+        if isinstance(classifier, tuple):  # a distilled ViT: what the class token's head sees
             classifier = classifier[0]
-
-        def keep_input(_: nn.Module, inputs: tuple) -> None:
-            if self._record.active:
-                self._record.seen[tap] = inputs[0]
-
-        self._handles.append(classifier.register_forward_pre_hook(keep_input))
-
-
-def as_tokens(feature_map: Tensor, channels_last: bool = False) -> Tensor:
-    """Return a feature map (B, D, height, width), or channels-last, as tokens (B, N, D)."""
-    if feature_map.dim() != 4:
-        return feature_map
-    if not channels_last:
-        feature_map = feature_map.permute(0, 2, 3, 1)
-    return feature_map.flatten(1, 2)
+        classifier.register_forward_pre_hook(lambda _, inputs: self._keep(tap, inputs[0]))
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor:
@@ -215,6 +209,53 @@ def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor
     attention before dropout.
     """
     with torch.autocast(query.device.type, enabled=False):
-        query = query.float() if query.dtype in (torch.float16, torch.bfloat16) else query
-        scores = (query * scale) @ key.to(query.dtype).transpose(-2, -1)
+        query, key = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
+        scores = (query * scale) @ key.transpose(-2, -1)
     return scores.softmax(-1) if kind == "probabilities" else scores
+
+
+class AdaptorTaps:
+    """An adaptor's answers in the place of `FeatureTaps`.
+
+    Raises UserError at the first forward for keys that are unknown, or mean nothing for pictures
+    (`logits_mask`, `labels`: every picture has one label, which comes from the data), and for a
+    layer that the adaptor does not give.
+    """
+
+    layout = Layout(0, 0)
+
+    def __init__(
+        self, adaptor: Callable[[Tensor, Any], Mapping[str, Any]], taps: Iterable[Tap] = ()
+    ) -> None:
+        self.adaptor, self.taps = adaptor, tuple(dict.fromkeys(taps))
+
+    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
+        """Run `network` once on images (B, 3, height, width) and read its output."""
+        found = self.adaptor(images, network(images))
+        known = {"logits", "losses", "inputs_mask", *FEATURES}
+        if not isinstance(found, Mapping) or set(found) - known:
+            given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+            raise UserError(f"adaptor: gave {given}; for pictures the keys are {sorted(known)}")
+        logits, own = found.get("logits"), found.get("losses", ())
+        return Observed(
+            logits[0] if isinstance(logits, list) and len(logits) == 1 else logits,
+            {tap: self._state(found, tap) for tap in self.taps},
+            found.get("inputs_mask"),
+            (own,) if isinstance(own, Tensor) else tuple(own),
+        )
+
+    def grid(self, tap: Tap, patches: int) -> tuple[int, int]:
+        raise UserError("resize: an adaptor's states have no known grid")
+
+    def _state(self, found: Mapping[str, Any], tap: Tap) -> Tensor:
+        states = found.get(tap.feature, ())
+        if tap.layer not in range(-len(states), len(states)):
+            raise UserError(
+                f"{tap.feature} layer {tap.layer}: the adaptor gave {len(states)} of them"
+            )
+        return states[tap.layer]
+
+
+def taps_on(network: nn.Module, taps: Iterable[Tap], adaptor: Any = None) -> Any:
+    """Return what sees the `taps` of a network: hooks, or the adaptor if there is one."""
+    return FeatureTaps(network, taps) if adaptor is None else AdaptorTaps(adaptor, taps)

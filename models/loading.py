@@ -33,19 +33,25 @@ def weight_keys(source: str) -> list[str]:
     return found or [""]
 
 
-def load_weights(network: nn.Module, source: str, *, key: str | None = None) -> None:
+def load_weights(
+    network: nn.Module, source: str, *, key: str | None = None, without_head: bool = False
+) -> None:
     """Load any released format into `network`, strictly: every tensor, every shape.
 
     source: a path or URL; the file may be a bare state dict, or hold it under `model` or
         `state_dict`, with `module.` before the names, in half precision, or with DeiT III's,
         CaiT's or ResMLP's own names for a timm model.
     key: what to take from a file with several (`model_ema` is the average); default: `model`.
+    without_head: the network has no classifier (0 classes), and the file's is left out.
     Raises UserError saying what the file seems to be, if it is not for this network.
     """
     weights = read_weights(source, key)
     wanted = network.state_dict()
     if set(weights) != set(wanted):
         weights = _in_timms_names(weights, network)
+    if without_head:
+        heads = tuple(f"{name}." for name in head_names(network))
+        weights = {name: value for name, value in weights.items() if not name.startswith(heads)}
     wrong = [
         name for name in wanted if name in weights and weights[name].shape != wanted[name].shape
     ]

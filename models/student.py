@@ -3,11 +3,15 @@
 Shapes: B batch, C classes.
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from errors import UserError
 from models.deit import DistilledVisionTransformer
+from models.features import Observed
 
 
 class Student(nn.Module):
@@ -28,6 +32,8 @@ class Student(nn.Module):
         super().__init__()
         self.network = network
         self.heads, self.submodels, self.origin = heads, submodels, origin
+        self.taps: Any = None
+        self.projections: nn.Module = nn.ModuleDict()
         if heads == "both" and not has_distillation_head(network):
             raise UserError(
                 f"{type(network).__name__} has no distillation head; use a student with one, such "
@@ -41,16 +47,36 @@ class Student(nn.Module):
         """Which head the teacher's answer goes to: "dist" or "cls"."""
         return "dist" if self.heads == "both" else "cls"
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """images: (B, 3, height, width). Returns logits (B, C), a pair, or (2B, C)."""
+    def observe(self, taps: Any, projections: nn.Module) -> None:
+        """From now on, return `Observed` instead of bare logits.
+
+        taps: `FeatureTaps` on the network, or what has its `forward`. projections: from the
+        tapped states to those that the loss compares; they train, and no copy of the network has
+        them.
+        """
+        self.taps, self.projections = taps, projections
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor] | Observed:
+        """images: (B, 3, height, width). Returns logits (B, C), a pair, (2B, C), or `Observed`."""
+        if self.taps is not None:
+            seen = self.look(images)
+            return replace(seen, states=self.projections(seen.states))
         if self.submodels == 1:
             return self._logits(images)
         return self._logits(torch.cat([images] * self.submodels))
+
+    def look(self, images: Tensor) -> Observed:
+        """Return the network's answer and the tapped states as they are, before projections."""
+        return self.taps.forward(self._logits, images)
 
     def _logits(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(self.network, DistilledVisionTransformer):
             return self.network(images, both=self.heads == "both")  # in any mode
         return self.network(images)
+
+    def trained_projections(self) -> nn.Module | None:
+        """Return the projections, or None if nothing in them trains."""
+        return self.projections if any(True for _ in self.projections.parameters()) else None
 
     def num_parameters(self) -> int:
         """Return how many of the network's parameters train."""

@@ -46,3 +46,30 @@ def test_a_users_error_keeps_its_line_through_a_worker() -> None:
         'last):\n  File "x.py", line 1\nerrors.UserError: a.png: not a picture\n'
     )
     assert wrapped.line() == "a.png: not a picture"
+
+
+def _gathered_gradients(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    rows = torch.arange(12.0).reshape(2, 3, 2)[rank].requires_grad_()
+    every = distributed.all_gather(rows)  # (6, 2)
+    ((rank + 1) * (every @ every.T).square().sum()).backward()
+    torch.save((every.detach(), rows.grad), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_gathered_rows_keep_the_gradients_of_every_process(tmp_path) -> None:
+    torch.multiprocessing.spawn(_gathered_gradients, (str(tmp_path),), nprocs=2)
+    every = torch.arange(12.0).reshape(6, 2).requires_grad_()
+    (3 * (every @ every.T).square().sum()).backward()  # 1 of rank 0 and 2 of rank 1
+    for rank in (0, 1):
+        rows, gradient = torch.load(tmp_path / f"rank{rank}.pt")
+        assert torch.equal(rows, every.detach())
+        torch.testing.assert_close(gradient, every.grad[3 * rank : 3 * rank + 3])
+
+
+def test_alone_gathering_is_the_tensor_itself() -> None:
+    rows = torch.zeros(2, 3)
+    assert distributed.all_gather(rows) is rows

@@ -12,7 +12,7 @@ LEVELS = {
     1: {"losses", "checkpoint", "metrics", "datasets", "augment", "samplers"},
     2: {"models", "resume"},
     3: {"teachers", "matching", "optim"},
-    4: {"engine", "options"},
+    4: {"engine", "options", "objective"},
     5: {"main"},
     6: {"run_with_submitit"},
 }

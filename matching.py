@@ -1,0 +1,331 @@
+"""What to match between student and teacher, as the user writes it: flags, files and plugins.
+
+Suffix _S student, _T teacher. A match names one layer of each network (or two, for `fsp` and
+`nst`), a loss of `losses.MATCH_LOSS_MAP` and, where the widths differ, a projection of the
+student. What becomes of it in a run is the business of `objective.py`.
+"""
+
+import importlib.util
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+import losses
+from errors import UserError
+from models.features import ADAPTOR_KEYS, ADAPTORS, ATTENTION_KINDS, FEATURES, Tap
+from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, pick
+
+__all__ = ["ADAPTORS", "ADAPTOR_KEYS", "PROJ_MAP", "DistillationConfig", "IntermediateMatch"]
+BUILT_IN = frozenset(losses.MATCH_LOSS_MAP)  # a plugin's losses may take any layers and features
+TWO_LAYERS = ("fsp", "gram", "nst", "mmd")
+TOKENS = ("all", "patch", "cls", "dist")
+RESIZES = ("bilinear", "avg")
+
+
+# --- projections ----------------------------------------------------------------------------
+
+
+def linear_projection(dim_S: int, dim_T: int) -> nn.Linear:
+    """Return a linear map (..., dim_S) -> (..., dim_T), weights N(0, 0.02), bias 0 (TextBrewer)."""
+    linear = nn.Linear(dim_S, dim_T)
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Orthonormal(nn.Module):
+    """A parametrization: of any weights, the orthonormal ones that QR finds in them.
+
+    Not torch's `orthogonal`: its Householder form becomes all zero under weight decay.
+    """
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """weight: (dim_T, dim_S). Returns orthonormal columns, or rows if those are fewer."""
+        wide = weight.shape[0] < weight.shape[1]
+        basis, triangle = torch.linalg.qr(weight.mT if wide else weight)
+        basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)  # orthonormal: unchanged
+        return basis.mT if wide else basis
+
+
+def orthogonal_projection(dim_S: int, dim_T: int) -> nn.Module:
+    """Return a linear map that stays orthogonal in training (VkD, arXiv 2403.06213)."""
+    linear = nn.Linear(dim_S, dim_T, bias=False)
+    nn.init.orthogonal_(linear.weight)
+    return register_parametrization(linear, "weight", Orthonormal())
+
+
+PROJ_MAP: dict[str, Callable[[int, int], nn.Module]] = {
+    "linear": linear_projection,
+    "relu": lambda dim_S, dim_T: nn.Sequential(linear_projection(dim_S, dim_T), nn.ReLU()),
+    "tanh": lambda dim_S, dim_T: nn.Sequential(linear_projection(dim_S, dim_T), nn.Tanh()),
+    "orthogonal": orthogonal_projection,
+}
+NO_DECAY = ("orthogonal",)  # only the direction of its weights counts
+
+
+# --- one match ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class IntermediateMatch:
+    """One line of `intermediate_matches`, TextBrewer's keys first, then ours.
+
+    layer_T, layer_S: as `models/features.py` numbers them; two each for fsp and nst. proj: (name,
+    dim_S, dim_T, {optimizer options}), where a width may be "auto". tokens: all, patch, cls or
+    dist. attention: scores or probabilities. resize: bilinear or avg, of the teacher's patch grid
+    to the student's. teacher: which of several, by number or name. textbrewer_clip: let its -1e-3
+    rule cut attention scores.
+    Raises UserError for what no network could satisfy.
+    """
+
+    layer_T: int | tuple[int, int] = 0
+    layer_S: int | tuple[int, int] = 0
+    feature: str = "hidden"
+    loss: str = ""
+    weight: float = 1.0
+    proj: tuple | None = None
+    tokens: str = "all"
+    attention: str = "scores"
+    resize: str | None = None
+    teacher: int | str = 0
+    textbrewer_clip: bool = False
+
+    def __post_init__(self) -> None:
+        where = f"match {self.name}"
+        for what, value, known in (
+            ("feature", self.feature, FEATURES), ("loss", self.loss, losses.MATCH_LOSS_MAP),
+            ("tokens", self.tokens, TOKENS), ("attention", self.attention, ATTENTION_KINDS),
+            ("resize", self.resize, (None, *RESIZES)),
+        ):  # fmt: skip
+            pick(dict.fromkeys(map(str, known)), str(value), f"{where}: {what}")
+        pairs = [isinstance(layer, tuple) for layer in (self.layer_S, self.layer_T)]
+        built_in = self.loss in BUILT_IN
+        if pairs[0] != pairs[1] or (built_in and pairs[0] != (self.loss in TWO_LAYERS)):
+            wanted = (
+                "two layers of each side (0+4)" if self.loss in TWO_LAYERS else "one layer each"
+            )
+            raise UserError(
+                f"{where}: layer_S={self.layer_S}, layer_T={self.layer_T}; the loss needs {wanted}"
+            )
+        about_attention = self.feature == "attention"
+        if built_in and about_attention != self.loss.startswith("attention_"):
+            raise UserError(f"{where}: the loss {self.loss} is not for the feature {self.feature}")
+        if about_attention and (self.proj or self.resize or self.tokens in ("cls", "dist")):
+            raise UserError(f"{where}: attention takes no proj, no resize, and tokens all or patch")
+        if self.resize and (self.tokens != "patch" or self.feature != "hidden"):
+            raise UserError(f"{where}: resize is for feature=hidden with tokens=patch")
+        if self.proj:
+            name, *widths = self.proj[:3]
+            pick(PROJ_MAP, name, f"{where}: proj")
+            if len(self.proj) > 4 or any(w != "auto" and type(w) is not int for w in widths):
+                raise UserError(
+                    f"{where}: proj {list(self.proj)}; give [name, width_S, width_T, {{optimizer "
+                    "options}], where a width is a number or auto"
+                )
+
+    @property
+    def name(self) -> str:
+        """feature_loss_S_T, as TextBrewer logs it."""
+        layers = ("-".join(map(str, several(x))) for x in (self.layer_S, self.layer_T))
+        return "_".join([self.feature, self.loss, *layers])
+
+    def taps(self, layers: int | tuple[int, int]) -> list[Tap]:
+        kind = self.attention if self.feature == "attention" else "scores"
+        return [Tap(self.feature, layer, kind) for layer in several(layers)]
+
+
+def several(layers: int | tuple[int, int]) -> tuple[int, ...]:
+    """Return the layers of one side of a match, one or two."""
+    return layers if isinstance(layers, tuple) else (layers,)
+
+
+def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
+    """Return the match of a `key=value,...` string, of JSON in braces, or of a file's mapping.
+
+    In a string, two layers are `0+4`, and a projection is `linear:192:768:lr=0.001`.
+    Raises UserError for unknown keys and values that cannot be read.
+    """
+    given = source
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        given = _parse(source, "--match")
+    elif isinstance(source, str):
+        parts = [part.partition("=") for part in source.split(",") if part.strip()]
+        given = {key.strip(): value.strip() for key, _, value in parts}
+    if not isinstance(given, Mapping):
+        raise UserError(f"match {source!r}: give key=value,key=value, or a mapping")
+    _check_keys(given, IntermediateMatch, f"match {source!r}")
+    if missing := {"loss", "feature"} - set(given):
+        raise UserError(f"match {source!r}: lacks {', '.join(sorted(missing))}")
+    readers = {"layer_S": _layers, "layer_T": _layers, "weight": float, "proj": _proj,
+               "teacher": _number_or_name, "textbrewer_clip": _bool}  # fmt: skip
+    values = {}
+    for key, value in given.items():
+        try:
+            values[key] = readers.get(key, lambda x: x)(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"match {source!r}: {key}={value!r} cannot be read") from error
+    return IntermediateMatch(**values)
+
+
+def _layers(value: Any) -> int | tuple[int, ...]:
+    if isinstance(value, str):
+        value = [int(part) for part in value.split("+")]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    layers = tuple(value)
+    if len(layers) not in (1, 2) or any(type(layer) is not int for layer in layers):
+        raise ValueError
+    return layers if len(layers) == 2 else layers[0]
+
+
+def _proj(value: Any) -> tuple | None:
+    if isinstance(value, str):
+        name, *rest = value.split(":")
+        options = dict(part.split("=") for part in rest if "=" in part)
+        widths = [part if part == "auto" else int(part) for part in rest if "=" not in part]
+        value = [name, *widths, {key: float(number) for key, number in options.items()}]
+    if not value:
+        return None
+    value = list(value)
+    options = value.pop() if isinstance(value[-1], Mapping) else {}
+    return (*value, *["auto"] * (3 - len(value)), dict(options))
+
+
+def _number_or_name(value: Any) -> int | str:
+    return int(value) if str(value).isdigit() else value
+
+
+def _bool(value: Any) -> bool:
+    return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+
+
+def _check_keys(given: Mapping[str, Any], kind: type, where: str) -> None:
+    known = [each.name for each in fields(kind)]
+    if unknown := [str(key) for key in given if key not in known]:
+        raise UserError(f"{where}: unknown {', '.join(unknown)}; the keys are {', '.join(known)}")
+
+
+# --- the file and the plugins -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """TextBrewer's keys and defaults. The weights of both terms stand alone: there is no alpha."""
+
+    temperature: float = 4
+    temperature_scheduler: Any = "none"
+    hard_label_weight: float = 0
+    hard_label_weight_scheduler: str = "none"
+    kd_loss_type: str = "ce"
+    kd_loss_weight: float = 1
+    kd_loss_weight_scheduler: str = "none"
+    probability_shift: bool = False
+    intermediate_matches: Sequence[Mapping[str, Any]] = ()
+    is_caching_logits: bool = False
+
+    def flags(self) -> dict[str, Any]:
+        """Return the settings as flags of the command line, by destination."""
+        names = {"temperature": "distillation_tau", "intermediate_matches": "match"}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        flags = {names.get(name, name): value for name, value in values.items()}
+        del flags["is_caching_logits"]  # its place is the teacher cache; the run says so
+        flags["match"] = list(self.intermediate_matches or ())
+        distils = self.kd_loss_weight or self.kd_loss_weight_scheduler != "none"
+        return flags | {"distillation_type": "soft" if distils else "none"}
+
+
+def read_config(path: str) -> tuple[DistillationConfig, set[str]]:
+    """Return the distillation config of a .json or .yaml file, and the flags that it states."""
+    try:
+        content = _parse(Path(path).read_text(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds no keys and values")
+    _check_keys(content, DistillationConfig, path)
+    config = DistillationConfig(**content)
+    for name in ("temperature", "hard_label_weight", "kd_loss_weight"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{path}: {name} is {value!r}; give a number")
+    if not config.temperature > 0:
+        raise UserError(f"{path}: temperature {config.temperature}: must be above 0")
+    if not isinstance(config.intermediate_matches or (), Sequence):
+        raise UserError(f"{path}: intermediate_matches must be a list")
+    defaults = DistillationConfig().flags()
+    stated = {name for name, value in config.flags().items() if value != defaults[name]}
+    names = {"temperature": "distillation_tau", "intermediate_matches": "match"}
+    return config, stated | {names.get(key, key) for key in content} | {"distillation_type"}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text) if not text.lstrip().startswith("{") else json.loads(text)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{where}: is neither JSON nor YAML ({reason})") from error
+
+
+def read_schedule(text: str) -> str | list[Any]:
+    """Return `name` as it is, and `name:1:2` as ["name", 1.0, 2.0], which the registries take."""
+    name, *values = text.split(":")
+    return [name, *map(float, values)] if values else name
+
+
+def load_plugin(path: str) -> None:
+    """Run a file that adds entries to the registries. Raises UserError naming what went wrong."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"plugin_{Path(path).stem}", path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))  # type: ignore[union-attr]
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+
+
+def check_objective(args: Namespace) -> None:
+    """Raise UserError for an objective that cannot be, before any work is done."""
+    matches = [read_match(match) for match in args.match]
+    scheduled = args.temperature_scheduler != "none"
+    for name in (args.kd_loss_weight_scheduler, args.hard_label_weight_scheduler):
+        if name != "none":
+            pick(WEIGHT_SCHEDULER, name, "weight schedule")
+    if scheduled:
+        TEMPERATURE_SCHEDULER[args.temperature_scheduler]
+    if args.kd_loss_type:
+        pick(losses.KD_LOSS_MAP, args.kd_loss_type, "kd loss")
+    for name in filter(None, (args.student_adaptor, args.teacher_adaptor)):
+        pick(ADAPTORS, name, "adaptor")
+    soft, teaches = args.distillation_type == "soft", args.distillation_type != "none"
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    for wrong, message in (
+        (args.kd_loss_type and not soft and not args.distill_config,
+         f"--kd-loss-type {args.kd_loss_type} belongs to --distillation-type soft"),
+        (args.logit_standardization and not soft, "--logit-standardization belongs to "
+         "--distillation-type soft"),
+        (scheduled and not args.kd_loss_type,
+         "--temperature-scheduler needs --kd-loss-type ce or mse: DeiT's loss has one temperature"),
+        (scheduled and args.kd_loss_type == "dist", "--kd-loss-type dist takes one temperature: "
+         "leave out --temperature-scheduler"),
+        (not args.temperature_min > 0, f"--temperature-min {args.temperature_min}: must be over 0"),
+        (args.probability_shift and mixes, "probability_shift needs one true class a picture: "
+         "set --mixup 0 --cutmix 0"),
+        (args.probability_shift and not teaches, "probability_shift needs a teacher's logits: set "
+         "--distillation-type soft"),
+        (args.ranking_kl_weight < 0 or not args.ranking_tau > 0, "--ranking-kl-weight must not be "
+         f"below 0 ({args.ranking_kl_weight}), --ranking-tau must be above 0 ({args.ranking_tau})"),
+        (args.ranking_kl_weight and args.batch_size < 3, f"--batch-size {args.batch_size}: ranking "
+         "needs 3 pictures a batch, so that each has two others to choose from"),
+        (args.cosub and (matches or args.ranking_kl_weight or args.distill_config
+                         or args.student_adaptor or args.hard_label_weight is not None
+                         or args.hard_label_weight_scheduler != "none"),
+         "--cosub has no teacher to match, and no weights"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(message)
