@@ -216,7 +216,7 @@ class _AllGather(torch.autograd.Function):
         return all_reduce_sum(gradient.contiguous()).chunk(world_size())[rank()]
 
 
-def all_gather(tensor: Tensor) -> Tensor:
+def gather_rows(tensor: Tensor) -> Tensor:
     """Return the rows of all processes, (B, ...) each, in the order of ranks; gradients are kept.
 
     A row's gradient is the sum over all processes. One process: the tensor itself.

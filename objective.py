@@ -436,7 +436,7 @@ def _rank(
     similarity, tau, gather = settings
     embeddings_S, embeddings_T = one[0], other[0]
     if gather:
-        embeddings_S, embeddings_T = map(distributed.all_gather, (embeddings_S, embeddings_T))
+        embeddings_S, embeddings_T = map(distributed.gather_rows, (embeddings_S, embeddings_T))
     return losses.in_batch_similarity_loss(embeddings_S, embeddings_T, tau, similarity=similarity)
 
 

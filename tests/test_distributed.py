@@ -54,7 +54,7 @@ def _gathered_gradients(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     rows = torch.arange(12.0).reshape(2, 3, 2)[rank].requires_grad_()
-    every = distributed.all_gather(rows)  # (6, 2)
+    every = distributed.gather_rows(rows)  # (6, 2)
     ((rank + 1) * (every @ every.T).square().sum()).backward()
     torch.save((every.detach(), rows.grad), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -72,4 +72,4 @@ def test_gathered_rows_keep_the_gradients_of_every_process(tmp_path) -> None:
 
 def test_alone_gathering_is_the_tensor_itself() -> None:
     rows = torch.zeros(2, 3)
-    assert distributed.all_gather(rows) is rows
+    assert distributed.gather_rows(rows) is rows
