@@ -13,6 +13,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"
+# Few pictures and few updates: crops and mirrors alone, and a learning rate for small models.
+RECIPE = ("--unscale-lr --lr 2e-3 --warmup-epochs 2 --no-repeated-aug --aa none --color-jitter 0 "
+          "--reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --num-workers 0").split()  # fmt: skip
 HARD = "--distillation-type hard"
 SOFT = "--distillation-type soft --distillation-tau 3"
 ROWS = {
@@ -34,7 +38,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="image folder")
     parser.add_argument("--data-set", default="CIFAR10", help="CIFAR10: with train/ and test/")
-    parser.add_argument("--epochs", type=int, default=30, help="of teacher and students")
+    parser.add_argument("--epochs", type=int, default=20, help="of the students")
+    parser.add_argument("--teacher-epochs", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -43,17 +48,17 @@ def main() -> int:
     parser.add_argument("common", nargs="*", help="flags for every student, after --")
     args = parser.parse_args()
 
-    recipe = ["--data-set", args.data_set, "--data-path", args.data, "--num-workers", "0"]
-    recipe += ["--batch-size", str(args.batch_size), "--epochs", str(args.epochs)]
-    recipe += ["--warmup-epochs", "1"]
+    recipe = ["--data-set", args.data_set, "--data-path", args.data, *RECIPE]
+    recipe += ["--batch-size", str(args.batch_size)]
     teacher = args.runs / "teacher" / "checkpoint.pth"
     if not teacher.exists():
-        subprocess.run([sys.executable, str(ROOT / "main.py"), "--model", "resnet_pico", *recipe,
-                        "--output_dir", str(teacher.parent)], check=True, cwd=ROOT)  # fmt: skip
+        subprocess.run([sys.executable, str(ROOT / "main.py"), "--model", TEACHER, *recipe,
+                        "--epochs", str(args.teacher_epochs), "--output_dir",
+                        str(teacher.parent)], check=True, cwd=ROOT)  # fmt: skip
     rows = [word for name, flags in ROWS.items() for word in ("--row", f"{name}: {flags}")]
     write = ["--write", str(args.write)] if args.write else []
-    common = ["--model", "deit_pico_distilled_patch4_32", "--teacher-model", "resnet_pico"]
-    common += ["--teacher-path", str(teacher), "--no-teacher-check", *recipe, *args.common]
+    common = ["--model", STUDENT, "--teacher-model", TEACHER, "--teacher-path", str(teacher)]
+    common += ["--no-teacher-check", *recipe, "--epochs", str(args.epochs), *args.common]
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "compare.py"), "--jobs", str(args.jobs), "--runs",
          str(args.runs), *write, *rows, "--seeds", *map(str, args.seeds), "--", *common]
