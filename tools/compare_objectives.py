@@ -8,6 +8,7 @@ under --runs is not repeated. What follows `--` goes to every student's run.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"
 # Few pictures and few updates: crops and mirrors alone, and a learning rate for small models.
-RECIPE = ("--unscale-lr --lr 2e-3 --warmup-epochs 2 --no-repeated-aug --aa none --color-jitter 0 "
-          "--reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --num-workers 0").split()  # fmt: skip
+RECIPE = (
+    "--unscale-lr --lr 2e-3 --warmup-epochs 2 --no-repeated-aug --aa none --color-jitter 0 "
+    "--reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --num-workers 0"
+)
 HARD = "--distillation-type hard"
 SOFT = "--distillation-type soft --distillation-tau 3"
 ROWS = {
@@ -48,7 +51,7 @@ def main() -> int:
     parser.add_argument("common", nargs="*", help="flags for every student, after --")
     args = parser.parse_args()
 
-    recipe = ["--data-set", args.data_set, "--data-path", args.data, *RECIPE]
+    recipe = ["--data-set", args.data_set, "--data-path", args.data, *shlex.split(RECIPE)]
     recipe += ["--batch-size", str(args.batch_size)]
     teacher = args.runs / "teacher" / "checkpoint.pth"
     if not teacher.exists():
