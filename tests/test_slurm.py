@@ -97,17 +97,15 @@ def slurm() -> Iterator[None]:
     up = shutil.which("sinfo") and not subprocess.run(["sinfo"], capture_output=True).returncode
     subprocess.run([str(SCRIPTS / "slurm_up.sh")], check=True, capture_output=True, timeout=300)
     yield
+    subprocess.run(["scancel", *Job.submitted], capture_output=True)
     if not up:
         subprocess.run([str(SCRIPTS / "slurm_down.sh")], capture_output=True, timeout=120)
 
 
-def is_pending(process: int, number: int) -> bool:
-    status = Path(f"/proc/{process}/status").read_text()
-    return bool(int(status.split("ShdPnd:")[1].split()[0], 16) >> (number - 1) & 1)
-
-
 class Job:
     """A run submitted through `run_with_submitit.py`."""
+
+    submitted: list[str] = []
 
     def __init__(self, folder: Path, *flags: str) -> None:
         environ = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -119,6 +117,7 @@ class Job:
         assert result.returncode == 0, result.stderr
         self.number = result.stdout.split()[-1]
         self.folder = folder / self.number
+        self.submitted.append(self.number)
 
     def said(self) -> str:
         files = sorted(self.folder.glob("*_log.*"))
@@ -212,16 +211,13 @@ def test_a_job_whose_time_is_over_goes_on(
 ) -> None:
     job = Job(tmp_path, *run_flags)
     job.wait_for("[1/3] [1/")
-    tasks = job.tasks()
-    for task in tasks:  # so that the run is not over before Slurm looks, every half a minute
-        os.kill(task, signal.SIGSTOP)
+    for task in job.tasks():  # so that the run is not over before Slurm looks, twice a minute;
+        os.kill(task, signal.SIGSTOP)  # its signal comes with SIGCONT
     hours, minutes, _ = map(int, job.shown("RunTime").split(":"))
     limit = 60 * hours + minutes + 2  # less than the two minutes of --signal-delay are left
     shell("scontrol", "update", f"JobId={job.number}", f"TimeLimit={limit}")
-    job.wait(lambda: all(is_pending(task, signal.SIGUSR2) for task in tasks))
-    for task in tasks:
-        os.kill(task, signal.SIGCONT)
     job.wait_for("Stopped by SIGUSR2")
+    shell("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")
     job.wait_for_end()
     assert "Job has timed out" in job.said() and "checkpoint.pth, epoch" in job.said()
     assert not compare_runs(whole, job.folder)
