@@ -159,6 +159,14 @@ def fetch(url: str) -> Path:
     return place
 
 
+def fingerprint(source: str) -> str:
+    """Return the sha256 of a weights file or URL. Raises UserError where it is not there."""
+    path = fetch(source) if is_url(source) else Path(source)
+    if not path.is_file():
+        raise UserError(f"{source}: not there; its hash tells whose answers a cache holds")
+    return hash_of(path)
+
+
 def hash_of(path: Path) -> str:
     """Return the sha256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()

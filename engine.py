@@ -22,6 +22,7 @@ from metrics import Meter, ProgressLogger, accuracy
 from optim import Ema, Schedule
 from samplers import derive_seed
 
+Place = tuple[int, int]  # epoch of the views' cycle, micro-step in it
 _logger = logging.getLogger(__name__)
 
 
@@ -98,7 +99,7 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     *,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    teacher: Callable[[Tensor, Place], Tensor] | None = None,
     schedule: Schedule | None = None,
     loss_scaler: torch.amp.GradScaler | None = None,
     amp_dtype: torch.dtype | None = None,
@@ -108,6 +109,7 @@ def train_one_epoch(
     mixup_fn: Callable | None = None,
     set_training_mode: bool = True,
     seed: int = 0,
+    views: int = 0,
     max_bad_steps: int = 10,
     log_interval: int = 10,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
@@ -120,7 +122,8 @@ def train_one_epoch(
 
     criterion: called as `criterion(images, outputs, labels, teacher_outputs=...)`; its `.terms`
         are the unweighted parts of the loss.
-    teacher: pictures (B,3,H,W) to logits (B,C), or None.
+    teacher: pictures (B,3,H,W) and their place to logits (B,C), or None.
+    views: epochs after which views and mixing come again, 0 for never.
     max_norm: largest gradient norm, None for no clipping. accum_steps: micro-steps per update.
     on_log: called at every printed line with the update's number in the epoch and the averages.
     on_update: called after every update with the number of updates since the run began; what it
@@ -148,14 +151,12 @@ def train_one_epoch(
         in_update = min(accum_steps, micro_steps - update * accum_steps)
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
-        seed_step(seed, "step", epoch, micro, distributed.rank())
         if schedule is not None and micro % accum_steps == 0:
             schedule.step(epoch * updates + update, epoch)
-        with torch.no_grad():
-            if mixup_fn is not None:
-                images, labels = mixup_fn(images, labels)
-            teacher_outputs = teacher(images) if teacher is not None else None
-
+        images, labels, teacher_outputs = show(
+            images, labels, (epoch % views if views else epoch, micro), seed, mixup_fn, teacher
+        )
+        seed_step(seed, "step", epoch, micro, distributed.rank())
         silent = not last_of_update and hasattr(model, "no_sync")
         with model.no_sync() if silent else contextlib.nullcontext():
             with autocast(device, amp_dtype):
@@ -189,6 +190,46 @@ def train_one_epoch(
     stats = {name: meter.average() for name, meter in meters.items()}
     stats["lr"] = max(group["lr"] for group in optimizer.param_groups)
     return stats | {"skipped_updates": bad.total}
+
+
+@torch.no_grad()
+def show(
+    images: Tensor,
+    labels: Tensor,
+    place: Place,
+    seed: int,
+    mixup_fn: Callable | None,
+    teacher: Callable[[Tensor, Place], Tensor] | None,
+) -> tuple[Tensor, Tensor, Any]:
+    """Mix a batch and ask the teacher: all that is the same whenever `place` comes again.
+
+    Returns pictures (B,3,H,W), labels (B,) or (B,C), and the teacher's answer or None.
+    """
+    seed_step(seed, "mix", *place, distributed.rank())
+    if mixup_fn is not None:
+        images, labels = mixup_fn(images, labels)
+    return images, labels, teacher(images, place) if teacher is not None else None
+
+
+def ask_teacher(
+    data_loader: Iterable,
+    teacher: Callable[[Tensor, Place], Tensor],
+    device: torch.device,
+    epoch: int,
+    *,
+    mixup_fn: Callable | None,
+    seed: int,
+    header: str,
+    log_interval: int = 50,
+) -> None:
+    """Show the teacher an epoch's batches as training would, without a student."""
+    progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
+    for micro, (images, labels, *_) in enumerate(progress(data_loader)):
+        images, labels = images.to(device), labels.to(device)
+        show(images, labels, (epoch, micro), seed, mixup_fn, teacher)
+        if progress.due(micro):
+            count = images.shape[0] * distributed.world_size()
+            progress.log(micro, {}, images_per_step=count)
 
 
 def _backward(loss: Tensor, scaler: torch.amp.GradScaler | None) -> None:

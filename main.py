@@ -47,18 +47,25 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     tell("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
     if args.eval:
         return evaluate_files(args, student, loaders, device, amp_dtype)
-    teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, amp_dtype)
+    if args.teacher_cache:
+        teacher = teachers.build_cached_teacher(args, loaders, inputs, processes, amp_dtype)
+    else:
+        teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, amp_dtype)
     if teacher is not None:
         tell("teacher", teacher.describe())
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
     for note in notes:
         _logger.warning("%s", note)
-    if teacher is not None and args.teacher_check and args.distillation_type != "none":
+    live = isinstance(teacher, torch.nn.Module)
+    if live and args.teacher_check and args.distillation_type != "none":
         tell("teacher", "accuracy on the evaluation set")
         engine.evaluate(loaders.val, teacher, device, amp_dtype=None, header="Teacher:")
 
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
+    views = 0 if live or teacher is None else teacher.views
+    if views and args.teacher_cache_mode in ("write", "verify"):
+        return ask_all(args, loaders, teacher, device, mixup_fn)
     updates_per_epoch = -(-len(loaders.train) // args.grad_accum_steps)
     ema = optim.build_ema(args, student.network)
     criterion = objective.build_objective(
@@ -95,14 +102,14 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     started = time.time()
 
     for epoch in keeper.epochs(args.epochs):
-        loaders.set_epoch(epoch, tally.micro)
+        loaders.set_epoch(epoch % views if views else epoch, tally.micro)
         seen = epoch * updates_per_epoch
         train_stats = engine.train_one_epoch(
             model, criterion, loaders.train, optimizer, device, epoch,
             teacher=teacher, schedule=schedule, loss_scaler=scaler, amp_dtype=amp_dtype,
             max_norm=args.clip_grad if args.clip_grad and args.clip_grad > 0 else None,
             accum_steps=args.grad_accum_steps, model_ema=ema, mixup_fn=mixup_fn,
-            set_training_mode=args.train_mode, seed=args.seed,
+            set_training_mode=args.train_mode, seed=args.seed, views=views,
             max_bad_steps=args.max_bad_steps, log_interval=args.log_interval,
             header=f"Epoch: [{epoch + 1}/{args.epochs}]",
             on_log=lambda update, shown, seen=seen: log.scalars(
@@ -134,6 +141,21 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         tell("data", f"{skipped} unreadable pictures were left out")
     log.close()
     return stats
+
+
+def ask_all(args, loaders, teacher, device, mixup_fn) -> dict[str, float]:
+    """Show the teacher every view of its cache: to write what is missing, or to compare."""
+    doing = "Write" if args.teacher_cache_mode == "write" else "Verify"
+    for epoch in range(teacher.views):
+        loaders.set_epoch(epoch)
+        engine.ask_teacher(
+            loaders.train, teacher, device, epoch, mixup_fn=mixup_fn, seed=args.seed,
+            header=f"{doing}: [{epoch + 1}/{teacher.views}]",
+        )  # fmt: skip
+    teacher.store.flush()
+    distributed.barrier()
+    tell("teacher", teacher.describe())
+    return {}
 
 
 def pick_amp(wanted: str, device: torch.device) -> torch.dtype | None:

@@ -164,6 +164,20 @@ def _add_distillation_flags(group: Any) -> None:
         help="soft: numel is DeiT's (over B*C), batchmean Hinton's (over B)")  # fmt: skip
     _switch(group, "teacher-check", True, "print the teacher's accuracy at the start",
             "skip it")  # fmt: skip
+    add("--teacher-cache", default="", metavar="DIR",
+        help="keep the teacher's answers there, and read them in later runs")  # fmt: skip
+    add("--teacher-cache-mode", default="auto", choices=("auto", "write", "read", "verify"),
+        help="auto: read what is there, write what is not; write: fill it and stop; read: "
+        "no teacher is loaded; verify: compare it with the teacher and stop")  # fmt: skip
+    add(
+        "--teacher-cache-views",
+        default=0,
+        type=int,
+        metavar="V",
+        help="epochs after which augmentation and mixing come again; 0: --epochs",
+    )
+    add("--teacher-cache-topk", default="all",
+        help="all logits, the K largest probabilities, or hard: the likeliest class")  # fmt: skip
     add("--cosub", action="store_true", help="co-train two submodels instead of a teacher")
 
 
@@ -350,6 +364,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("num_workers", 0, None),
         ("nb_classes", 1, None),
         ("start_epoch", 0, None),
+        ("teacher_cache_views", 0, None),
         ("checkpoint_steps", 0, None),
         ("checkpoint_minutes", 0, None),
         ("keep_checkpoints", 1, None),
@@ -394,6 +409,21 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         )
     if args.distillation_head == "cls" and args.cosub:
         raise UserError("--cosub and --distillation-head cls cannot go together")
+    if args.teacher_cache and (args.match or args.ranking_kl_weight or args.teacher_adaptor):
+        raise UserError(
+            "--teacher-cache keeps logits alone: it cannot go with --match, --ranking-kl-weight or "
+            "--teacher-adaptor"
+        )
+    if args.teacher_cache and not distils:
+        raise UserError("--teacher-cache needs a teacher: set --distillation-type soft or hard")
+    if (
+        args.teacher_cache
+        and args.teacher_cache_topk == "hard"
+        and args.distillation_type != "hard"
+    ):
+        raise UserError(
+            "--teacher-cache-topk hard keeps one class a picture: use --distillation-type hard"
+        )
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
     if args.resume.partition(":")[0] == "auto" and not args.output_dir:
@@ -459,6 +489,10 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "checkpoint_minutes": (not args.output_dir, "nothing is saved without --output_dir"),
         "keep_checkpoints": (not args.output_dir, "nothing is saved without --output_dir"),
         "start_epoch": (bool(args.resume), "--resume knows its epoch"),
+    }
+    cases |= {
+        name: (not args.teacher_cache, "it belongs to --teacher-cache")
+        for name in ("teacher_cache_mode", "teacher_cache_views", "teacher_cache_topk")
     }
     return [
         f"--{name.replace('_', '-')} has no effect here: {why}"

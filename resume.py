@@ -36,7 +36,8 @@ MAY_CHANGE = frozenset({
     "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
     "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "log_interval",
     "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
-    "resume_anyway", "start_epoch", "teacher_check", "world_size",
+    "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
+    "world_size",
 })  # fmt: skip
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}

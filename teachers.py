@@ -1,20 +1,26 @@
-"""The other side of the lesson: a frozen network with its own input adapter.
+"""The other side of the lesson: a frozen network with its own input adapter, or its answers.
 
 Shapes: B batch, C classes. A teacher is a function from the student's pictures to logits; the
 engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cache
+import checkpoint
 import models
 from augment import InputConfig
+from datasets import Loaders
+from distributed import Processes
 from errors import UserError
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
@@ -86,8 +92,8 @@ class Teacher(nn.Module):
         self.taps, self.index = taps, index
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor | Observed:
-        """images: (B, 3, height, width), normalised for the student.
+    def forward(self, images: Tensor, place: Any = None) -> Tensor | Observed:
+        """images: (B, 3, height, width), normalised for the student. place: for `CachedTeacher`.
 
         Returns logits (B, C), or `Observed`.
         """
@@ -120,7 +126,7 @@ class Teachers(nn.Module):
         self.apart = False  # True: a list of logits, for a term each
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor | list[Tensor] | Observed:
+    def forward(self, images: Tensor, place: Any = None) -> Tensor | list[Tensor] | Observed:
         """images: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
         answers = [member(images) for member in self.members]
         seen = [answer for answer in answers if isinstance(answer, Observed)]
@@ -133,6 +139,148 @@ class Teachers(nn.Module):
     def describe(self) -> str:
         shares = zip(self.members, self.weights)
         return "; ".join(f"{member.describe()}, share {share:.2f}" for member, share in shares)
+
+
+class CachedTeacher:
+    """A teacher's answers from a store; what is not in it, the live teacher says, and is written.
+
+    epoch_rows: rows of an epoch of the cycle; needed: how many of them whole batches take.
+    The row of a picture is its place in the common order of all processes in its epoch of the
+    cycle. What was just written is read back, so that the writing run and the reading runs are
+    the same.
+    """
+
+    def __init__(
+        self,
+        store: cache.Store,
+        live: Callable[[Tensor], Tensor] | None,
+        *,
+        epoch_rows: int,
+        needed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        verify: bool = False,
+    ) -> None:
+        self.store, self.live, self.verify = store, live, verify
+        self.epoch_rows, self.needed, self.batch_size = epoch_rows, needed, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __call__(self, images: Tensor, place: tuple[int, int]) -> Tensor:
+        """images: (B, 3, height, width); place: (epoch of the cycle, micro-step).
+
+        Returns logits (B, C). Raises UserError for rows that are missing or, verifying, wrong.
+        """
+        epoch, micro = place
+        order = micro * self.batch_size + np.arange(len(images))
+        rows = epoch * self.epoch_rows + order * self.world_size + self.rank
+        if not self.store.done(rows).all():
+            if self.live is None or self.verify:
+                raise UserError(
+                    f"--teacher-cache {self.store.folder}: {self.missing()} of "
+                    f"{self.views * self.needed} rows are missing; go on writing with "
+                    "--teacher-cache-mode write or auto"
+                )
+            self.store.write(rows, self.live(images))
+        logits = self.store.read(rows)
+        if self.verify:
+            same = cache.agreement(logits, self.live(images), self.store.keep)
+            if same < 1:
+                raise UserError(
+                    f"--teacher-cache {self.store.folder}: in batch {micro} of epoch {epoch} "
+                    f"{100 * (1 - same):.0f}% of the rows are not what the teacher says; delete it"
+                )
+        return logits.to(images.device, non_blocking=True)
+
+    @property
+    def views(self) -> int:
+        """How many epochs the cycle has, after which views and mixing come again."""
+        return self.store.rows // self.epoch_rows
+
+    def missing(self) -> int:
+        """Return how many of the rows that whole batches need are not written."""
+        return self.store.missing(self.views, self.needed)
+
+    def describe(self) -> str:
+        missing = self.missing()
+        whole = f"{self.views * self.needed}"
+        state = f"{missing} of {whole} still to write" if missing else f"complete ({whole})"
+        return (
+            f"answers in {self.store.folder}, {self.views} epochs of views,"
+            f" {self.store.keep}, {self.store.size() / 2**20:.1f} MiB, {state}; "
+            + ("no network is loaded" if self.live is None else self.live.describe())
+        )
+
+
+def build_cached_teacher(
+    args: Namespace,
+    loaders: Loaders,
+    student_inputs: InputConfig,
+    processes: Processes,
+    amp_dtype: torch.dtype | None = None,
+) -> CachedTeacher:
+    """Return the teacher of the command line behind its cache; a complete one needs no network.
+
+    Raises UserError for a cache that was written under other settings, naming those that differ.
+    """
+    sampler = loaders.train_sampler
+    if sampler is None:
+        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
+    epoch_rows = len(sampler) * sampler.num_replicas
+    views = args.teacher_cache_views or args.epochs
+    store = cache.Store(
+        args.teacher_cache, rows=views * epoch_rows, num_classes=loaders.num_classes,
+        keep=cache.read_topk(args.teacher_cache_topk, loaders.num_classes),
+        facts=build_facts(args, loaders, student_inputs, processes, amp_dtype),
+        may_create=args.teacher_cache_mode in ("auto", "write"),
+    )  # fmt: skip
+    mode = args.teacher_cache_mode
+    needed = len(loaders.train) * args.batch_size * processes.world_size
+    reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
+    live = None if reads else build_teacher(
+        args, loaders.num_classes, student_inputs, processes.device, amp_dtype
+    )  # fmt: skip
+    return CachedTeacher(
+        store, live, epoch_rows=epoch_rows, needed=needed, batch_size=args.batch_size,
+        rank=processes.rank, world_size=processes.world_size, verify=mode == "verify",
+    )  # fmt: skip
+
+
+TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
+             "recount", "on_bad_image")  # fmt: skip
+MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
+          "batch_size")  # fmt: skip
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def build_facts(
+    args: Namespace,
+    loaders: Loaders,
+    student_inputs: InputConfig,
+    processes: Processes,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return all that determines a teacher's answer to the picture at a place, as plain values."""
+    names, paths = (
+        [x] if isinstance(x, str) else x for x in (args.teacher_model, args.teacher_path)
+    )
+    paths = paths if any(paths) else [""] * len(names)
+    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    facts: dict[str, Any] = {
+        "teacher": list(names),
+        "teacher weights": [checkpoint.fingerprint(path) if path else "timm's" for path in paths],
+        "teacher shares": args.teacher_weight or [],
+        "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
+        "data": loaders.fingerprint(),
+        "seed": args.seed,
+        "repeated augmentation": args.repeated_aug,
+        "input": student_inputs.describe(),
+        "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
+    }
+    if mixes:  # partners come from the batch
+        facts["mixing"]["processes"] = processes.world_size
+    facts |= {name: getattr(args, name) for name in TRANSFORM}
+    return facts | {f"version of {name}": version(name) for name in LIBRARIES}
 
 
 def build_teacher(

@@ -131,7 +131,7 @@ def test_the_teachers_logits_reach_the_loss_and_no_gradient_reaches_the_teacher(
     criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "hard", 1.0, 1.0)
     model = TwoHeads()
     before = model.cls.weight.clone()
-    train(model, batches((4,)), criterion=criterion, teacher=lambda x: teacher(x.flatten(1)))
+    train(model, batches((4,)), criterion=criterion, teacher=lambda x, place: teacher(x.flatten(1)))
     assert teacher.weight.grad is None
     assert torch.equal(model.cls.weight, before), "alpha 1 leaves the class head alone"
     assert set(criterion.terms) == {"base", "distillation"}

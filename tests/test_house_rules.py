@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     0: {"errors", "distributed", "schedules"},
-    1: {"losses", "checkpoint", "metrics", "datasets", "augment", "samplers"},
+    1: {"losses", "checkpoint", "metrics", "datasets", "augment", "samplers", "cache"},
     2: {"models", "resume"},
     3: {"teachers", "matching", "optim"},
     4: {"engine", "options", "objective"},

@@ -1,0 +1,184 @@
+"""The cached teacher: what is replayed is what was said, and nothing else is accepted."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cache
+from errors import UserError
+
+FACTS = {"teacher": "resnet_pico", "seed": 0, "mixing": {"mixup": 0.8}}
+
+
+def store(folder: Path, keep: str | int = "all", may_create: bool = True, **facts) -> cache.Store:
+    return cache.Store(
+        folder, rows=12, num_classes=5, keep=keep, facts=FACTS | facts, may_create=may_create
+    )
+
+
+def test_all_logits_come_back_bit_for_bit_and_only_what_was_written_is_done(tmp_path: Path) -> None:
+    logits = torch.randn(3, 5)
+    rows = np.array([7, 2, 11])
+    written = store(tmp_path)
+    written.write(rows, logits)
+    again = store(tmp_path, may_create=False)
+    assert torch.equal(again.read(rows), logits)
+    assert again.done(np.arange(12)).nonzero()[0].tolist() == [2, 7, 11]
+    assert again.missing() == 9
+    assert again.missing(2, 3) == 4, "of the rows 0 to 2 and 6 to 8, 2 and 7 are there"
+
+
+def test_top_k_keeps_the_likeliest_and_spreads_the_rest(tmp_path: Path) -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.0]])
+    kept = store(tmp_path, keep=2)
+    kept.write(np.array([0]), logits)
+    read = kept.read(np.array([0])).exp()
+    wanted = logits.softmax(1)
+    assert read.sum().item() == pytest.approx(1, abs=1e-3)
+    torch.testing.assert_close(read[0, [0, 2]], wanted[0, [0, 2]], rtol=2e-3, atol=1e-4)
+    rest = (1 - wanted[0, [0, 2]].sum()) / 3
+    torch.testing.assert_close(read[0, [1, 3, 4]], rest.expand(3), rtol=2e-2, atol=1e-3)
+
+
+def test_hard_labels_take_two_bytes(tmp_path: Path) -> None:
+    kept = store(tmp_path, keep="hard")
+    logits = torch.randn(4, 5)
+    kept.write(np.arange(4), logits)
+    assert torch.equal(kept.read(np.arange(4)).argmax(1), logits.argmax(1))
+    assert (tmp_path / "classes.u16").stat().st_size == 12 * 2
+
+
+@pytest.mark.parametrize("keep", ["all", 3, "hard"])
+def test_the_size_is_as_told_to_the_byte(keep: str | int, tmp_path: Path) -> None:
+    kept = store(tmp_path, keep=keep)
+    files = [path for path in tmp_path.iterdir() if path.name != "manifest.json"]
+    assert sum(path.stat().st_size for path in files) == kept.size()
+
+
+def test_other_facts_are_refused_naming_each_with_both_values(tmp_path: Path) -> None:
+    store(tmp_path)
+    with pytest.raises(UserError, match="seed: written with 0, now 1") as caught:
+        store(tmp_path, seed=1, mixing={"mixup": 0.5})
+    assert "mixing" in str(caught.value) and "teacher" not in str(caught.value).split("refused")[1]
+
+
+def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no cache there"):
+        store(tmp_path, may_create=False)
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(UserError, match="other files"):
+        store(tmp_path)
+    whole = tmp_path / "whole"
+    store(whole)
+    (whole / "logits.f32").write_bytes(b"short")
+    with pytest.raises(UserError, match="5 bytes, 240 expected"):
+        store(whole)
+    (whole / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not readable"):
+        store(whole)
+
+
+@pytest.mark.parametrize("text", ["0", "5", "-1", "some", "2.5"])
+def test_a_number_of_classes_that_cannot_be_kept_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="all, hard, or a number from 1 to 4"):
+        cache.read_topk(text, 5)
+
+
+def test_agreement_counts_the_rows_that_are_the_same() -> None:
+    live = torch.eye(4, 5)
+    read = live.clone()
+    read[1, 1] += 0.1
+    assert cache.agreement(read, live, "all") == 0.75
+    assert cache.agreement(read, live, 2) == 1
+
+
+RUN = ["--distillation-type", "hard", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
+       "--drop-path", "0.1", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "128",
+       "--repeated-aug", "--no-teacher-check"]  # fmt: skip
+
+
+def log(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_live_written_and_read_runs_are_the_same_bit_for_bit(
+    run_inside, tmp_path: Path, monkeypatch
+) -> None:
+    def run(name: str, *flags: str):
+        result = run_inside(*RUN, "--output_dir", str(tmp_path / name), *flags)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    run("live")
+    kept = ["--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-views", "2"]
+    assert "still to write" in run("first", *kept)
+    import teachers
+
+    monkeypatch.setattr(teachers, "build_teacher", None)  # reading needs no network
+    assert "no network is loaded" in run("second", *kept, "--num-workers", "2")
+    run("third", *kept, "--teacher-cache-mode", "read")
+    assert log(tmp_path / "live") == log(tmp_path / "first") == log(tmp_path / "second")
+    assert log(tmp_path / "live") == log(tmp_path / "third")
+
+
+@pytest.mark.slow
+def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_path: Path) -> None:
+    kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]
+    incomplete = run_inside(*kept, "--teacher-cache-mode", "write", "--on-bad-image", "skip")
+    assert incomplete.returncode == 0, incomplete.stderr
+    kept += ["--on-bad-image", "skip"]
+    done = tmp_path / "cache" / "done.u8"
+    marks = bytearray(done.read_bytes())
+    marks[100:300] = bytes(200)  # as if the writing had been killed there
+    done.write_bytes(marks)
+    missing = run_inside(*kept, "--teacher-cache-mode", "read")
+    assert missing.returncode == 2 and "200 of 1536 rows are missing" in missing.stderr
+    again = run_inside(*kept, "--teacher-cache-mode", "write")
+    assert "complete (1536)" in again.stdout, again.stdout + again.stderr
+    assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0
+    logits = np.memmap(tmp_path / "cache" / "logits.f32", dtype="<f4", mode="r+", shape=(1536, 10))
+    logits[700] += 1
+    logits.flush()
+    wrong = run_inside(*kept, "--teacher-cache-mode", "verify")
+    assert wrong.returncode == 2 and "not what the teacher says" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--reprob", "0.5"], "reprob: written with 0.25, now 0.5"),
+        (["--batch-size", "64"], "mixing"),
+        (["--seed", "1"], "seed"),
+        (["--input-size", "40"], "input"),
+    ],
+)
+def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:
+    kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache"),
+            "--teacher-cache-views", "1"]  # fmt: skip
+    assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
+    result = run_inside(*kept, *flags)
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    path = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"version of timm": "0.3.2"}))
+    assert "0.3.2" in run_inside(*kept).stderr
+
+
+@pytest.mark.slow
+def test_a_flipped_weight_of_the_teacher_is_refused(run_inside, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(Path(__file__).parents[1] / "models/weights/resnet_pico_digits.safetensors")
+    path = tmp_path / "teacher.safetensors"
+    save_file(weights, path)
+    kept = [*RUN, "--output_dir", "", "--teacher-path", str(path), "--teacher-cache",
+            str(tmp_path / "cache"), "--teacher-cache-mode"]  # fmt: skip
+    assert run_inside(*kept, "write").returncode == 0
+    weights["fc.bias"][0] *= -1
+    save_file(weights, path)
+    assert "teacher weights" in run_inside(*kept, "auto").stderr
