@@ -163,21 +163,30 @@ def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
     path = args.resume or args.finetune
     if not path:
-        what = "timm's published weights" if args.pretrained else "random weights (no --resume)"
+        what = "published weights" if args.pretrained else "random weights (no --resume)"
         tell("weights", what)
-        return report(engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype))
+        found = models.released.published(args.model) if args.pretrained else None
+        return report(
+            engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype), found
+        )
     stats: dict[str, float] = {}
     for key in models.weight_keys(path):
         models.load_weights(student.network, path, key=key)
         tell("weights", f"{path}, {key}" if key else path)
         stats[key or "model"] = report(
-            engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype)
+            engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype),
+            models.released.published(args.model, path),
         )
     return stats.get("model") or next(iter(stats.values()))
 
 
-def report(stats: dict[str, float]) -> dict[str, float]:
+def report(
+    stats: dict[str, float], found: models.released.Released | None = None
+) -> dict[str, float]:
+    """Print an accuracy, and beside it the published one of the file, where there is one."""
     tell(None, f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%")
+    if found is not None and (line := found.beside(stats["acc1"], int(stats["count"]))):
+        tell("published", line)
     return stats
 
 
@@ -192,6 +201,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     try:
         settings = options.parse_args(argv)
+        if settings.args.list_models is not None:
+            print(models.released.table(settings.args.list_models))
+            return 0
         main(settings.args, settings.notes)
     except UserError as error:
         if distributed.first_to_say(error.line()):

@@ -98,6 +98,8 @@ def _add_run_flags(group: Any) -> None:
     add("--resume", default="", help="checkpoint to go on from, or to evaluate; file or URL")
     add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate and exit")
+    add("--list-models", nargs="?", const="*", metavar="PATTERN",
+        help="print the released checkpoints and exit")  # fmt: skip
     add("--log-interval", default=10, type=int, help="steps between two printed lines")
     add("--max-bad-steps", default=10, type=int,
         help="updates in a row with a non-finite loss before the run stops")  # fmt: skip
@@ -115,7 +117,7 @@ def _add_model_flags(group: Any) -> None:
         help="one side, or height and width; default: the model's own")  # fmt: skip
     add("--drop", default=0.0, type=float, help="dropout")
     add("--drop-path", default=0.1, type=float, help="stochastic depth")
-    add("--pretrained", action="store_true", help="start from timm's published weights")
+    add("--pretrained", action="store_true", help="start from the published weights")
     add("--finetune", default="", help="start from this file or URL; head and grid may differ")
     add("--attn-only", action="store_true",
         help="train attention, heads and position embedding only")  # fmt: skip
