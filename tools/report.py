@@ -47,7 +47,9 @@ SHOWN_CLASSES = 20  # of the per-class table; half from each end
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        runs = [build_run(args, folder) for folder in args.runs]
+        short = len({folder.name for folder in args.runs}) == len(args.runs)
+        runs = [{"run": folder.name if short else str(folder)} | build_run(args, folder)
+                for folder in args.runs]  # fmt: skip
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
@@ -98,7 +100,7 @@ def build_run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     answers = collect(student.network, teacher, loaders.val, processes.device, limit=args.limit)
     classes = loaders.classes or [str(number) for number in range(loaders.num_classes)]
     return {
-        "run": str(folder),
+        "folder": str(folder),
         "student": wanted.model,
         "teacher": teacher.describe() if teacher is not None else "",
         "distillation": settings["distillation_type"],
@@ -180,13 +182,12 @@ def summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def page(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the whole report as one HTML page that loads nothing from anywhere."""
-    columns = [name for name, _ in summary(runs[0])]
-    rows = [[run["run"], *(value for _, value in summary(run))] for run in runs]
+    rows = [[row[0][0], *(value for _, value in row)] for row in zip(*map(summary, runs))]
     parts = [
         "<h1>Student and teacher</h1>",
         f"<p>{text(runs[0]['pictures'])} pictures each: {text(runs[0]['data'])}. The student is "
         "evaluated as it is used: with two heads, on the mean of both.</p>",
-        table(["run", *columns], rows),
+        table(["", *(run["run"] for run in runs)], rows),
     ]
     parts += [curves(runs)]
     parts += ["<div class=runs>", *map(run_section, runs), "</div>"]
@@ -290,8 +291,8 @@ def chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> st
     legend = "".join(f"<span class=c{i % 6}>{text(n)}</span> " for i, n in enumerate(series))
     return (
         f"<figure class=chart><figcaption>{text(title)}</figcaption>{svg(title)}{axes()}"
-        f"{label(LEFT - 4, 14, f'{y1:.4g}', 'end')}"
-        f"{label(LEFT - 4, HEIGHT - BOTTOM, f'{y0:.4g}', 'end')}"
+        f"{label(LEFT - 4, 14, f'{y1:.3g}', 'end')}"
+        f"{label(LEFT - 4, HEIGHT - BOTTOM, f'{y0:.3g}', 'end')}"
         f"{label(LEFT, HEIGHT - 8, f'{x0:g}', 'start')}"
         f"{label(WIDTH - 8, HEIGHT - 8, f'{x1:g}', 'end')}"
         f"{lines}</svg><div class=legend>{legend if len(series) > 1 else ''}</div></figure>"
