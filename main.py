@@ -26,6 +26,7 @@ import metrics
 import models
 import optim
 import options
+import recipe
 import teachers
 from errors import UserError
 
@@ -120,6 +121,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         tell(None, f"Accuracy of the network on the {stats['count']} test images: "
              f"{stats['acc1']:.1f}%")  # fmt: skip
         tell(None, f"Max accuracy: {best:.2f}%")
+    if args.recipe and stats and (line := recipe.find(args.recipe).beside(stats["acc1"])):
+        tell("recipe", line)
     tell(None, f"Training time {metrics.clock(time.time() - started)}")
     skipped = int(distributed.all_reduce_sum(torch.tensor(loaders.skipped(), device=device)))
     if skipped:

@@ -7,16 +7,17 @@ prefixes (`--batch`) work. What is new takes timm's name where timm's train.py h
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+import recipe
+from distributed import find_launcher
 from errors import UserError
 
-QUICK_START = Path(__file__).parent / "recipes" / "quickstart.yaml"
+QUICK_START = recipe.FOLDER / "quickstart.yaml"
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
 INAT_CATEGORIES = [
     "kingdom",
@@ -87,6 +88,15 @@ def _switch(group: Any, name: str, default: bool, help_on: str, help_off: str = 
 
 def _add_run_flags(group: Any) -> None:
     add = group.add_argument
+    add(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help=f"a published run or a YAML file, under the flags: {', '.join(recipe.names())}",
+    )
+    add("--dry-run", action="store_true",
+        help="print what a run would be: settings, sizes, memory, time; train nothing")  # fmt: skip
+    add("--check", action="store_true", help="examine student and teacher, and exit")
     add("--batch-size", default=64, type=int, help="pictures per process and micro-step")
     add("--epochs", default=300, type=int)
     add("--grad-accum-steps", default=1, type=int, help="micro-steps per optimizer update")
@@ -218,15 +228,38 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     Without a data path the quick start's recipe fills in what no flag gives.
     Raises UserError for unknown flags, values out of range, and combinations that cannot work.
     """
-    explicit = frozenset(vars(_parse(argv, suppress=True)))
+    given = vars(_parse(argv, suppress=True))
+    explicit = frozenset(given)
     args = _parse(argv)
-    if uses_quick_start(args):
+    about: list[str] = []
+    if args.recipe:
+        args, about = _with_recipe(argv, args.recipe, given)
+    elif uses_quick_start(args):
         args = _parse(argv, defaults=read_recipe(QUICK_START))
     elif args.data_set is None:
         args.data_set = "IMNET"
     check_ranges(args)
     check_combinations(args, explicit)
-    return Options(args, explicit, tuple(flags_without_effect(args, explicit)))
+    return Options(args, explicit, (*about, *flags_without_effect(args, explicit)))
+
+
+def _with_recipe(
+    argv: Sequence[str] | None, name: str, given: dict[str, Any]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the settings of a recipe under the flags given, and what to say about them."""
+    found = recipe.find(name)
+    flags = read_recipe(recipe.FOLDER / f"{name}.yaml" if name == found.name else Path(name))
+    args = _parse(argv, defaults=flags)
+    recipe.check_needs(found, args)
+    world = find_launcher(os.environ)[3]
+    fitted = recipe.fit_batch(
+        found, args.batch_size, args.grad_accum_steps, world, frozenset(given)
+    )
+    args = _parse(argv, defaults=flags | fitted)
+    changed = {flag: value for flag, value in given.items()
+               if flag in found.flags and value != found.flags[flag]}  # fmt: skip
+    effective = args.batch_size * args.grad_accum_steps * world
+    return args, recipe.describe(found, changed, effective, fitted)
 
 
 def uses_quick_start(args: argparse.Namespace) -> bool:
@@ -253,10 +286,8 @@ def argparse_with_help() -> argparse.ArgumentParser:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the flags of a recipe file by destination name. Raises UserError for unknown ones."""
-    flags = yaml.safe_load(path.read_text())["flags"]
-    known = {action.dest for action in get_args_parser()._actions}
-    flags = {name.replace("-", "_"): value for name, value in flags.items()}
-    unknown = sorted(set(flags) - known)
+    flags = dict(recipe.find(str(path)).flags)
+    unknown = sorted(set(flags) - {action.dest for action in get_args_parser()._actions})
     if unknown:
         raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
     if flags.get("teacher_path"):  # relative to the repository, wherever the run was started
