@@ -26,6 +26,7 @@ import metrics
 import models
 import optim
 import options
+import preflight
 import recipe
 import teachers
 from errors import UserError
@@ -42,6 +43,9 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     engine.seed_step(args.seed, "model")
 
     inputs = models.build_input_config(args)
+    if args.dry_run:
+        tell(None, "\n".join([*preflight.build_plan(args, processes, inputs, amp_dtype), *notes]))
+        return {}
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
     tell("data", loaders.describe())
@@ -54,6 +58,12 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
     for note in notes:
         _logger.warning("%s", note)
+    if args.check or args.teacher_check:
+        found = preflight.build_findings(args, student, teacher, loaders, inputs, device)
+        for line in found or ["student and teacher suit the data and each other"] * args.check:
+            tell("check", line)
+        if args.check:
+            return {}
     if teacher is not None and args.teacher_check:
         tell("teacher", "accuracy on the evaluation set")
         engine.evaluate(loaders.val, teacher, device, amp_dtype=None, header="Teacher:")
@@ -113,7 +123,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                 checkpoint.save_checkpoint(
                     Path(args.output_dir, name), model=student.network, optimizer=optimizer,
                     lr_scheduler=schedule, epoch=epoch, model_ema=ema, scaler=scaler, args=args,
-                    extra={"best_acc1": best, "global_step": (epoch + 1) * updates_per_epoch},
+                    extra={"best_acc1": best, "global_step": (epoch + 1) * updates_per_epoch,
+                           "classes": loaders.classes},
                 )  # fmt: skip
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(),
                   (epoch + 1) * updates_per_epoch * effective)  # fmt: skip
