@@ -26,6 +26,7 @@ import metrics
 import models
 import optim
 import options
+import pictures
 import preflight
 import recipe
 import teachers
@@ -58,6 +59,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
     for note in notes:
         _logger.warning("%s", note)
+    teacher_stats: dict[str, float] = {}
     if args.check or args.teacher_check:
         found = preflight.build_findings(args, student, teacher, loaders, inputs, device)
         for line in found or ["student and teacher suit the data and each other"] * args.check:
@@ -66,7 +68,9 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
             return {}
     if teacher is not None and args.teacher_check:
         tell("teacher", "accuracy on the evaluation set")
-        engine.evaluate(loaders.val, teacher, device, amp_dtype=None, header="Teacher:")
+        teacher_stats = engine.evaluate(
+            loaders.val, teacher, device, amp_dtype=None, header="Teacher:"
+        )
 
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
@@ -92,6 +96,13 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         )
     log = metrics.RunLog(args.output_dir if distributed.is_main() else "", start_epoch)
     log.config(vars(args))
+    if log.has_board:
+        loaders.set_epoch(start_epoch)
+        log.scalars("val_teacher", {k: v for k, v in teacher_stats.items() if k != "count"}, 0)
+        shown = pictures.train_batch(
+            loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=teacher
+        )
+        log.picture("train/batch", shown, 0)
     stats: dict[str, float] = {}
     started = time.time()
 
@@ -128,6 +139,11 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                 )  # fmt: skip
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(),
                   (epoch + 1) * updates_per_epoch * effective)  # fmt: skip
+        if log.has_board:
+            looks = pictures.attention(
+                student.network, preflight.sample(loaders.val, 4)[0].to(device), inputs
+            )
+            log.picture("val/attention", looks, (epoch + 1) * updates_per_epoch * effective)
         distributed.barrier()
         tell(None, f"Accuracy of the network on the {stats['count']} test images: "
              f"{stats['acc1']:.1f}%")  # fmt: skip

@@ -12,7 +12,7 @@ LEVELS = {
     1: {"losses", "checkpoint", "metrics", "datasets", "augment", "samplers"},
     2: {"models"},
     3: {"teachers", "matching", "optim", "recipe"},
-    4: {"engine", "options", "preflight"},
+    4: {"engine", "options", "preflight", "pictures"},
     5: {"main"},
     6: {"run_with_submitit", "hubconf"},
 }
