@@ -3,14 +3,10 @@
 import json
 import math
 import re
-import shutil
-import subprocess
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 import models
@@ -96,7 +92,7 @@ def test_both_heads_and_their_mean_are_collected() -> None:
 
 @pytest.mark.slow
 def test_two_runs_make_one_page_that_loads_nothing(
-    run_inside, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    run_inside, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, screenshot
 ) -> None:
     base = [
         "--model",
@@ -134,16 +130,5 @@ def test_two_runs_make_one_page_that_loads_nothing(
     assert report.main([str(tmp_path / "nothing")]) == 2
     assert "config.yaml" in capsys.readouterr().err
     for width in (412, 1280):
-        colours = screenshot(out, width, tmp_path / f"{width}.png")
+        colours = screenshot(out.as_uri(), width, tmp_path / f"{width}.png")
         assert colours[(11, 99, 206)] > 20 and colours[(194, 65, 12)] > 20, "no curves"
-
-
-def screenshot(page: Path, width: int, picture: Path) -> dict[tuple, int]:
-    """Return how often each colour is on the page as Chromium shows it."""
-    chromium = shutil.which("chromium") or pytest.skip("no chromium to look at the page with")
-    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu",
-               "--blink-settings=preferredColorScheme=1", f"--window-size={width},2000",
-               f"--screenshot={picture}", page.as_uri()]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
-    return defaultdict(int, {colour: count for count, colour in colours})
