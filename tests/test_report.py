@@ -90,10 +90,10 @@ def test_both_heads_and_their_mean_are_collected() -> None:
     assert not network.head._forward_hooks
 
 
-@pytest.mark.slow
-def test_two_runs_make_one_page_that_loads_nothing(
-    run_inside, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, screenshot
-) -> None:
+@pytest.fixture(scope="module")
+def made(run_inside, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of two runs of one epoch, one of them without a teacher of its own."""
+    root = tmp_path_factory.mktemp("runs")
     base = [
         "--model",
         "deit_pico_distilled_patch8_32",
@@ -108,27 +108,34 @@ def test_two_runs_make_one_page_that_loads_nothing(
         "--warmup-epochs",
         "0",
     ]
-    made = run_inside(*base, "--model", "resnet_pico", "--output_dir", str(tmp_path / "teacher"))
-    assert made.returncode == 0, made.stderr
-    weights = str(tmp_path / "teacher" / "checkpoint.pth")
-    for kind in ("none", "hard"):
-        flags = ["--distillation-type", kind, "--output_dir", str(tmp_path / kind)]
-        if kind == "hard":
-            flags += ["--teacher-model", "resnet_pico", "--teacher-path", weights]
-        made = run_inside(*base, *flags)
-        assert made.returncode == 0, made.stderr
-    out = tmp_path / "report.html"
-    code = report.main([str(tmp_path / "none"), str(tmp_path / "hard"), "--out", str(out),
-                        "--teacher-model", "resnet_pico", "--teacher-path", weights])  # fmt: skip
-    assert code == 0, capsys.readouterr().err
-    page = out.read_text()
+    teacher = ["--teacher-model", "resnet_pico",
+               "--teacher-path", str(root / "teacher" / "checkpoint.pth")]  # fmt: skip
+    for name, flags in (("teacher", ["--model", "resnet_pico"]), ("none", []),
+                        ("hard", ["--distillation-type", "hard", *teacher])):  # fmt: skip
+        run = run_inside(*base, *flags, "--output_dir", str(root / name))
+        assert run.returncode == 0, run.stderr
+    out = root / "report.html"
+    assert report.main([str(root / "none"), str(root / "hard"), "--out", str(out), *teacher]) == 0
+    return out
+
+
+@pytest.mark.slow
+def test_two_runs_make_one_page_that_loads_nothing(made: Path) -> None:
+    page = made.read_text()
     assert not re.search(r"""(?:src|href)=['"]?(?!data:)\w""", page) and "http" not in page
     assert page.count("<svg") >= 8 and "data:image/jpeg;base64," in page
     assert "viewport" in page and "@media print" in page
-    found = json.loads(out.with_suffix(".json").read_text())
+    found = json.loads(made.with_suffix(".json").read_text())
     assert [run["distillation"] for run in found] == ["none", "hard"] and found[0]["curves"]
-    assert report.main([str(tmp_path / "nothing")]) == 2
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
+    assert report.main([str(tmp_path)]) == 2
     assert "config.yaml" in capsys.readouterr().err
-    for width in (412, 1280):
-        colours = screenshot(out.as_uri(), width, tmp_path / f"{width}.png")
-        assert colours[(11, 99, 206)] > 20 and colours[(194, 65, 12)] > 20, "no curves"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [412, 1280])
+def test_a_browser_shows_the_curves(width: int, made: Path, screenshot, tmp_path: Path) -> None:
+    colours = screenshot(made.as_uri(), width, tmp_path / "page.png")
+    assert colours[(11, 99, 206)] > 20 and colours[(194, 65, 12)] > 20, "no curves"
