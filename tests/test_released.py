@@ -153,3 +153,17 @@ def test_hub_serves_the_same_names() -> None:
     with torch.device("meta"):
         network = hubconf.deit_small_patch16_LS(tag="384_1k")
     assert network.pos_embed.shape == (1, 24 * 24, 384)
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_all_pictures_prints_the_published_number(
+    run_inside, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "deit_pico_patch8_32"
+    path = tmp_path / "deit_tiny_patch16_224-a1311bcf.pth"
+    torch.save({"model": models.create_model(name, num_classes=2).state_dict()}, path)
+    flags = ["--eval", "--model", name, "--data-path", str(picture_folder), "--num_workers", "0",
+             "--resume", str(path)]  # fmt: skip
+    assert "published:" not in run_inside(*flags).stdout
+    monkeypatch.setattr(released, "FULL_VALIDATION_SET", 12)
+    assert "published: 72.202% for deit_tiny_patch16_224-a1311bcf.pth" in run_inside(*flags).stdout
