@@ -6,6 +6,7 @@ models' business. `save_atomically` writes a run's own files; what is in them is
 
 import argparse
 import hashlib
+import logging
 import os
 import pathlib
 import pickle
@@ -25,6 +26,7 @@ import torch
 import distributed
 from errors import UserError
 
+_logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
@@ -41,7 +43,8 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
     """Return what a .pth, .pt, .bin or .safetensors file holds, tensors on the CPU.
 
     source: a path, or an http(s) URL whose file name ends in `-<hash>.pth` as torch hub's do, or
-        which ends in `#sha256=<hash>`. Only the first process downloads.
+        which ends in `#sha256=<hash>`, or in `#unverified` where nobody has published one. Only
+        the first process downloads.
     Nothing in the file is executed: pickles are read with `weights_only=True`, and types that old
     DeiT files need (Namespace, PosixPath) come from an allow-list.
     Raises UserError, in one line, for what is missing, damaged, no such file, or wants more.
@@ -129,31 +132,36 @@ def _brief(error: BaseException) -> str:
 def fetch(url: str) -> Path:
     """Return the local copy of a URL, downloaded once and checked against its hash every time.
 
+    With `#unverified` it is checked against the hash of the first download, which is logged.
     Raises UserError if the URL names no hash, if it cannot be fetched, or if the hash differs.
     """
     parts = urlparse(url)
     name = os.path.basename(parts.path)
     asked = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", parts.fragment)
     found = HASH_IN_NAME.search(name)
-    if not asked and not found:
+    unverified = parts.fragment == "unverified"
+    if not asked and not found and not unverified:
         raise UserError(
             f"{url}: its name tells no hash; add #sha256=<hash of the file>, or download it and "
             "give the path"
         )
-    prefix = (asked or found).group(1).lower()  # type: ignore[union-attr]
+    match = asked or found
+    prefix = match.group(1).lower() if match else ""
     place = Path(torch.hub.get_dir()) / "checkpoints" / name
     with distributed.main_first():
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
                 torch.hub.download_url_to_file(
-                    url.partition("#")[0], str(place), hash_prefix=prefix, progress=False
+                    url.partition("#")[0], str(place), hash_prefix=prefix or None, progress=False
                 )
             except (OSError, ValueError) as error:
                 raise UserError(f"{url}: cannot be downloaded ({_brief(error)})") from error
             except RuntimeError as error:  # torch's word for another hash
                 raise UserError(f"{url}: refused, {_brief(error)}") from error
         digest = hash_of(place)
+        if unverified and not match:
+            prefix = _first_hash(place, digest)
     if not digest.startswith(prefix):
         raise UserError(f"{place}: its sha256 is {digest[:16]}..., {prefix} was asked; delete it")
     return place
@@ -165,6 +173,15 @@ def fingerprint(source: str) -> str:
     if not path.is_file():
         raise UserError(f"{source}: not there; its hash tells whose answers a cache holds")
     return hash_of(path)
+
+
+def _first_hash(place: Path, digest: str) -> str:
+    """Return the hash that a file without a published one had when it was first used."""
+    note = place.with_name(place.name + ".sha256")
+    if not note.exists():
+        note.write_text(digest)
+        _logger.warning("%s: no hash is published for it; its sha256 is %s", place.name, digest)
+    return note.read_text().strip()
 
 
 def hash_of(path: Path) -> str:

@@ -181,9 +181,10 @@ def train_one_epoch(
         if progress.due(micro):
             shown = {name: meter.recent() for name, meter in meters.items()}
             shown["lr"] = max(group["lr"] for group in optimizer.param_groups)
-            progress.log(micro, shown, images_per_step=images.shape[0] * distributed.world_size())
+            images_per_step = images.shape[0] * distributed.world_size()
+            rates = progress.log(micro, shown, images_per_step=images_per_step)
             if on_log is not None:
-                on_log(update, shown)
+                on_log(update, shown | rates)
         if on_update is not None:
             on_update(epoch * updates + update + 1)
 

@@ -25,6 +25,9 @@ import models
 import objective
 import optim
 import options
+import pictures
+import preflight
+import recipe
 import resume
 import teachers
 from errors import EXIT_STOPPED, Stopped, UserError
@@ -41,6 +44,9 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     engine.seed_step(args.seed, "model")
 
     inputs = models.build_input_config(args)
+    if args.dry_run:
+        tell(None, "\n".join([*preflight.build_plan(args, processes, inputs, amp_dtype), *notes]))
+        return {}
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
     tell("data", loaders.describe())
@@ -57,9 +63,19 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     for note in notes:
         _logger.warning("%s", note)
     live = isinstance(teacher, torch.nn.Module)
+    teacher_stats: dict[str, float] = {}
+    if args.check or args.teacher_check:
+        network = teacher if live else None
+        found = preflight.build_findings(args, student, network, loaders, inputs, device)
+        for line in found or ["student and teacher suit the data and each other"] * args.check:
+            tell("check", line)
+        if args.check:
+            return {}
     if live and args.teacher_check and args.distillation_type != "none":
         tell("teacher", "accuracy on the evaluation set")
-        engine.evaluate(loaders.val, teacher, device, amp_dtype=None, header="Teacher:")
+        teacher_stats = engine.evaluate(
+            loaders.val, teacher, device, amp_dtype=None, header="Teacher:"
+        )
 
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
@@ -98,6 +114,14 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         images_seen=keeper.global_step * effective,
     )  # fmt: skip
     log.config(vars(args))
+    if log.has_board:
+        loaders.set_epoch(0)
+        log.scalars("val_teacher", {k: v for k, v in teacher_stats.items() if k != "count"}, 0)
+        shown = pictures.train_batch(
+            loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn,
+            teacher=teacher if live else None,
+        )  # fmt: skip
+        log.picture("train/batch", shown, 0)
     stats: dict[str, float] = {}
     started = time.time()
 
@@ -131,10 +155,17 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         schedule.end_epoch(epoch, stats["acc1"])
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(),
                   (epoch + 1) * updates_per_epoch * effective)  # fmt: skip
+        if log.has_board:
+            looks = pictures.attention(
+                student.network, preflight.sample(loaders.val, 4)[0].to(device), inputs
+            )
+            log.picture("val/attention", looks, (epoch + 1) * updates_per_epoch * effective)
         keeper.end_epoch(stats["acc1"])  # after the log, from which a resumed run drops doubles
         tell(None, f"Accuracy of the network on the {stats['count']} test images: "
              f"{stats['acc1']:.1f}%")  # fmt: skip
         tell(None, f"Max accuracy: {keeper.best:.2f}%")
+    if args.recipe and stats and (line := recipe.find(args.recipe).beside(stats["acc1"])):
+        tell("recipe", line)
     tell(None, f"Training time {metrics.clock(time.time() - started)}")
     skipped = int(distributed.all_reduce_sum(torch.tensor(loaders.skipped(), device=device)))
     if skipped:
@@ -171,21 +202,30 @@ def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
     path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
     if not path:
-        what = "timm's published weights" if args.pretrained else "random weights (no --resume)"
+        what = "published weights" if args.pretrained else "random weights (no --resume)"
         tell("weights", what)
-        return report(engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype))
+        found = models.released.published(args.model) if args.pretrained else None
+        return report(
+            engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype), found
+        )
     stats: dict[str, float] = {}
     for key in models.weight_keys(path):
         models.load_weights(student.network, path, key=key)
         tell("weights", f"{path}, {key}" if key else path)
         stats[key or "model"] = report(
-            engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype)
+            engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype),
+            models.released.published(args.model, path),
         )
     return stats.get("model") or next(iter(stats.values()))
 
 
-def report(stats: dict[str, float]) -> dict[str, float]:
+def report(
+    stats: dict[str, float], found: models.released.Released | None = None
+) -> dict[str, float]:
+    """Print an accuracy, and beside it the published one of the file, where there is one."""
     tell(None, f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%")
+    if found is not None and (line := found.beside(stats["acc1"], int(stats["count"]))):
+        tell("published", line)
     return stats
 
 
@@ -205,6 +245,9 @@ def run(
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     try:
         settings = options.parse_args(argv)
+        if settings.args.list_models is not None:
+            print(models.released.table(settings.args.list_models))
+            return 0
         main(settings.args, settings.notes)
     except UserError as error:
         if distributed.first_to_say(error.line()):

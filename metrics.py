@@ -96,24 +96,32 @@ class ProgressLogger:
     def due(self, step: int) -> bool:
         return (step + 1) % self.interval == 0 or step + 1 == self.length
 
-    def log(self, step: int, values: Mapping[str, float], *, images_per_step: int = 0) -> None:
-        """Print the line of a step. images_per_step: pictures of all processes together."""
+    def log(
+        self, step: int, values: Mapping[str, float], *, images_per_step: int = 0
+    ) -> dict[str, float]:
+        """Print the line of a step. images_per_step: pictures of all processes together.
+
+        Returns the rates it has measured, empty in processes that do not print.
+        """
         if not self._speaks:
-            return
+            return {}
         now, done = time.perf_counter(), step + 1
         eta = (now - self._begin) / (done - self.start) * (self.length - done)
         parts = [f"[{done}/{self.length}]", f"eta {clock(eta)}"]
         parts += [f"{name} {number(value)}" for name, value in values.items()]
+        rates = {}
         if images_per_step:
             steps = done - self._steps_at_mark
             rate = images_per_step * steps / max(now - self._mark, 1e-9)
-            parts += [f"{rate:.0f} images/s", f"data wait {100 * self.wait_share(now):.0f}%"]
+            rates = {"images_per_s": rate, "data_wait": self.wait_share(now)}
+            parts += [f"{rate:.0f} images/s", f"data wait {100 * rates['data_wait']:.0f}%"]
         if torch.cuda.is_available():
             parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
         self._mark, self._steps_at_mark = now, done
         line = f"{self.header} {'  '.join(parts)}"
         print(f"\r{line}\033[K" if self._overwrites else line,
               end="" if self._overwrites else "\n", flush=True)  # fmt: skip
+        return rates
 
     def wait_share(self, now: float) -> float:
         """Return the share of the time so far that went into waiting for data, from 0 to 1."""
@@ -153,6 +161,28 @@ class RunLog:
         if self._folder is not None:
             text = yaml.safe_dump({k: _plain(v) for k, v in settings.items()}, sort_keys=True)
             _replace_text(self._folder / "config.yaml", text)
+            if self._board is not None:
+                self._board.add_text("config", f"```\n{text}```")
+                self._hparams(settings)
+
+    def _hparams(self, settings: Mapping[str, Any]) -> None:
+        """Give the settings to TensorBoard's table, with the accuracy that `epoch` will log."""
+        from torch.utils.tensorboard.summary import hparams
+
+        kept = {k: v if isinstance(v, bool | int | float | str) else str(v)
+                for k, v in settings.items()}  # fmt: skip
+        for summary in hparams(kept, {"val/acc1": 0.0, "val_ema/acc1": 0.0})[:2]:
+            self._board.file_writer.add_summary(summary)
+
+    @property
+    def has_board(self) -> bool:
+        """Whether pictures would be seen by anybody."""
+        return self._board is not None
+
+    def picture(self, tag: str, picture: Tensor | None, images_seen: int) -> None:
+        """Put a picture (3, height, width), uint8, into TensorBoard."""
+        if self._board is not None and picture is not None:
+            self._board.add_image(tag, picture, images_seen)
 
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
         """Put `values` under `prefix/name` in TensorBoard."""

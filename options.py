@@ -7,17 +7,18 @@ prefixes (`--batch`) work. What is new takes timm's name where timm's train.py h
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import matching
+import recipe
+from distributed import find_launcher
 from errors import UserError
 
-QUICK_START = Path(__file__).parent / "recipes" / "quickstart.yaml"
+QUICK_START = recipe.FOLDER / "quickstart.yaml"
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
 INAT_CATEGORIES = [
     "kingdom",
@@ -99,6 +100,15 @@ def _switch(group: Any, name: str, default: bool, help_on: str, help_off: str = 
 
 def _add_run_flags(group: Any) -> None:
     add = group.add_argument
+    add(
+        "--recipe",
+        default="",
+        metavar="NAME",
+        help=f"a published run or a YAML file, under the flags: {', '.join(recipe.names())}",
+    )
+    add("--dry-run", action="store_true",
+        help="print what a run would be: settings, sizes, memory, time; train nothing")  # fmt: skip
+    add("--check", action="store_true", help="examine student and teacher, and exit")
     add("--batch-size", default=64, type=int, help="pictures per process and micro-step")
     add("--epochs", default=300, type=int)
     add("--grad-accum-steps", default=1, type=int, help="micro-steps per optimizer update")
@@ -116,6 +126,8 @@ def _add_run_flags(group: Any) -> None:
     add("--keep-checkpoints", default=2, type=int, help="the last so many; the best besides")
     add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate and exit")
+    add("--list-models", nargs="?", const="*", metavar="PATTERN",
+        help="print the released checkpoints and exit")  # fmt: skip
     add("--log-interval", default=10, type=int, help="steps between two printed lines")
     add("--max-bad-steps", default=10, type=int,
         help="updates in a row with a non-finite loss before the run stops")  # fmt: skip
@@ -133,7 +145,7 @@ def _add_model_flags(group: Any) -> None:
         help="one side, or height and width; default: the model's own")  # fmt: skip
     add("--drop", default=0.0, type=float, help="dropout")
     add("--drop-path", default=0.1, type=float, help="stochastic depth")
-    add("--pretrained", action="store_true", help="start from timm's published weights")
+    add("--pretrained", action="store_true", help="start from the published weights")
     add("--finetune", default="", help="start from this file or URL; head and grid may differ")
     add("--attn-only", action="store_true",
         help="train attention, heads and position embedding only")  # fmt: skip
@@ -285,7 +297,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         matching.load_plugin(plugin)
     defaults, notes = read_distill_config(given)
     args = _parse(argv, defaults=defaults)
-    if uses_quick_start(args):
+    if args.recipe:
+        args, about = _with_recipe(argv, args.recipe, given, defaults)
+        notes = [*about, *notes]
+    elif uses_quick_start(args):
         args = _parse(argv, defaults=read_recipe(QUICK_START) | defaults)
     elif args.data_set is None:
         args.data_set = "IMNET"
@@ -318,6 +333,29 @@ def read_distill_config(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
     return flags, ["is_caching_logits has no effect: a teacher cache keeps the augmentation too"]
 
 
+def _with_recipe(
+    argv: Sequence[str] | None, name: str, given: dict[str, Any], over: dict[str, Any]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Return the settings of a recipe under the flags given, and what to say about them.
+
+    over: settings of a file named on the command line, which win over the recipe's.
+    """
+    found = recipe.find(name)
+    flags = read_recipe(recipe.FOLDER / f"{name}.yaml" if name == found.name else Path(name))
+    flags |= over
+    args = _parse(argv, defaults=flags)
+    recipe.check_needs(found, args)
+    world = find_launcher(os.environ)[3]
+    fitted = recipe.fit_batch(
+        found, args.batch_size, args.grad_accum_steps, world, frozenset(given)
+    )
+    args = _parse(argv, defaults=flags | fitted)
+    changed = {flag: value for flag, value in given.items()
+               if flag in found.flags and value != found.flags[flag]}  # fmt: skip
+    effective = args.batch_size * args.grad_accum_steps * world
+    return args, recipe.describe(found, changed, effective, fitted)
+
+
 def uses_quick_start(args: argparse.Namespace) -> bool:
     return not args.data_path and args.data_set in (None, "DIGITS")
 
@@ -342,10 +380,8 @@ def argparse_with_help() -> argparse.ArgumentParser:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """Return the flags of a recipe file by destination name. Raises UserError for unknown ones."""
-    flags = yaml.safe_load(path.read_text())["flags"]
-    known = {action.dest for action in get_args_parser()._actions}
-    flags = {name.replace("-", "_"): value for name, value in flags.items()}
-    unknown = sorted(set(flags) - known)
+    flags = dict(recipe.find(str(path)).flags)
+    unknown = sorted(set(flags) - {action.dest for action in get_args_parser()._actions})
     if unknown:
         raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
     if flags.get("teacher_path"):  # relative to the repository, wherever the run was started

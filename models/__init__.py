@@ -11,6 +11,7 @@ from torch import nn
 
 from augment import InputConfig
 from errors import UserError
+from models import released
 from models.deit import DistilledVisionTransformer
 from models.loading import (
     FinetuneReport,
@@ -35,6 +36,7 @@ __all__ = [
     "has_distillation_head",
     "head_names",
     "load_weights",
+    "released",
     "weight_keys",
 ]
 _logger = logging.getLogger(__name__)
@@ -74,6 +76,15 @@ def create_model(
     Raises UserError for an unknown name, and for pretrained weights that are not to be had.
     """
     check_name(name)
+    file = released.find(name) if pretrained else None
+    if file is not None:
+        network = create_model(
+            name, num_classes=num_classes, img_size=img_size, drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+        )  # fmt: skip
+        as_released = num_classes in (None, 1000) and img_size in (None, (file.pixels,) * 2)
+        (load_weights if as_released else finetune)(network, file.url)
+        return network
     if pretrained and not name.startswith(SOURCES) and not timm.models.is_model_pretrained(name):
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -116,3 +119,22 @@ def run_torchrun() -> Run:
         return _run(command, cwd, timeout, **env)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def screenshot() -> Callable[[str, int, Path], dict[tuple, int]]:
+    """How often each colour (red, green, blue) is on a page as Chromium shows it, by its address.
+
+    Whoever asks is skipped where there is no Chromium.
+    """
+    chromium = shutil.which("chromium") or pytest.skip("no chromium to look at the page with")
+
+    def look(address: str, width: int, picture: Path) -> dict[tuple, int]:
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu",
+                   "--blink-settings=preferredColorScheme=1", "--virtual-time-budget=15000",
+                   f"--window-size={width},2000", f"--screenshot={picture}", address]  # fmt: skip
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
+        return defaultdict(int, {colour: count for count, colour in colours})
+
+    return look

@@ -11,10 +11,10 @@ LEVELS = {
     0: {"errors", "distributed", "schedules"},
     1: {"losses", "checkpoint", "metrics", "datasets", "augment", "samplers", "cache"},
     2: {"models", "resume"},
-    3: {"teachers", "matching", "optim"},
-    4: {"engine", "options", "objective"},
+    3: {"teachers", "matching", "optim", "recipe"},
+    4: {"engine", "options", "objective", "preflight", "pictures"},
     5: {"main"},
-    6: {"run_with_submitit"},
+    6: {"run_with_submitit", "hubconf"},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 SEES_ARGS = {"main", "options", "run_with_submitit"}

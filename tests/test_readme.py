@@ -8,10 +8,13 @@ import pytest
 
 import options
 import run_with_submitit
+from tools import export, report
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"objectives.md"}  # its commands name files that tests/test_docs.py writes
+PROGRAM = re.compile(r"\b(main|run_with_submitit|report|export)\.py\b")
+TOOLS = {"report.py": report, "export.py": export}
 
 
 def commands(page: Path) -> list[str]:
@@ -19,7 +22,7 @@ def commands(page: Path) -> list[str]:
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
         lines = block.replace("\\\n", " ").splitlines()
-        found += [line for line in lines if re.search(r"\b(main|run_with_submitit)\.py\b", line)]
+        found += [line for line in lines if PROGRAM.search(line)]
     return found
 
 
@@ -36,10 +39,37 @@ def test_a_documented_command_parses(page: str, command: str) -> None:
     words = shlex.split(command, comments=True)
     program = next(i for i, word in enumerate(words) if word.endswith(".py"))
     rest = words[program + 1 :]
+    tool = TOOLS.get(Path(words[program]).name)
+    if tool is not None:
+        tool._parser().parse_args(rest)
+        return
     if words[program].endswith("run_with_submitit.py"):
         rest = run_with_submitit.get_submitit_parser().parse_known_args(rest)[1]
     settings = options.parse_args(rest)
-    assert not settings.notes, f"{page}: {settings.notes}"
+    notes = [note for note in settings.notes if "keeps the effective batch" not in note]
+    assert not notes, f"{page}: {notes}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_between_the_documents_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_flag_that_a_document_names_exists(page: Path) -> None:
+    """Every `--flag` of the prose, but timm's in the column of timm's flags."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    if page.name == "coming-from-timm.md":
+        text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
+    known = [options.get_args_parser(), run_with_submitit.get_submitit_parser(), report._parser(),
+             export._parser()]  # fmt: skip
+    names = {
+        name for parser in known for action in parser._actions for name in action.option_strings
+    }
+    for flag in re.findall(r"`(--[\w-]+)", text):
+        known_by = [name for name in names if name.startswith(options._dashed(flag))]
+        assert known_by or flag == "--help", flag
 
 
 def test_the_readme_has_commands() -> None:

@@ -1,42 +1,247 @@
-"""Take the weights out of a run's checkpoint, as a safetensors file anyone can load.
+"""Take the student out of a run, in formats that others read, each one loaded back and compared.
 
+    python tools/export.py runs/student exported
+    python tools/export.py runs/student exported --formats onnx
     python tools/export.py runs/teacher/checkpoint.pth teacher.safetensors --half
 
-`--key model_ema` takes the moving average. The file loads with --resume (--eval), --finetune and
---teacher-path.
+A folder gets `model.safetensors` with `config.json` (timm: `local-dir:exported`), `model.onnx`,
+`model.pt2` (torch.export) and a card, README.md. They hold the student alone, no teacher and no
+projection, and answer with the mean of both heads where it has two. A name that ends in
+.safetensors gets the weights alone; they load with --resume (--eval), --finetune, --teacher-path.
 """
 
 import argparse
+import importlib.util
+import json
+import logging
 import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import timm
+import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import checkpoint  # noqa: E402
+import models  # noqa: E402
+import options  # noqa: E402
+from augment import InputConfig  # noqa: E402
 from errors import UserError  # noqa: E402
 from models.loading import read_weights  # noqa: E402
 
+TOLERANCE = 1e-5  # largest difference of logits (of their size, where that is above 1)
+CARD_FLAGS = ("model", "data_set", "epochs", "batch_size", "grad_accum_steps", "lr", "opt",
+              "distillation_type", "distillation_alpha", "distillation_tau", "teacher_model",
+              "teacher_path", "finetune", "seed")  # fmt: skip
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--key", help="model (default) or model_ema")
-    parser.add_argument("--half", action="store_true", help="store float32 as float16")
-    args = parser.parse_args()
+
+@dataclass(frozen=True)
+class Student:
+    """What is exported: the network in evaluation mode, its name, its input, and its history."""
+
+    network: nn.Module
+    name: str
+    inputs: InputConfig
+    settings: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+    def examples(self, count: int) -> Tensor:
+        """Return random pictures (count, 3, height, width), the same every time."""
+        generator = torch.Generator().manual_seed(count)
+        return torch.randn(count, 3, *self.inputs.input_size, generator=generator)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
     try:
-        weights = read_weights(args.checkpoint, args.key)
+        if args.out.suffix == ".safetensors":
+            _export_weights(args.source, args.out, args.key, args.half)
+            return 0
+        student = build_student(args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        done = [line for name in args.formats if (line := FORMATS[name](student, args.out))]
+        (args.out / "README.md").write_text(card(student, done))
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
-    if args.half:
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, args.out)
-    print(f"{args.out}: {len(weights)} tensors, {args.out.stat().st_size / 1024:.0f} KiB")
+    print("\n".join([*done, f"{args.out / 'README.md'}: the card"]))
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = options.Parser("export.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("source", type=Path, help="output folder of a run, or a checkpoint file")
+    add("out", type=Path, help="folder, or a .safetensors file")
+    add("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    add("--model", help="its name, for a file that does not say")
+    add("--key", help="model (default) or model_ema")
+    add("--half", action="store_true", help="round the weights to float16")
+    return parser
+
+
+def _export_weights(source: Path, out: Path, key: str | None, half: bool) -> None:
+    weights = read_weights(str(file_of(source)), key)
+    if half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in weights.items()}, out)
+    print(f"{out}: {len(weights)} tensors, {out.stat().st_size / 1024:.0f} KiB")
+
+
+def file_of(source: Path) -> Path:
+    """Return the checkpoint of a run's folder, the best one if there is; a file as it is."""
+    if not source.is_dir():
+        return source
+    found = [source / name for name in ("best_checkpoint.pth", "checkpoint.pth")]
+    for path in found:
+        if path.exists():
+            return path
+    raise UserError(f"{source}: has no checkpoint.pth; give the --output_dir of a run, or a file")
+
+
+def build_student(args: argparse.Namespace) -> Student:
+    """Return the student of a run or file. Raises UserError if nothing says which model it is."""
+    path = file_of(args.source)
+    content = checkpoint.read_weights_file(path)
+    settings = content.get("args") or {}
+    settings = dict(settings if isinstance(settings, Mapping) else vars(settings))
+    name = args.model or settings.get("model")
+    if not name:
+        raise UserError(f"{path}: does not say which model it is; give --model")
+    weights = read_weights(str(path), args.key)
+    heads = [weights[key] for key in ("head.weight", "fc.weight", "head.fc.weight",
+             "classifier.weight") if key in weights]  # fmt: skip
+    own = vars(options.argparse_with_help().parse_args([]))
+    known = {key: value for key, value in settings.items() if key in own}
+    inputs = models.build_input_config(argparse.Namespace(**own | known | {"model": name}))
+    network = models.create_model(
+        name, num_classes=heads[0].shape[0] if heads else None, img_size=inputs.input_size
+    )
+    models.load_weights(network, str(path), key=args.key)
+    if args.half:
+        network = network.half().float()
+    facts = {"epoch": content.get("epoch"), "best top-1, %": content.get("best_acc1"),
+             "sha256 of the checkpoint": checkpoint.hash_of(path)}  # fmt: skip
+    teacher = str(settings.get("teacher_path") or "")
+    if settings.get("distillation_type", "none") != "none" and Path(teacher).is_file():
+        facts["sha256 of the teacher"] = checkpoint.hash_of(Path(teacher))
+    return Student(network.eval(), name, inputs, settings, facts)
+
+
+def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> str:
+    """Return the line that says what was written, once its logits are the student's.
+
+    Raises UserError, and takes the file away, if they differ by more than TOLERANCE.
+    """
+    worst = 0.0
+    for count in (1, 3):
+        images = student.examples(count)
+        with torch.no_grad():
+            wanted, found = student.network(images), answer(images)
+        scale = max(1.0, float(wanted.abs().max()))
+        worst = max(worst, float((wanted - found).abs().max()) / scale)
+    if not worst <= TOLERANCE:
+        path.unlink()
+        raise UserError(
+            f"{path}: its logits differ from the student's by {worst:.1e} (at most {TOLERANCE:g} "
+            "is allowed), so it was not kept"
+        )
+    return f"{path}: {path.stat().st_size / 1024:.0f} KiB, logits differ by at most {worst:.1e}"
+
+
+def to_safetensors(student: Student, folder: Path) -> str:
+    path, network = folder / "model.safetensors", student.network
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    inputs = student.inputs
+    sized = {"img_size": list(inputs.input_size)} if hasattr(network, "pos_embed") else {}
+    config = {
+        "architecture": student.name.partition(".")[0],
+        "num_classes": network.num_classes,
+        "num_features": network.num_features,
+        "model_args": sized,
+        "pretrained_cfg": {
+            "input_size": [3, *inputs.input_size], "mean": list(inputs.mean),
+            "std": list(inputs.std), "interpolation": inputs.interpolation,
+            "crop_pct": inputs.crop_ratio, "num_classes": network.num_classes,
+            "first_conv": network.pretrained_cfg.get("first_conv"),
+            "classifier": network.pretrained_cfg.get("classifier"),
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    loaded = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
+    return verify(student, path, loaded)
+
+
+def to_onnx(student: Student, folder: Path) -> str:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime")
+               if importlib.util.find_spec(name) is None]  # fmt: skip
+    if missing:
+        return f"onnx: left out; pip install {' '.join(missing)}"
+    import onnxruntime
+
+    path = folder / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            student.network, (student.examples(2),), str(path), input_names=["images"],
+            output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return verify(
+        student, path, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+    )
+
+
+def to_torch_export(student: Student, folder: Path) -> str:
+    path = folder / "model.pt2"
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(student.network, (student.examples(2),), dynamic_shapes=shapes)
+    torch.export.save(program, path)
+    return verify(student, path, torch.export.load(path).module())
+
+
+FORMATS: dict[str, Callable[[Student, Path], str]] = {
+    "safetensors": to_safetensors,
+    "onnx": to_onnx,
+    "torch_export": to_torch_export,
+}
+
+
+def card(student: Student, done: Sequence[str]) -> str:
+    """Return the card: what it is, how it was trained, what it was given, how to load it."""
+    inputs, network = student.inputs, student.network
+    count = sum(p.numel() for p in network.parameters()) / 1e6
+    flags = [f"| {key} | {student.settings[key]} |" for key in CARD_FLAGS
+             if student.settings.get(key) not in (None, "")]  # fmt: skip
+    facts = [f"| {key} | {value} |" for key, value in student.facts.items() if value is not None]
+    heads = "the mean of its class and its distillation head" * models.has_distillation_head(
+        network
+    )
+    size = "x".join(map(str, inputs.input_size))
+    return "\n".join([
+        f"# {student.name}", "",
+        f"{count:.2f} M parameters, {network.num_classes} classes. Input {size} pixels, mean "
+        f"{inputs.mean}, std {inputs.std}, {inputs.interpolation}, crop {inputs.crop_ratio}. Its "
+        f"answer is {heads or 'its class head'}.", "",
+        "| | |", "|---|---|", *flags, *facts, "",
+        "## Files", "", *(f"- {line}" for line in done), "",
+        "## Loading", "", "```python", "import timm, torch",
+        'network = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
+        'network = torch.export.load("FOLDER/model.pt2").module()', "```", "",
+        "timm has all of DeiT's names; a model that only this repository knows needs "
+        "`import models` before it.", "",
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

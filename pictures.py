@@ -1,0 +1,124 @@
+"""Pictures for people: an augmented batch with what it is called, and where a student looks.
+
+Shapes: B batch, C classes, H heads, N tokens. All results are uint8 tensors (3, height, width).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from augment import InputConfig
+from errors import UserError
+from models.features import FeatureTaps, Tap, layout_of
+
+SIDE, LINE = 160, 12  # pixels of a tile, and of a line of its caption
+
+
+def to_uint8(images: Tensor, inputs: InputConfig) -> Tensor:
+    """Return normalised pictures (B, 3, height, width) as they looked, values 0 to 255."""
+    std, mean = (torch.tensor(v)[:, None, None] for v in (inputs.std, inputs.mean))
+    return ((images.float().cpu() * std + mean).clamp(0, 1) * 255).byte()
+
+
+def grid(pictures: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) -> Tensor:
+    """Return pictures (B, 3, height, width) uint8 in rows, each above the lines of its caption."""
+    high = round(SIDE * pictures.shape[-2] / pictures.shape[-1])
+    rows = -(-len(pictures) // columns)
+    tall = high + LINE * max(len(lines) for lines in captions) + 6
+    sheet = Image.new("RGB", (columns * (SIDE + 4), rows * tall), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, lines) in enumerate(zip(pictures, captions)):
+        x, y = i % columns * (SIDE + 4), i // columns * tall
+        tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((SIDE, high))
+        sheet.paste(tile, (x, y))
+        for n, line in enumerate(lines):
+            draw.text((x, y + high + n * LINE), line[:28], fill="black")
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def opinion(shares: Tensor, classes: Sequence[str] | None, most: int = 2) -> str:
+    """Return the classes of one distribution (C,) that weigh most, with their percentages."""
+    values, places = shares.topk(min(most, len(shares)))
+    return ", ".join(
+        f"{classes[place] if classes else place} {100 * value:.0f}%"
+        for value, place in zip(values.tolist(), places.tolist())
+        if value >= 0.05
+    )
+
+
+@torch.no_grad()
+def train_batch(
+    loader: torch.utils.data.DataLoader,
+    inputs: InputConfig,
+    classes: Sequence[str] | None,
+    device: torch.device,
+    *,
+    mixup_fn: Callable | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
+    count: int = 8,
+) -> Tensor | None:
+    """Return pictures as the student gets them, with their labels and the teacher's opinion.
+
+    They are the first of the epoch, drawn beside the loader: no order and no random number of the
+    run changes. None for streamed data, which cannot be asked twice.
+    """
+    if not isinstance(loader.sampler, torch.utils.data.Sampler) or not hasattr(
+        loader.sampler, "set_epoch"
+    ):
+        return None
+    keys = list(itertools.islice(iter(loader.sampler), count))
+    pairs: list[Any] = [loader.dataset[key] for key in keys]
+    images = torch.stack([image for image, _ in pairs]).to(device)
+    labels = torch.tensor([label for _, label in pairs], device=device)
+    if mixup_fn is not None:
+        images, labels = mixup_fn(images, labels)
+    width = len(classes) if classes else int(labels.max()) + 1
+    shares = labels if labels.dim() == 2 else F.one_hot(labels, width)
+    captions = [[opinion(row.float(), classes)] for row in shares.cpu()]
+    if teacher is not None:
+        for lines, row in zip(captions, teacher(images).softmax(1).cpu()):
+            lines.append(f"teacher: {opinion(row, classes)}")
+    return grid(to_uint8(images, inputs), captions)
+
+
+@torch.no_grad()
+def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor | None:
+    """Return pictures beside the last block's attention of their class and distillation token.
+
+    images: (B, 3, height, width) on the network's device. The maps are means over the heads,
+    scaled to their largest value. None for a network whose attention cannot be read.
+    """
+    try:
+        layout = layout_of(network)
+        if not layout.num_attention or not layout.num_prefix_tokens:
+            return None
+        tap = Tap("attention", layout.num_attention - 1, "probabilities")
+        taps = FeatureTaps(network, [tap])
+    except UserError:
+        return None
+    was_training = network.training
+    try:
+        _, seen = taps.forward(network.eval(), images)
+    finally:
+        taps.remove()
+        network.train(was_training)
+    high, wide = network.patch_embed.grid_size
+    looks = seen[tap].mean(1)[:, : layout.num_prefix_tokens, layout.num_prefix_tokens :]
+    looks = looks.unflatten(2, (high, wide))  # (B, prefix tokens, high, wide)
+    looks = looks / looks.amax((2, 3), keepdim=True)
+    maps = F.interpolate(looks, images.shape[-2:], mode="bilinear").cpu()
+    shown = to_uint8(images, inputs)
+    tiles, captions = [], []
+    for picture, own in zip(shown, maps):
+        tiles.append(picture)
+        captions.append(["picture"])
+        for name, look in zip(("class token", "distillation token"), own):
+            tiles.append((picture * (0.15 + 0.85 * look)).byte())
+            captions.append([name])
+    return grid(torch.stack(tiles), captions, columns=2 * (1 + min(2, maps.shape[1])))

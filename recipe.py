@@ -1,0 +1,115 @@
+"""Recipes: the published runs by name, and how to keep their batch on other machines.
+
+A recipe is a YAML file in `recipes/`: `flags` of main.py, the `source` of its number, `expected`
+(Acc@1 in percent, and how far an honest repetition may be from it), `effective-batch` (pictures an
+update), and `needs`: flags that only the user can give.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import UserError
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file as it is read. `flags` by destination name."""
+
+    name: str
+    source: str
+    flags: dict[str, Any]
+    acc1: float | None = None
+    tolerance: float = 0.0
+    effective_batch: int | None = None
+    needs: dict[str, str] = field(default_factory=dict)
+
+    def beside(self, acc1: float) -> str:
+        """Return the expected accuracy beside the one reached, both in percent; "" if none."""
+        if self.acc1 is None:
+            return ""
+        word = "within" if abs(acc1 - self.acc1) <= self.tolerance else "outside"
+        return (
+            f"{self.name} expects {self.acc1:g} ± {self.tolerance:g}% ({self.source}); reached "
+            f"{acc1:.2f}%, {word} it"
+        )
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def find(name: str) -> Recipe:
+    """Return a recipe by name, or of a YAML file by path. Raises UserError for an unknown one."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"--recipe {name}: unknown; known: {', '.join(names())}")
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, Mapping) or not isinstance(content.get("flags"), Mapping):
+        raise UserError(f"--recipe {name}: {path} has no `flags:`")
+    expected = content.get("expected") or {}
+    return Recipe(
+        name=path.stem,
+        source=" ".join(str(content.get("source", "")).split()),
+        flags={flag.replace("-", "_"): value for flag, value in content["flags"].items()},
+        acc1=expected.get("acc1"),
+        tolerance=expected.get("tolerance", 0.0),
+        effective_batch=content.get("effective-batch"),
+        needs=content.get("needs") or {},
+    )
+
+
+def check_needs(recipe: Recipe, args: Namespace) -> None:
+    """Raise UserError for a flag that the recipe leaves to the user and that is not given."""
+    for flag, what in recipe.needs.items():
+        if not getattr(args, flag.replace("-", "_")) and not args.resume:
+            raise UserError(f"--recipe {recipe.name}: give --{flag}, {what}")
+
+
+def fit_batch(
+    recipe: Recipe, batch_size: int, accum: int, world_size: int, explicit: frozenset[str]
+) -> dict[str, int]:
+    """Return the --batch-size and --grad-accum-steps that keep the recipe's effective batch.
+
+    What was given on the command line (`explicit`) stays. Where no whole number does it, nothing
+    changes. Many processes share the batch, few accumulate it.
+    """
+    wanted = recipe.effective_batch
+    step = batch_size * world_size
+    if wanted is None or "grad_accum_steps" in explicit or step * accum == wanted:
+        return {}
+    if wanted % step == 0:
+        return {"grad_accum_steps": wanted // step}
+    if "batch_size" in explicit or wanted % world_size:
+        return {}
+    share = wanted // world_size  # pictures of each process in an update
+    size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
+    return {"batch_size": size, "grad_accum_steps": share // size}
+
+
+def describe(
+    recipe: Recipe, changed: Mapping[str, Any], effective: int, fitted: Mapping[str, int]
+) -> list[str]:
+    """Return a line for every flag that differs from the recipe, and one about the batch.
+
+    changed: flags of the command line with another value than the recipe's, by destination name.
+    """
+    lines = [
+        f"recipe {recipe.name}: --{flag.replace('_', '-')} {value} instead of {recipe.flags[flag]}"
+        for flag, value in changed.items()
+    ]
+    if fitted:
+        how = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in fitted.items())
+        lines.append(f"recipe {recipe.name}: {how} keeps the effective batch of {effective}")
+    elif recipe.effective_batch not in (None, effective):
+        lines.append(
+            f"recipe {recipe.name}: effective batch {effective} instead of "
+            f"{recipe.effective_batch}; expect another accuracy, or change --batch-size"
+        )
+    return lines

@@ -1,0 +1,58 @@
+"""Pictures for people: captions, grids, where a student looks, and what TensorBoard gets."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import pictures
+from augment import InputConfig
+
+INPUTS = InputConfig((32, 48), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 1.0)
+
+
+def test_a_picture_looks_as_before_it_was_normalised() -> None:
+    plain = torch.rand(2, 3, 5, 7)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (INPUTS.mean, INPUTS.std))
+    shown = pictures.to_uint8((plain - mean) / std, INPUTS)
+    assert (shown.float() - plain * 255).abs().max() <= 1
+
+
+def test_an_opinion_names_what_weighs_most() -> None:
+    shares = torch.tensor([0.04, 0.26, 0.7])
+    assert pictures.opinion(shares, ["a", "b", "c"]) == "c 70%, b 26%"
+    assert pictures.opinion(torch.tensor([0.0, 1.0]), None) == "1 100%"
+
+
+def test_a_grid_has_room_for_every_picture_and_caption() -> None:
+    sheet = pictures.grid(torch.zeros(5, 3, 32, 48, dtype=torch.uint8), [["x", "y"]] * 5)
+    assert sheet.shape == (3, 2 * (107 + 24 + 6), 4 * 164) and sheet.dtype == torch.uint8
+    assert sheet.float().mean() > 0 and (sheet[:, :107, :160] == 0).all()
+
+
+def test_attention_is_shown_for_each_prefix_token_and_leaves_no_hook() -> None:
+    network = models.create_model("deit_pico_distilled_patch8_32", img_size=(32, 48)).train()
+    sheet = pictures.attention(network, torch.randn(2, 3, 32, 48), INPUTS)
+    assert sheet.shape[2] == 6 * 164 and network.training
+    assert not any(module._forward_hooks for module in network.modules())
+    assert pictures.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32),
+                              INPUTS) is None  # fmt: skip
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_numbers_pictures_text_and_settings(run_inside, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run_inside("--distillation-type", "hard", "--epochs", "1", "--mixup", "0.8",
+                        "--output_dir", str(tmp_path))  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = board.Tags()
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "train/data_wait",
+            "val/acc1", "val_ema/acc1", "val_teacher/acc1"} <= set(tags["scalars"])  # fmt: skip
+    assert set(tags["images"]) == {"train/batch", "val/attention"}
+    assert "config/text_summary" in tags["tensors"]
+    assert "_hparams_/experiment" in str(board.summary_metadata.keys())
+    last = board.Scalars("val/acc1")[-1]
+    assert last.step % 64 == 0 and last.step > 500, "pictures seen, not epochs"

@@ -1,0 +1,71 @@
+"""What a newcomer does: the commands of docs/own-data.md in order, and every recipe, made small."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+import recipe
+from tools import export, report
+
+ROOT = Path(__file__).resolve().parents[1]
+STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"
+SMALL = ["--epochs", "1", "--batch-size", "12", "--num_workers", "0", "--warmup-epochs", "0"]
+
+pytestmark = pytest.mark.slow
+
+
+def commands(page: Path) -> list[list[str]]:
+    text = "\n".join(page.read_text().split("```")[1::2]).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
+
+
+def test_the_commands_for_own_pictures_work_in_their_order(
+    run_inside, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    small = {"my_pictures": str(picture_folder), "resnet50": TEACHER,
+             "deit_tiny_distilled_patch16_224": STUDENT, "exported": str(tmp_path / "exported"),
+             "report.html": str(tmp_path / "report.html")}  # fmt: skip
+    done = []
+    for words in commands(ROOT / "docs" / "own-data.md"):
+        words = [small.get(word, word.replace("runs/", f"{tmp_path}/")) for word in words]
+        words = [word for word in words if word != "--pretrained"]
+        if "--finetune" in words:  # no network here
+            at = words.index("--finetune")
+            words[at : at + 2] = []
+        program, flags = words[1], words[2:]
+        done.append(program)
+        if program == "main.py":
+            result = run_inside(*flags, *SMALL)
+            assert result.returncode == 0, (words, result.stderr)
+        else:
+            tool = {"tools/report.py": report, "tools/export.py": export}[program]
+            if tool is export:
+                flags += ["--formats", "safetensors", "torch_export"]
+            assert tool.main(flags) == 0, capsys.readouterr().err
+    assert done == ["main.py"] * 5 + ["tools/report.py", "tools/export.py"]
+    assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_runs_on_a_few_pictures(
+    name: str, run_inside, picture_folder: Path, tmp_path: Path
+) -> None:
+    asked = recipe.find(name).flags
+    student = STUDENT if "distilled" in asked["model"] else "deit_pico_patch8_32"
+    for model in (student, TEACHER):
+        network = models.create_model(model, num_classes=2)
+        torch.save({"model": network.state_dict()}, tmp_path / f"{model}.pth")
+    flags = ["--data-set", "IMNET", "--data-path", str(picture_folder), "--model", student,
+             "--input-size", "32", "--grad-accum-steps", "1",
+             "--finetune", str(tmp_path / f"{student}.pth")]  # fmt: skip
+    if asked.get("distillation_type", "none") != "none":
+        weights = str(tmp_path / f"{TEACHER}.pth")
+        flags += ["--teacher-model", TEACHER, "--teacher-path", weights]
+    result = run_inside("--recipe", name, *flags, *SMALL, "--output_dir", "")
+    assert result.returncode == 0, result.stderr
+    assert "2 updates" in result.stdout
+    if name != "quickstart":
+        assert f"{name} expects" in result.stdout and "outside" in result.stdout

@@ -1,0 +1,169 @@
+"""How faithfully a student follows its teacher: numbers from logits, and the pass that gets them.
+
+Shapes: P pictures, B batch, C classes, N tokens, D width.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metrics import accuracy
+from models import has_distillation_head
+from models.features import FeatureTaps, Tap, layout_of
+
+BINS = 15  # of confidence, all of one width (Guo et al. 2017)
+TEACHER, STUDENT, CLS, DIST = "teacher", "student", "class head", "distillation head"
+
+
+def top(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return {"acc1", "acc5"} in percent. logits: (P, C), labels: (P,)."""
+    acc1, acc5 = (100 * float(hits) / len(labels) for hits in accuracy(logits, labels))
+    return {"acc1": acc1, "acc5": acc5}
+
+
+def agreement(answers: Mapping[str, Tensor]) -> list[list[float]]:
+    """Return the share of pictures (0 to 1) in which each two of `answers` name the same class.
+
+    answers: classes (P,) by name; the labels may be among them. Symmetric, with 1 on the diagonal.
+    Source: Touvron et al. 2021 (arXiv 2012.12877), Table 4, which prints 1 minus it.
+    """
+    rows = list(answers.values())
+    return [[float((one == other).double().mean()) for other in rows] for one in rows]
+
+
+def divergence(logits_T: Tensor, logits_S: Tensor) -> Tensor:
+    """Return KL(teacher || student) of each picture in nats, (P,) float64, at temperature 1."""
+    log_T, log_S = logits_T.double().log_softmax(1), logits_S.double().log_softmax(1)
+    return F.kl_div(log_S, log_T, reduction="none", log_target=True).sum(1)
+
+
+def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, Any]:
+    """Return {"ece", "bins"}: how far confidence is from accuracy, and each bin's share of it.
+
+    ECE is the mean over pictures of |accuracy - confidence| of the bin a picture falls into, from
+    0 to 1; a bin holds the confidences in (lower, upper]. An empty bin has no entry.
+    Source: Guo et al. 2017 (arXiv 1706.04599), equation 3.
+    """
+    confidence, answer = logits.double().softmax(1).max(1)
+    right = (answer == labels).double()
+    places = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    found, ece = [], 0.0
+    for place in places.unique().tolist():
+        held = places == place
+        share = float(held.double().mean())
+        entry = {"lower": place / bins, "upper": (place + 1) / bins, "count": int(held.sum()),
+                 "confidence": float(confidence[held].mean()),
+                 "accuracy": float(right[held].mean())}  # fmt: skip
+        ece += share * abs(entry["accuracy"] - entry["confidence"])
+        found.append(entry)
+    return {"ece": ece, "bins": found}
+
+
+def class_gaps(
+    answers_T: Tensor, answers_S: Tensor, labels: Tensor, classes: list[str]
+) -> list[dict[str, Any]]:
+    """Return, for every class with pictures, both accuracies and student minus teacher (percent).
+
+    answers: the classes (P,) each names. Sorted from the student's worst gap to its best.
+    """
+    rows = []
+    for label in labels.unique().tolist():
+        held = labels == label
+        acc_T, acc_S = (
+            100 * float((answers[held] == label).double().mean())
+            for answers in (answers_T, answers_S)
+        )
+        rows.append({"class": classes[label], "count": int(held.sum()), "teacher": acc_T,
+                     "student": acc_S, "gap": acc_S - acc_T})  # fmt: skip
+    return sorted(rows, key=lambda row: (row["gap"], row["class"]))
+
+
+@dataclass
+class Answers:
+    """What all networks said to the same pictures.
+
+    logits: (P, C) by name, `STUDENT` (the mean of two heads, where there are two) always among
+    them. token_cosine: of class and distillation token, for hidden[0], hidden[1], ... strange: the
+    pictures with the largest divergence: (nats, picture (3, H, W), index in the pass).
+    """
+
+    labels: Tensor
+    logits: dict[str, Tensor]
+    token_cosine: list[float] = field(default_factory=list)
+    strange: list[tuple[float, Tensor, int]] = field(default_factory=list)
+
+
+@torch.no_grad()
+def collect(
+    network: nn.Module,
+    teacher: nn.Module | None,
+    batches: Iterable,
+    device: torch.device,
+    *,
+    limit: int | None = None,
+    keep: int = 12,
+) -> Answers:
+    """Show the pictures to both networks, once. limit: pictures at most; keep: strange ones."""
+    network.eval()
+    layers = layout_of(network).num_hidden if has_distillation_head(network) else 0
+    taps = FeatureTaps(network, [Tap("hidden", layer) for layer in range(layers)])
+    said: dict[str, Tensor] = {}
+    handles = [
+        head.register_forward_hook(lambda _, __, out, name=name: said.__setitem__(name, out))
+        for name, head in zip((CLS, DIST), network.get_classifier() if layers else ())
+    ]
+    labels: list[Tensor] = []
+    logits: dict[str, list[Tensor]] = {}
+    cosines = torch.zeros(layers, dtype=torch.float64)
+    strange: list[tuple[float, Tensor, int]] = []
+    seen = 0
+    for images, label, *_ in batches:
+        room = len(label) if limit is None else min(len(label), limit - seen)
+        images, label = images[:room].to(device), label[:room]
+        output, hidden = taps.forward(network, images)
+        answers = {STUDENT: output, **said}
+        if teacher is not None:
+            answers[TEACHER] = teacher(images)
+        for name, values in answers.items():
+            logits.setdefault(name, []).append(values.float().cpu())
+        labels.append(label)
+        for tap, tokens in hidden.items():  # (B, N, D)
+            cosine = F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float())
+            cosines[tap.layer] += cosine.double().sum().cpu()
+        if teacher is not None:
+            nats = divergence(logits[TEACHER][-1], logits[STUDENT][-1]).tolist()
+            strange += [(n, images[i].cpu(), seen + i) for i, n in enumerate(nats)]
+            strange = sorted(strange, key=lambda one: -one[0])[:keep]
+        seen += room
+        if limit is not None and seen >= limit:
+            break
+    for handle in handles:
+        handle.remove()
+    taps.remove()
+    together = {name: torch.cat(parts) for name, parts in logits.items()}
+    return Answers(torch.cat(labels), together, (cosines / seen).tolist(), strange)
+
+
+def numbers(answers: Answers, classes: list[str]) -> dict[str, Any]:
+    """Return everything the report shows but the pictures, in plain types."""
+    labels, logits = answers.labels, answers.logits
+    said = {"label": labels, **{name: values.argmax(1) for name, values in logits.items()}}
+    found: dict[str, Any] = {
+        "pictures": len(labels),
+        "accuracy": {name: top(values, labels) for name, values in logits.items()},
+        "agreement": {"names": list(said), "matrix": agreement(said)},
+        "calibration": {name: calibration(values, labels) for name, values in logits.items()},
+        "token_cosine": answers.token_cosine,
+    }
+    if TEACHER in logits:
+        found["kl_nats"] = {
+            name: float(divergence(logits[TEACHER], values).mean())
+            for name, values in logits.items()
+            if name != TEACHER
+        }
+        found["class_gaps"] = class_gaps(said[TEACHER], said[STUDENT], labels, classes)
+    return found
