@@ -91,8 +91,9 @@ def _read_pickle(path: Path) -> Any:
                 f"{path}: refused, because reading it would run {wanted.group(1)}; only tensors "
                 "and plain values are read. If you trust its source, save it again as safetensors"
             ) from error
+        reason = "not a file of torch.save" if "Weights only" in str(error) else _brief(error)
         raise UserError(
-            f"{path}: not a readable checkpoint ({_brief(error)}); it may be cut short or no "
+            f"{path}: not a readable checkpoint ({reason}); it may be cut short or no "
             "checkpoint at all"
         ) from error
 
@@ -251,6 +252,19 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make the output folder. Raises UserError if it cannot be made or written to."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder, f".probe.{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {folder}: cannot be written to ({error.strerror}); choose another"
+        ) from error
 
 
 def to_plain(value: Any) -> Any:

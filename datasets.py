@@ -45,6 +45,17 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.err
               Image.DecompressionBombError)  # fmt: skip
 
 
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Return a picture in RGB, 8 bits; those of 16 bits are scaled, where Pillow would clip."""
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        raise ValueError(
+            f"mode {picture.mode}, whose white nobody knows; save it with 8 or 16 bits"
+        )
+    return picture.convert("RGB")
+
+
 class Source(Protocol):
     """Labelled pictures by index. `classes` holds their names, or is None where nobody knows."""
 
@@ -71,7 +82,7 @@ class Files:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         with open(self.name(index), "rb") as file:
-            return Image.open(file).convert("RGB"), int(self.labels[index])
+            return to_rgb(Image.open(file)), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index].item()))
@@ -90,7 +101,7 @@ class Pairs:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         picture, label = self.pairs[index]
-        return picture.convert("RGB"), label
+        return to_rgb(picture), label
 
     def name(self, index: int) -> str:
         return f"{index} of the {self.what}"
@@ -189,7 +200,7 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         for picture, label in self.dataset:
-            yield self.transform(picture.convert("RGB")), check_label(label, self.num_classes)
+            yield self.transform(to_rgb(picture)), check_label(label, self.num_classes)
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)

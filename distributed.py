@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from errors import UserError
 
 _logger = logging.getLogger(__name__)
+SAID = "somebody has said it"
 T = TypeVar("T")
 
 
@@ -66,8 +67,11 @@ def find_launcher(environ: Mapping[str, str]) -> tuple[str, int, int, int]:
     return "single", 0, 0, 1
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into this process's device."""
+def pick_device(wanted: str, local_rank: int, neighbours: int = 1) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into this process's device.
+
+    neighbours: processes on this node, so that all of them see that the GPUs are too few.
+    """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -79,10 +83,11 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError(f"--device {wanted}: no GPU is visible; use --device cpu or auto")
     index = device.index if device.index is not None else local_rank
-    if index >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if index >= count or (device.index is None and neighbours > count):
         raise UserError(
-            f"process with local rank {local_rank} wants GPU {index}, but only "
-            f"{torch.cuda.device_count()} are visible; start fewer processes per node"
+            f"{max(neighbours, index + 1)} processes on this node want a GPU each, only {count} "
+            "are visible; start fewer processes per node, or use --device cpu"
         )
     return torch.device("cuda", index)
 
@@ -96,7 +101,7 @@ def init_processes(
     Raises UserError if the device is not there.
     """
     launcher, rank_, local_rank_, world = find_launcher(os.environ)
-    place = pick_device(device, local_rank_)
+    place = pick_device(device, local_rank_, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if place.type == "cuda":
         torch.cuda.set_device(place)
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -318,7 +323,24 @@ def first_to_say(message: str) -> bool:
         return find_launcher(os.environ)[1] == 0
     try:
         store = dist.distributed_c10d._get_default_store()
-        return store.add(f"said/{message}", 1) == 1
+        first = store.add(f"said/{message}", 1) == 1
+        store.add(SAID, 1)
+        return first
     except (RuntimeError, ValueError, AttributeError):
         time.sleep(rank() * 0.01)
         return True
+
+
+def another_has_said(wait_s: float = 3.0) -> bool:
+    """Return whether another process of the group has brought an error to the user."""
+    if not dist.is_initialized():
+        return False
+    end = time.monotonic() + wait_s  # its connection may break before its words arrive
+    while time.monotonic() < end:
+        try:
+            if dist.distributed_c10d._get_default_store().add(SAID, 0) > 0:
+                return True
+        except (RuntimeError, ValueError, AttributeError):
+            return False
+        time.sleep(0.1)
+    return False

@@ -173,12 +173,13 @@ def train_one_epoch(
         norm = _update(optimizer, network, loss_scaler, max_norm, bad)
         tally.micro = micro + 1
         tally.add({"grad_norm": norm})
-        if bad.too_many(max_bad_steps, look=progress.due(micro)):
+        due = progress.due(micro, in_update)
+        if bad.too_many(max_bad_steps, look=due):
             place = {"epoch": epoch, "seed": seed, "model": network.network.state_dict()}
             bad.stop(place, max_bad_steps, on_bad_batch)
         if model_ema is not None:
             model_ema.update(network.network, epoch * updates + update)
-        if progress.due(micro):
+        if due:
             shown = {name: meter.recent() for name, meter in meters.items()}
             shown["lr"] = max(group["lr"] for group in optimizer.param_groups)
             images_per_step = images.shape[0] * distributed.world_size()

@@ -17,6 +17,7 @@ from signal import Signals
 import torch
 
 import augment
+import checkpoint
 import datasets
 import distributed
 import engine
@@ -43,9 +44,13 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     amp_dtype = pick_amp(args.amp, device)
     engine.seed_step(args.seed, "model")
 
+    for note in notes:
+        _logger.warning("%s", note)
+    if args.output_dir and distributed.is_main() and not (args.eval or args.dry_run):
+        checkpoint.make_folder(args.output_dir)
     inputs = models.build_input_config(args)
     if args.dry_run:
-        tell(None, "\n".join([*preflight.build_plan(args, processes, inputs, amp_dtype), *notes]))
+        tell(None, "\n".join(preflight.build_plan(args, processes, inputs, amp_dtype)))
         return {}
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
@@ -60,23 +65,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     if teacher is not None:
         tell("teacher", teacher.describe())
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
-    for note in notes:
-        _logger.warning("%s", note)
     live = isinstance(teacher, torch.nn.Module)
-    teacher_stats: dict[str, float] = {}
-    if args.check or args.teacher_check:
-        network = teacher if live else None
-        found = preflight.build_findings(args, student, network, loaders, inputs, device)
-        for line in found or ["student and teacher suit the data and each other"] * args.check:
-            tell("check", line)
-        if args.check:
-            return {}
-    if live and args.teacher_check and args.distillation_type != "none":
-        tell("teacher", "accuracy on the evaluation set")
-        teacher_stats = engine.evaluate(
-            loaders.val, teacher, device, amp_dtype=None, header="Teacher:"
-        )
-
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
     views = 0 if live or teacher is None else teacher.views
@@ -104,8 +93,23 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
         facts={"processes": processes.world_size, "data": loaders.fingerprint()},
+        classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
+    classifies = live and args.distillation_type != "none"
+    answers = teachers.Answers(teacher) if classifies else None
+    teacher_stats: dict[str, float] = {}
+    if args.check or args.teacher_check:
+        found = preflight.build_findings(
+            args, student, teacher if classifies else None, answers, loaders, inputs, device
+        )
+        for line in found or ["student and teacher suit the data and each other"] * args.check:
+            tell("check", line)
+        if args.check:
+            return {}
+    if answers is not None and args.teacher_check:
+        tell("teacher", "accuracy on the evaluation set")
+        teacher_stats = engine.evaluate(loaders.val, answers, device, header="Teacher:")
     if processes.world_size > 1:
         example = torch.zeros(2, 3, *inputs.input_size, device=device)
         model = distributed.data_parallel(student, example)
@@ -119,7 +123,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         log.scalars("val_teacher", {k: v for k, v in teacher_stats.items() if k != "count"}, 0)
         shown = pictures.train_batch(
             loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn,
-            teacher=teacher if live else None,
+            teacher=answers,
         )  # fmt: skip
         log.picture("train/batch", shown, 0)
     stats: dict[str, float] = {}
@@ -166,6 +170,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         tell(None, f"Max accuracy: {keeper.best:.2f}%")
     if args.recipe and stats and (line := recipe.find(args.recipe).beside(stats["acc1"])):
         tell("recipe", line)
+    if not stats:
+        tell(None, f"Nothing to train: {keeper.epoch} of {args.epochs} epochs are done")
     tell(None, f"Training time {metrics.clock(time.time() - started)}")
     skipped = int(distributed.all_reduce_sum(torch.tensor(loaders.skipped(), device=device)))
     if skipped:
@@ -249,6 +255,9 @@ def run(
             print(models.released.table(settings.args.list_models))
             return 0
         main(settings.args, settings.notes)
+    except KeyboardInterrupt:
+        tell(None, "Interrupted; --resume auto goes on from the last checkpoint")
+        return 128 + Signals.SIGINT
     except UserError as error:
         if distributed.first_to_say(error.line()):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
@@ -260,6 +269,8 @@ def run(
         on_stop(stop.signal_number)
         return EXIT_STOPPED
     except (RuntimeError, ConnectionError, EOFError) as error:
+        if distributed.another_has_said():  # and has left, so that a collective failed here
+            return 2
         if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
             raise
         reason = " ".join(str(error).split())

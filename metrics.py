@@ -93,8 +93,10 @@ class ProgressLogger:
             print(f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
                   f"data wait {share:.0f}%", flush=True)  # fmt: skip
 
-    def due(self, step: int) -> bool:
-        return (step + 1) % self.interval == 0 or step + 1 == self.length
+    def due(self, step: int, span: int = 1) -> bool:
+        """Return whether a line is due at `step`, or was at one of the `span` - 1 before it."""
+        passed = (step + 1) // self.interval > (step + 1 - span) // self.interval
+        return passed or step + 1 == self.length
 
     def log(
         self, step: int, values: Mapping[str, float], *, images_per_step: int = 0

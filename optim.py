@@ -113,6 +113,12 @@ def build_schedule(
 ) -> Schedule:
     """Return the learning rate's schedule over --epochs. Raises UserError for an unknown one."""
     on_updates = args.sched_on_updates and args.sched != "plateau"
+    lr = max(group["lr"] for group in optimizer.param_groups)
+    if lr <= args.min_lr:
+        _logger.warning(
+            "the learning rate %.3g is not above --min-lr %.3g: it will not fall; raise --lr (it "
+            "is scaled by batch / 512 without --unscale-lr)", lr, args.min_lr,
+        )  # fmt: skip
     if 0 < args.epochs <= args.warmup_epochs and args.sched != "plateau":
         _logger.warning(
             "--warmup-epochs %d of --epochs %d: the learning rate never gets past its warm-up",

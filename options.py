@@ -7,6 +7,7 @@ prefixes (`--batch`) work. What is new takes timm's name where timm's train.py h
 
 import argparse
 import difflib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -415,12 +416,18 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("mixup_switch_prob", 0, 1),
         ("model_ema_decay", 0, 1),
         ("lr", 0, None),
+        ("weight_decay", 0, None),
+        ("warmup_epochs", 0, None),
+        ("color_jitter", 0, None),
+        ("momentum", 0, 1),
         ("eval_crop_ratio", 0, None),
         ("layer_decay", 0, 1),
     ):
         value = getattr(args, name)
         if value is None:
             continue
+        if math.isnan(value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number")
         if value < low or (high is not None and value > high):
             allowed = f"between {low} and {high}" if high is not None else f"at least {low}"
             raise UserError(f"--{name.replace('_', '-')} {value}: must be {allowed}")
@@ -495,7 +502,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "mixup_prob": (not mixes, "nothing is mixed"),
         "mixup_switch_prob": (not (args.mixup > 0 and args.cutmix > 0), "only one kind of mixing"),
         "mixup_mode": (not mixes, "nothing is mixed"),
-        "smoothing": (args.cosub, "--cosub uses hard targets"),
+        "smoothing": (args.cosub and not mixes, "--cosub uses hard targets"),
         "bce_loss": (args.cosub, "--cosub always is binary cross entropy"),
         "val_split": (args.data_set != "DIGITS", "only for the embedded digits"),
         "inat_category": (args.data_set not in ("INAT", "INAT19"), "only for INAT and INAT19"),

@@ -96,21 +96,21 @@ def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor
     """
     try:
         layout = layout_of(network)
-        if not layout.num_attention or not layout.num_prefix_tokens:
+        if not layout.attention or not layout.prefix or not layout.grid:
             return None
-        tap = Tap("attention", layout.num_attention - 1, "probabilities")
+        tap = Tap("attention", layout.attention - 1, "probabilities")
         taps = FeatureTaps(network, [tap])
     except UserError:
         return None
     was_training = network.training
     try:
-        _, seen = taps.forward(network.eval(), images)
+        maps = taps.forward(network.eval(), images).states[tap]  # (B, H, N, N)
     finally:
         taps.remove()
         network.train(was_training)
-    high, wide = network.patch_embed.grid_size
-    looks = seen[tap].mean(1)[:, : layout.num_prefix_tokens, layout.num_prefix_tokens :]
-    looks = looks.unflatten(2, (high, wide))  # (B, prefix tokens, high, wide)
+    prefix = len(layout.prefix)
+    looks = maps.mean(1)[:, :prefix, prefix:]
+    looks = looks.unflatten(2, layout.grid)  # (B, prefix tokens, height, width)
     looks = looks / looks.amax((2, 3), keepdim=True)
     maps = F.interpolate(looks, images.shape[-2:], mode="bilinear").cpu()
     shown = to_uint8(images, inputs)

@@ -174,6 +174,7 @@ def build_findings(
     args: Namespace,
     student: Student,
     teacher: Teacher | None,
+    answers: torch.nn.Module | None,
     loaders: datasets.Loaders,
     inputs: InputConfig,
     device: torch.device,
@@ -186,12 +187,12 @@ def build_findings(
             f"student: sees a picture as {grid} patches only; raise --input-size, or take a model "
             "with smaller patches"
         )
-    if not isinstance(teacher, Teacher):
+    if not isinstance(teacher, Teacher) or answers is None:
         return found
     found += label_order(classes_of(args.teacher_path), loaders.classes)
     images, labels = sample(loaders.val, SAMPLE)
     if len(labels):
-        logits = torch.cat([teacher(part.to(device)).cpu() for part in images.split(16)])
+        logits = torch.cat([answers(part.to(device)).cpu() for part in images.split(16)])
         file = models.released.published(args.teacher_model, args.teacher_path)
         found += teacher_findings(logits, labels, file.acc1 if file else None)
     size = inputs.input_size

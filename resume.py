@@ -80,12 +80,14 @@ class Keeper:
         keep: int = 2,
         every_steps: int = 0,
         every_minutes: float = 0,
+        classes: list[str] | None = None,
     ) -> None:
         self.folder = Path(folder) if folder else None
         self.parts, self.tally, self.steps, self.keep = parts, tally, steps, keep
+        self.classes = classes  # the names, for whom this network will teach
         self.settings, self.facts = checkpoint.to_plain(settings), checkpoint.to_plain(facts)
         self.every_steps, self.every_minutes = every_steps, every_minutes
-        self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, 0.0
+        self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, -1.0
         self.heard = 0  # the signal that asked for a stop
         self._heard_at = 0.0
         self._agree = distributed.Agreement(device)
@@ -160,6 +162,7 @@ class Keeper:
             "tally": tally,
             "args": self.settings,
             "facts": self.facts,
+            "classes": self.classes,
             "format": FORMAT,
         }
         checkpoint.save_atomically(
@@ -357,17 +360,37 @@ def build_keeper(
     facts: Mapping[str, Any],
     steps: int,
     device: torch.device,
+    classes: list[str] | None = None,
 ) -> Keeper:
     """Return the keeper of a run, resumed if --resume says so. Parts that are None are left out."""
     keeper = Keeper(
         args.output_dir, {name: part for name, part in parts.items() if part is not None}, tally,
         settings=vars(args), facts=facts, steps=steps, device=device, keep=args.keep_checkpoints,
-        every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes,
+        every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
     )  # fmt: skip
     if keeper.folder is not None and distributed.is_main():
         for leftover in keeper.folder.glob(".*.pth.*.tmp"):  # of a run killed while it wrote
             leftover.unlink(missing_ok=True)
+    if keeper.folder is not None and not args.resume:
+        distributed.on_main(lambda: set_aside(keeper.folder))
     if args.resume:
         where = keeper.resume(args.resume, anyway=args.resume_anyway)
         _logger.info("resume: %s", where)
     return keeper
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier run left in `folder` into previous-1, previous-2, ... and say so."""
+    names = [*folder.glob("*checkpoint*.pth"), folder / "log.txt", folder / "tensorboard"]
+    found = [path for path in names if path.exists()]
+    if not found:
+        return
+    number = 1
+    while (folder / f"previous-{number}").exists():
+        number += 1
+    aside = folder / f"previous-{number}"
+    aside.mkdir()
+    for path in found:
+        os.replace(path, aside / path.name)
+    _logger.warning("%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
+                    folder, aside)  # fmt: skip

@@ -141,6 +141,20 @@ class Teachers(nn.Module):
         return "; ".join(f"{member.describe()}, share {share:.2f}" for member, share in shares)
 
 
+class Answers(nn.Module):
+    """A teacher's logits alone, also of one that was asked to observe: for evaluating it."""
+
+    def __init__(self, teacher: Teacher | Teachers) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: as of `Teacher`. Returns logits (B, C), the mean of several teachers'."""
+        said = self.teacher(images)
+        logits = said.logits if isinstance(said, Observed) else said
+        return sum(logits) / len(logits) if isinstance(logits, list) else logits
+
+
 class CachedTeacher:
     """A teacher's answers from a store; what is not in it, the live teacher says, and is written.
 

@@ -54,7 +54,13 @@ def check_name(name: str) -> None:
             f"did you mean {' or '.join(close)}?" if close else "timm.list_models() has all names"
         )
         raise UserError(f"model {name}: unknown to timm; {hint}")
-    if tag and timm.models.get_pretrained_cfg(name, allow_unregistered=False) is None:
+    if not tag:
+        return
+    try:
+        known_tag = timm.models.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:  # newer timm raises
+        known_tag = None
+    if known_tag is None:
         known = timm.list_models(f"{architecture}.*", pretrained=True)
         raise UserError(
             f"model {name}: no weights of that tag; known: {', '.join(known) or 'none'}"

@@ -120,6 +120,7 @@ class FeatureTaps:
         self.layout = layout_of(network)
         self.maps: dict[Tap, tuple[int, int]] = {}  # height and width of a CNN's maps, once seen
         self._record = _Record()
+        self._hooks: list[Any] = []
         for tap in dict.fromkeys(taps):
             self._install(network, tap)
 
@@ -132,6 +133,11 @@ class FeatureTaps:
             self._record.active = False
         seen, self._record.seen = self._record.seen, {}
         return Observed(answer, seen)
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def grid(self, tap: Tap, patches: int) -> tuple[int, int]:
         """Return height and width of a tap's `patches`. Raises UserError if nothing tells them."""
@@ -159,6 +165,14 @@ class FeatureTaps:
         if self._record.active:
             self._record.seen[tap] = tensor
 
+    def _keep_input(self, module: nn.Module, tap: Tap) -> None:
+        hook = module.register_forward_pre_hook(lambda _, inputs: self._keep(tap, inputs[0]))
+        self._hooks.append(hook)
+
+    def _keep_output(self, module: nn.Module, tap: Tap) -> None:
+        hook = module.register_forward_hook(lambda _, __, output: self._keep(tap, output))
+        self._hooks.append(hook)
+
     def _tap_hidden(self, network: nn.Module, tap: Tap, layer: int) -> None:
         blocks = _blocks(network)
         if blocks is None:
@@ -171,11 +185,12 @@ class FeatureTaps:
                     output = output.flatten(1, 2)  # (B, N, D)
                 self._keep(tap, output)
 
-            network.get_submodule(_stages(network)[layer]).register_forward_hook(keep_map)
+            stage = network.get_submodule(_stages(network)[layer])
+            self._hooks.append(stage.register_forward_hook(keep_map))
         elif layer == 0:
-            blocks[0].register_forward_pre_hook(lambda _, inputs: self._keep(tap, inputs[0]))  # type: ignore[index]
+            self._keep_input(blocks[0], tap)
         else:
-            blocks[layer - 1].register_forward_hook(lambda _, __, output: self._keep(tap, output))  # type: ignore[index]
+            self._keep_output(blocks[layer - 1], tap)
 
     def _tap_attention(self, network: nn.Module, tap: Tap, layer: int) -> None:
         attention = getattr(_blocks(network)[layer], "attn", None)  # type: ignore[index]
@@ -192,14 +207,14 @@ class FeatureTaps:
                 scores = self._record.seen.pop(query), key, attention.scale
                 self._record.seen[tap] = attention_map(*scores, tap.kind)
 
-        attention.q_norm.register_forward_hook(lambda _, __, output: self._keep(query, output))
-        attention.k_norm.register_forward_hook(keep_attention)
+        self._keep_output(attention.q_norm, query)
+        self._hooks.append(attention.k_norm.register_forward_hook(keep_attention))
 
     def _tap_pooled(self, network: nn.Module, tap: Tap, layer: int) -> None:
         classifier = network.get_classifier()
         if isinstance(classifier, tuple):  # a distilled ViT: what the class token's head sees
             classifier = classifier[0]
-        classifier.register_forward_pre_hook(lambda _, inputs: self._keep(tap, inputs[0]))
+        self._keep_input(classifier, tap)
 
 
 def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor:

@@ -29,8 +29,8 @@ MIN_MATCH = 0.5  # fine-tuning from less than this share of the parameters is a 
 def weight_keys(source: str) -> list[str]:
     """Return under which keys a file holds weights: raw ones, then the average; [""] if bare."""
     content = checkpoint.read_weights_file(source)
-    found = [key for key in (*RAW_KEYS[:1], *EMA_KEYS[:1]) if _is_weights(content.get(key))]
-    return found or [""]
+    held = [[key for key in keys if _is_weights(content.get(key))] for keys in (RAW_KEYS, EMA_KEYS)]
+    return [keys[0] for keys in held if keys] or [""]
 
 
 def load_weights(

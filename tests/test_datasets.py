@@ -658,3 +658,15 @@ def test_the_cores_of_a_node_are_shared_by_its_processes(
     launcher: str, environ: dict, cores: int, workers: int
 ) -> None:
     assert auto_workers(launcher, environ, cores) == workers
+
+
+def test_pictures_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    assert np.asarray(datasets.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
+        0,
+        1,
+        128,
+        255,
+    ]
+    with pytest.raises(ValueError, match="mode F"):
+        datasets.to_rgb(Image.fromarray(values.astype(np.float32)))

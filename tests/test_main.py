@@ -176,6 +176,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         flags += ["--distillation-type", "hard", "--teacher-path", str(tmp_path / "nowhere.pth")]
     elif case == "bad picture":
         bad_picture(data)
+        flags += ["--no-repeated-aug"]  # so that every picture comes in the first epoch
     elif case == "teacher of other classes":
         flags += ["--distillation-type", "hard", "--teacher-model", "resnet_pico",
                   "--teacher-path", shipped]  # fmt: skip
@@ -194,8 +195,10 @@ def test_a_bad_picture_can_be_skipped_and_is_counted(
     data = tmp_path / "data"
     shutil.copytree(picture_folder, data)
     bad_picture(data)
-    result = run_inside(*TINY, "--data-path", str(data), "--on-bad-image", "skip",
-                      "--num_workers", "1", "--epochs", "1")  # fmt: skip
+    result = run_inside(
+        *TINY, "--data-path", str(data), "--on-bad-image", "skip", "--num_workers", "1",
+        "--epochs", "1", "--no-repeated-aug",
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert re.search(r"\d+ unreadable pictures? ", result.stdout)
 
@@ -227,10 +230,16 @@ def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
         assert values[0] == pytest.approx(values[1], rel=1e-4), name
 
 
-def test_an_error_in_two_processes_is_still_one_line(run_torchrun, tmp_path: Path) -> None:
-    result = run_torchrun(2, *TINY, "--data-path", str(tmp_path / "nowhere"))
+def test_an_error_that_one_of_two_processes_meets_is_one_line(
+    run_torchrun, picture_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(picture_folder, tmp_path / "data")
+    bad_picture(tmp_path / "data")
+    result = run_torchrun(2, *TINY, "--data-path", str(tmp_path / "data"), "--no-repeated-aug")
     assert result.returncode != 0
+    said, _, launcher = result.stderr.partition("torch/distributed/elastic")
     assert len([x for x in lines(result.stderr) if x.startswith("error:")]) == 1, result.stderr
+    assert "Traceback" not in said and 'main.py", line' not in launcher, result.stderr
 
 
 def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
@@ -243,3 +252,22 @@ def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
         assert result.returncode == 0, result.stderr
         assert "* Acc@1 87.300 Acc@5 96.900" in result.stdout
         assert "on the 1000 test images: 87.3%" in result.stdout
+
+
+def test_a_run_in_the_folder_of_another_moves_that_aside(
+    run_inside, picture_folder: Path, tmp_path: Path
+) -> None:
+    base = [*TINY, "--data-path", str(picture_folder), "--epochs", "1", "--output_dir"]
+    for _ in range(2):
+        result = run_inside(*base, str(tmp_path / "out"))
+        assert result.returncode == 0, result.stderr
+    assert "previous-1" in result.stderr
+    assert (tmp_path / "out" / "previous-1" / "checkpoint.pth").exists()
+    assert (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_found_first(run_inside, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = run_inside(*TINY, "--output_dir", str(tmp_path / "file" / "out"))
+    assert_one_line(result, "--output_dir", "cannot be written")
+    assert not result.stdout

@@ -119,7 +119,7 @@ def test_without_a_kd_loss_nothing_is_asked_of_the_teachers_logits(tmp_path: Pat
         ("kd_loss_type: kl", "", "'kl' is not known.*ce, dist, mse"),
         ("kd_loss_weight_scheduler: linear", "", "linear_decay, linear_growth"),
         ("temperature_scheduler: flsw", "", "flsw"),
-        ("probability_shift: true", "", "--mixup 0 --cutmix 0"),
+        ("probability_shift: true", "--mixup 0.8", "--mixup 0 --cutmix 0"),
         ("- 1", "", "no keys and values"),
         ("a: [", "", "neither JSON nor YAML"),
     ],

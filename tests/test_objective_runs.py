@@ -10,7 +10,17 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--batch-size", "64", "--no-teacher-check", "--warmup-epochs", "0", "--num-workers", "0"]
+QUICK = [
+    "--model",
+    "deit_pico_distilled_patch4_32",
+    "--batch-size",
+    "64",
+    "--no-teacher-check",
+    "--warmup-epochs",
+    "0",
+    "--num-workers",
+    "0",
+]
 VIT_MATCHES = [
     "layer_S=2,layer_T=3,feature=hidden,loss=hidden_mse,proj=dumped,tokens=patch",
     "layer_S=1,layer_T=2,feature=hidden,loss=cos,proj=dumped,tokens=patch",
@@ -119,13 +129,14 @@ def test_a_killed_and_resumed_run_has_the_projections_of_one_that_was_not(
         ("--match layer_S=4,layer_T=4,feature=hidden,loss=cos,proj=linear,tokens=patch", "grid"),
         ("--match layer_S=4,layer_T=4,feature=hidden,loss=cos,proj=linear:1:2,tokens=patch",
          "width 1"),
-        ("--distillation-type soft --kd-loss-type ce --probability-shift", "--mixup 0"),
+        ("--distillation-type soft --kd-loss-type ce --probability-shift --mixup 0.8",
+         "--mixup 0"),
         ("--distillation-type soft --distillation-tau -1", "above 0"),
         ("--plugin nowhere.py", "nowhere.py"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(flags: str, words: str, run_main) -> None:
-    result = run_main(*QUICK, "--epochs", "1", *flags.split())
+def test_bad_input_is_one_line_and_exit_code_2(flags: str, words: str, run_inside) -> None:
+    result = run_inside(*QUICK, "--epochs", "1", *flags.split())
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and words in errors[0], result.stderr

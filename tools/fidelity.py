@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metrics import accuracy
 from models import has_distillation_head
-from models.features import FeatureTaps, Tap, layout_of
+from models.features import FeatureTaps, Observed, Tap, layout_of
 
 BINS = 15  # of confidence, all of one width (Guo et al. 2017)
 TEACHER, STUDENT, CLS, DIST = "teacher", "student", "class head", "distillation head"
@@ -109,8 +109,8 @@ def collect(
 ) -> Answers:
     """Show the pictures to both networks, once. limit: pictures at most; keep: strange ones."""
     network.eval()
-    layers = layout_of(network).num_hidden if has_distillation_head(network) else 0
-    taps = FeatureTaps(network, [Tap("hidden", layer) for layer in range(layers)])
+    layers = layout_of(network).hidden if has_distillation_head(network) else 0
+    taps = FeatureTaps(network, [Tap("hidden", i) for i in range(layers)]) if layers else None
     said: dict[str, Tensor] = {}
     handles = [
         head.register_forward_hook(lambda _, __, out, name=name: said.__setitem__(name, out))
@@ -124,7 +124,8 @@ def collect(
     for images, label, *_ in batches:
         room = len(label) if limit is None else min(len(label), limit - seen)
         images, label = images[:room].to(device), label[:room]
-        output, hidden = taps.forward(network, images)
+        seen_inside = taps.forward(network, images) if taps else Observed(network(images), {})
+        output, hidden = seen_inside.logits, seen_inside.states
         answers = {STUDENT: output, **said}
         if teacher is not None:
             answers[TEACHER] = teacher(images)
@@ -143,7 +144,8 @@ def collect(
             break
     for handle in handles:
         handle.remove()
-    taps.remove()
+    if taps:
+        taps.remove()
     together = {name: torch.cat(parts) for name, parts in logits.items()}
     return Answers(torch.cat(labels), together, (cosines / seen).tolist(), strange)
 
