@@ -44,14 +44,14 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     amp_dtype = pick_amp(args.amp, device)
     engine.seed_step(args.seed, "model")
 
-    for note in notes:
-        _logger.warning("%s", note)
     if args.output_dir and distributed.is_main() and not (args.eval or args.dry_run):
         checkpoint.make_folder(args.output_dir)
     inputs = models.build_input_config(args)
     if args.dry_run:
-        tell(None, "\n".join(preflight.build_plan(args, processes, inputs, amp_dtype)))
+        tell(None, "\n".join(preflight.build_plan(args, processes, inputs, amp_dtype) + [*notes]))
         return {}
+    for note in notes:
+        _logger.warning("%s", note)
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
     tell("data", loaders.describe())

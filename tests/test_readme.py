@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 
 import options
 import run_with_submitit
@@ -64,12 +65,13 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
         text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
     known = [options.get_args_parser(), run_with_submitit.get_submitit_parser(), report._parser(),
              export._parser()]  # fmt: skip
+    known.append(torch.distributed.run.get_args_parser())
     names = {
         name for parser in known for action in parser._actions for name in action.option_strings
     }
     for flag in re.findall(r"`(--[\w-]+)", text):
         known_by = [name for name in names if name.startswith(options._dashed(flag))]
-        assert known_by or flag in ("--help", "--max-restarts"), flag
+        assert known_by or flag == "--help", flag
 
 
 def test_the_readme_has_commands() -> None:
