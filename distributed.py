@@ -5,6 +5,7 @@ All functions but `init_processes` also work when nothing was initialised: then 
 """
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import os
@@ -19,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from errors import UserError
 
@@ -137,11 +137,23 @@ def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
     wrapped = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
     was_training = module.training
     module.eval()
-    outputs = [leaf for leaf in tree_leaves(wrapped(example)) if isinstance(leaf, Tensor)]
-    sum(output.float().sum() for output in outputs).backward()
+    sum(output.float().sum() for output in _tensors_in(wrapped(example))).backward()
     module.zero_grad(set_to_none=True)
     module.train(was_training)
     return wrapped
+
+
+def _tensors_in(output: Any) -> list[Tensor]:
+    """Return the tensors with a gradient in what a module returned, nested as it may be."""
+    if isinstance(output, Tensor):
+        return [output] if output.requires_grad else []
+    if dataclasses.is_dataclass(output):
+        output = list(vars(output).values())
+    elif isinstance(output, Mapping):
+        output = list(output.values())
+    if not isinstance(output, list | tuple):
+        return []
+    return [tensor for part in output for tensor in _tensors_in(part)]
 
 
 def shutdown() -> None:

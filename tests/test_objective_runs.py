@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import matching
+
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
     "--model",
@@ -32,6 +34,7 @@ VIT_MATCHES = [
 CNN_MATCHES = [
     "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,proj=dumped,tokens=patch,resize=avg",
     "layer_S=0+4,layer_T=0+1,feature=hidden,loss=fsp,proj=dumped",
+    "feature=pooled,loss=vkd,proj=orthogonal",
 ]
 # Every process writes its projections when it ends.
 PLUGIN = """
@@ -82,7 +85,14 @@ def test_two_processes_keep_the_same_projections(
     assert len(ranks[0]) == (4 if kind == "vit" else 2)
     for first, second in zip(*ranks):
         assert first["weight"].norm() > 0 and torch.equal(first["weight"], second["weight"])
-    assert len(saved["projections"]) == 2 * len(ranks[0])
+    raw = [value for name, value in saved["projections"].items() if "original" in name]
+    assert len(saved["projections"]) == 2 * len(ranks[0]) + len(raw)
+    assert len(raw) == (kind == "cnn")
+    for weight in raw:  # of VkD: orthogonal in every forward, whatever the optimizer made of it
+        projection = matching.PROJ_MAP["orthogonal"](weight.shape[1], weight.shape[0])
+        projection.parametrizations.weight.original.data.copy_(weight)
+        gram = projection.weight.mT @ projection.weight
+        assert (gram - torch.eye(len(gram))).abs().max() < 1e-5
     assert not any("_hidden_" in name for name in (*saved["model"], *saved["model_ema"]))
 
 
