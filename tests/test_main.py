@@ -248,7 +248,7 @@ def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
     flags = ["--eval", "--model", "tf_efficientnet_lite0", "--data-path", str(imagenet_sample),
              "--resume", str(shared_data / "tf_efficientnet_lite0_in1k.safetensors"),
              "--num_workers", "1"]  # fmt: skip
-    for result in (run_main(*flags), run_torchrun(2, *flags)):
+    for result in (run_main(*flags, OMP_NUM_THREADS="2"), run_torchrun(2, *flags)):
         assert result.returncode == 0, result.stderr
         assert "* Acc@1 87.300 Acc@5 96.900" in result.stdout
         assert "on the 1000 test images: 87.3%" in result.stdout

@@ -5,8 +5,8 @@
 Each point takes the next of eight settings (workers 0 and 2, accumulation 1 and 2, 1 and 2
 processes) and the next of four moments: the start of an epoch, its middle, evaluation, and the
 writing of a checkpoint. Weights, average, optimizer and log.txt must be the same to the bit. Ends
-with exit code 1 if any is not. Mixing, erasing, stochastic depth, repeated augmentation and the
-average are on; FLAGS may add more.
+with exit code 1 if any is not. Mixing, erasing, stochastic depth, repeated augmentation, the
+average and a projection are on; FLAGS may add more.
 """
 
 import argparse
@@ -36,7 +36,9 @@ from resume import MAY_CHANGE  # noqa: E402
 
 FLAGS = ["--distillation-type", "hard", "--epochs", "2", "--batch-size", "64", "--drop-path", "0.2",
          "--warmup-epochs", "0", "--log-interval", "1", "--no-teacher-check", "--resume", "auto",
-         "--checkpoint-steps", "1"]  # fmt: skip
+         "--checkpoint-steps", "1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
+         "--repeated-aug", "--match", "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,"
+         "tokens=patch,resize=bilinear,proj=linear"]  # fmt: skip
 SETTINGS = list(itertools.product((0, 2), (1, 2), (1, 2)))  # workers, accumulation, processes
 MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
     "start of an epoch": lambda out, said, dice: "Epoch: [2/2] [1/" in said or (
