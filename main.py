@@ -127,7 +127,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         )  # fmt: skip
         log.picture("train/batch", shown, 0)
     stats: dict[str, float] = {}
-    started = time.time()
+    started, first = time.time(), keeper.epoch
 
     for epoch in keeper.epochs(args.epochs):
         loaders.set_epoch(epoch % views if views else epoch, tally.micro)
@@ -168,6 +168,9 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         tell(None, f"Accuracy of the network on the {stats['count']} test images: "
              f"{stats['acc1']:.1f}%")  # fmt: skip
         tell(None, f"Max accuracy: {keeper.best:.2f}%")
+        if left := args.epochs - epoch - 1:
+            seconds = (time.time() - started) / (epoch + 1 - first) * left
+            tell(None, f"{left} epochs left, about {metrics.clock(seconds)}")
     if args.recipe and stats and (line := recipe.find(args.recipe).beside(stats["acc1"])):
         tell("recipe", line)
     if not stats:

@@ -371,7 +371,7 @@ def build_keeper(
     if keeper.folder is not None and distributed.is_main():
         for leftover in keeper.folder.glob(".*.pth.*.tmp"):  # of a run killed while it wrote
             leftover.unlink(missing_ok=True)
-    if keeper.folder is not None and not args.resume:
+    if keeper.folder is not None and not args.resume and not args.check:
         distributed.on_main(lambda: set_aside(keeper.folder))
     if args.resume:
         where = keeper.resume(args.resume, anyway=args.resume_anyway)
