@@ -7,6 +7,7 @@ student. What becomes of it in a run is the business of `objective.py`.
 
 import importlib.util
 import json
+import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -106,6 +107,10 @@ class IntermediateMatch:
             ("resize", self.resize, (None, *RESIZES)),
         ):  # fmt: skip
             pick(dict.fromkeys(map(str, known)), str(value), f"{where}: {what}")
+        if not 0 <= self.weight < math.inf:
+            raise UserError(f"{where}: weight {self.weight}; it must be a number, not below 0")
+        if self.loss.startswith("attention_ce") and self.attention != "scores":
+            raise UserError(f"{where}: {self.loss} takes scores, of which it makes probabilities")
         pairs = [isinstance(layer, tuple) for layer in (self.layer_S, self.layer_T)]
         built_in = self.loss in BUILT_IN
         if pairs[0] != pairs[1] or (built_in and pairs[0] != (self.loss in TWO_LAYERS)):
@@ -159,6 +164,8 @@ def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
     elif isinstance(source, str):
         parts = [part.partition("=") for part in source.split(",") if part.strip()]
         given = {key.strip(): value.strip() for key, _, value in parts}
+        if len(given) < len(parts):
+            raise UserError(f"match {source!r}: a key comes twice; two layers are written 0+4")
     if not isinstance(given, Mapping):
         raise UserError(f"match {source!r}: give key=value,key=value, or a mapping")
     _check_keys(given, IntermediateMatch, f"match {source!r}")
@@ -172,7 +179,11 @@ def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
             values[key] = readers.get(key, lambda x: x)(value)
         except (TypeError, ValueError) as error:
             raise UserError(f"match {source!r}: {key}={value!r} cannot be read") from error
-    return IntermediateMatch(**values)
+    match = IntermediateMatch(**values)
+    unsaid = sorted({"layer_S", "layer_T"} - set(given))
+    if unsaid and match.feature != "pooled":
+        raise UserError(f"match {source!r}: lacks {', '.join(unsaid)}")
+    return match
 
 
 def _layers(value: Any) -> int | tuple[int, ...]:
@@ -256,7 +267,12 @@ def read_config(path: str) -> tuple[DistillationConfig, set[str]]:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{path}: {name} is {value!r}; give a number")
-    if not config.temperature > 0:
+        if name != "temperature" and not 0 <= value < math.inf:
+            raise UserError(f"{path}: {name} {value}: must be a number, not below 0")
+    for name in ("probability_shift", "is_caching_logits"):
+        if not isinstance(getattr(config, name), bool):
+            raise UserError(f"{path}: {name} is {getattr(config, name)!r}; give true or false")
+    if not 0 < config.temperature < math.inf:
         raise UserError(f"{path}: temperature {config.temperature}: must be above 0")
     if not isinstance(config.intermediate_matches or (), Sequence):
         raise UserError(f"{path}: intermediate_matches must be a list")
@@ -304,6 +320,11 @@ def check_objective(args: Namespace) -> None:
         pick(ADAPTORS, name, "adaptor")
     soft, teaches = args.distillation_type == "soft", args.distillation_type != "none"
     mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    for name in ("kd_loss_weight", "hard_label_weight", "ranking_kl_weight", "ranking_tau",
+                 "distillation_tau"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number, not below 0")
     for wrong, message in (
         (args.kd_loss_type and not soft and not args.distill_config,
          f"--kd-loss-type {args.kd_loss_type} belongs to --distillation-type soft"),

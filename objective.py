@@ -308,6 +308,9 @@ def _build_terms(
 
 def _number(match: IntermediateMatch, names: Sequence[str]) -> int:
     """Return which of the teachers a match names."""
+    if list(names).count(match.teacher) > 1:
+        raise UserError(f"match {match.name}: {match.teacher} is the name of several teachers; "
+                        f"give its number, 0 to {len(names) - 1}")  # fmt: skip
     if match.teacher in names:
         return list(names).index(match.teacher)
     if match.teacher in range(len(names)):
@@ -355,7 +358,11 @@ class _MatchBuilder:
             taps = match.taps(match.layer_S)
             return [select_tokens(states[tap], match.tokens, prefixes[0], where) for tap in taps]
 
-        grids = self._grids(seen_S, seen_T, *map(len, prefixes)) if match.resize else None
+        grids = None
+        if match.resize:
+            grids = self._grids(seen_S, seen_T, *map(len, prefixes))
+        else:
+            self._check_grids(seen_S, seen_T, *map(len, prefixes))
 
         def target(states: Mapping[Any, Tensor]) -> list[Tensor]:
             taps = [(self.index, tap) for tap in match.taps(match.layer_T)]
@@ -387,6 +394,9 @@ class _MatchBuilder:
 
     def _check_prefixes(self, prefix_S: Sequence[str], prefix_T: Sequence[str]) -> None:
         match = self.match
+        if match.loss == "pkd" and match.tokens == "patch":
+            raise UserError(f"match {self.name}: pkd compares class tokens, which tokens=patch "
+                            "leaves out; use tokens=all, or feature=pooled")  # fmt: skip
         if match.tokens != "all" or match.feature == "pooled" or match.loss in ("fsp", "gram"):
             return
         if match.loss == "pkd":
@@ -399,13 +409,32 @@ class _MatchBuilder:
                 f"teacher's {list(prefix_T)}; match the patches alone with tokens=patch"
             )
 
+    def _check_grids(self, seen_S: Mapping, seen_T: Mapping, skip_S: int, skip_T: int) -> None:
+        """Raise UserError if as many patches lie in another grid, so that places would not fit."""
+        match = self.match
+        compares = match.feature == "attention" or match.feature == "hidden"
+        if not compares or match.tokens in ("cls", "dist") or match.loss in ("fsp", "gram", "pkd"):
+            return
+        try:
+            grids = self._grids(seen_S, seen_T, skip_S, skip_T)
+        except UserError:  # nothing tells the grid of one side: then there is nothing to compare
+            return
+        for grid_T, grid_S in grids:
+            same_count = grid_S[0] * grid_S[1] == grid_T[0] * grid_T[1]
+            if same_count and grid_S != grid_T:
+                raise UserError(
+                    f"match {self.name}: the student's patches lie {grid_S[0]}x{grid_S[1]}, the "
+                    f"teacher's {grid_T[0]}x{grid_T[1]}; give resize=bilinear with tokens=patch"
+                )
+
     def _grids(self, seen_S: Mapping, seen_T: Mapping, skip_S: int, skip_T: int) -> list[tuple]:
         """Return (teacher's grid, student's grid) for every layer."""
         match, grids = self.match, []
         for tap_S, tap_T in zip(match.taps(match.layer_S), match.taps(match.layer_T)):
-            patches_T = seen_T[self.index, tap_T].shape[1] - skip_T
-            old = self.taps_T.grid(tap_T, patches_T)
-            grids.append((old, self.taps_S.grid(tap_S, seen_S[tap_S].shape[1] - skip_S)))
+            tokens = -1 if match.feature == "attention" else 1  # the axis that counts them
+            old = self.taps_T.grid(tap_T, seen_T[self.index, tap_T].shape[tokens] - skip_T)
+            new = self.taps_S.grid(tap_S, seen_S[tap_S].shape[tokens] - skip_S)
+            grids.append((tuple(old), tuple(new)))
         return grids
 
     def _projection(self, states_S: list[Tensor], states_T: list[Tensor]) -> nn.Module:

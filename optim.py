@@ -61,6 +61,9 @@ def build_optimizer(
         own = projection.optimizer_options
         if unknown := set(own) - set(optimizer.defaults):
             raise UserError(f"match {name}: proj: {args.opt} has no option {sorted(unknown)}")
+        if any(name in ("lr", "weight_decay") and not 0 <= value < float("inf")
+               for name, value in own.items()):  # fmt: skip
+            raise UserError(f"match {name}: proj: {dict(own)}; rates must not be below 0")
         group = {"params": list(projection.parameters()), "weight_decay": args.weight_decay}
         optimizer.add_param_group(group | own)  # a rate of its own is taken as it is
     return optimizer, lr

@@ -1080,3 +1080,36 @@ def test_the_command_line_chooses_the_objective() -> None:
     assert isinstance(loss.base_criterion, losses.BinaryCrossEntropyTargets)
     args.cosub = True
     assert isinstance(losses.build_criterion(args, mixing=True), losses.CosubLoss)
+
+
+TOKENS_S = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
+TOKENS_T = torch.tensor([[[0.0, 3.0], [1.0, 0.0]]])
+MAP = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+LOG_2 = 0.8132616875  # -(log softmax([1, 0]) . [1/2, 1/2]): the teacher's zeros are uniform
+BY_HAND = {
+    "attention_mse": (MAP, 0.5),  # two of four differ by 1
+    "attention_mse_sum": (MAP, 0.5),
+    "attention_ce": (MAP, LOG_2),
+    "attention_ce_mean": (MAP, LOG_2),
+    "hidden_mse": (TOKENS_S, 3.75),  # (1 + 9 + 1 + 4) / 4
+    "cos": (TOKENS_S, 1.0),  # both pairs at right angles
+    "pkd": (TOKENS_S, 2.0),  # [1, 0] against [0, 1], summed over the width
+    "fsp": (TOKENS_S, 1.5625),  # [[1, 0], [0, 4]] / 2 against [[1, 0], [0, 9]] / 2: 2.5^2 / 4
+    "nst": (TOKENS_S, 4.5625),  # [[1, 0], [0, 4]] / 2 against [[9, 0], [0, 1]] / 2: (16 + 2.25) / 4
+    "vkd": (TOKENS_S, 1.25),  # the teacher's rows become [-1, 1] and [1, -1]: (1.5+0.5+0.5+2.5) / 4
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_match_worked_by_hand(name: str) -> None:
+    state, wanted = BY_HAND[name]
+    other = torch.zeros_like(MAP) if state is MAP else TOKENS_T
+    pair = name in ("fsp", "nst")
+    found = losses.MATCH_LOSS_MAP[name](*([x, x] if pair else x for x in (state, other)))
+    assert found.item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_kd_losses_worked_by_hand() -> None:
+    logits_S, logits_T = torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)  # at temperature 2: [0, 1]
+    assert losses.KD_LOSS_MAP["ce"](logits_S, logits_T, 2.0).item() == pytest.approx(LOG_2)
+    assert losses.KD_LOSS_MAP["mse"](logits_S, logits_T, 2.0).item() == pytest.approx(0.5)

@@ -45,8 +45,8 @@ def test_two_layers_a_bare_projection_and_our_own_keys() -> None:
     assert (match.layer_T, match.layer_S) == ((0, 12), (0, 3))
     assert match.proj == ("tanh", "auto", "auto", {}) and match.weight == 1
     assert match.name == "hidden_fsp_0-3_0-12"
-    match = read_match("feature=attention,loss=attention_ce,textbrewer_clip=true,teacher=1,"
-                       "attention=probabilities,tokens=patch")  # fmt: skip
+    match = read_match("layer_T=1,layer_S=0,feature=attention,loss=attention_mse,teacher=1,"
+                       "textbrewer_clip=true,attention=probabilities,tokens=patch")  # fmt: skip
     assert match.textbrewer_clip and match.teacher == 1 and match.taps(0)[0].kind[0] == "p"
 
 
@@ -241,3 +241,35 @@ def test_a_plugin_that_fails_is_one_line(content: str | None, tmp_path: Path) ->
         path.write_text(content)
     with pytest.raises(UserError, match="--plugin .*mine.py"):
         options.parse_args(["--plugin", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("feature=hidden,loss=cos", "lacks layer_S, layer_T"),
+        ("layer_S=0,layer_S=4,layer_T=1,feature=hidden,loss=cos", "a key comes twice.*0\\+4"),
+        ("layer_S=1,layer_T=1,feature=hidden,loss=cos,weight=nan", "weight nan"),
+        ("layer_S=1,layer_T=1,feature=hidden,loss=cos,weight=-1", "weight -1"),
+        ("layer_S=1,layer_T=1,feature=attention,loss=attention_ce,attention=probabilities",
+         "takes scores"),
+    ],
+)  # fmt: skip
+def test_a_match_that_says_too_little_or_too_much_is_refused(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        options.parse_args(["--match", text])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--kd-loss-weight -1", "--hard-label-weight nan", "--ranking-kl-weight nan",
+     "--ranking-tau inf", "--distillation-tau inf"],
+)  # fmt: skip
+def test_weights_and_temperatures_are_finite_and_not_below_zero(flags: str) -> None:
+    with pytest.raises(UserError, match="must be"):
+        options.parse_args(["--distillation-type", "soft", *flags.split()])
+
+
+def test_a_files_switch_is_true_or_false(tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("probability_shift: 'no'")
+    with pytest.raises(UserError, match="give true or false"):
+        options.parse_args(["--distill-config", str(tmp_path / "d.yaml")])

@@ -143,9 +143,23 @@ def test_a_killed_and_resumed_run_has_the_projections_of_one_that_was_not(
          "--mixup 0"),
         ("--distillation-type soft --distillation-tau -1", "above 0"),
         ("--plugin nowhere.py", "nowhere.py"),
+        ("--match layer_S=4,layer_T=-1,feature=hidden,loss=pkd,tokens=patch,proj=linear",
+         "class tokens"),
+        ("--match layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=avg,"
+         "proj=linear:auto:auto:lr=-1", "rates"),
+        ("--teacher-model resnet_pico --teacher-model resnet_pico --match "
+         "feature=pooled,loss=cos,teacher=resnet_pico", "several teachers"),
+        ("--input-size 16 64 --teacher-model deit_pico_patch4_32 --teacher-path VIT --match "
+         "layer_S=4,layer_T=4,feature=hidden,loss=cos,tokens=patch", "lie 4x16"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(flags: str, words: str, run_inside) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags: str, words: str, run_inside, vit_teacher: list[str]
+) -> None:
+    shipped = str(ROOT / "models" / "weights" / "resnet_pico_digits.safetensors")
+    if flags.count("--teacher-model") == 2:
+        flags += f" --teacher-path {shipped}" * 2
+    flags = flags.replace("VIT", vit_teacher[-1])
     result = run_inside(*QUICK, "--epochs", "1", *flags.split())
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
