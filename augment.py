@@ -291,6 +291,11 @@ class AnyBatchMixup(Mixup):
         return images, mixup_target(labels, self.num_classes, lam, self.label_smoothing)
 
 
+def is_mixing(mixup: float, cutmix: float, cutmix_minmax: list[float] | None) -> bool:
+    """Return whether these settings mix pictures at all."""
+    return mixup > 0 or cutmix > 0 or cutmix_minmax is not None
+
+
 def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
     """Return what mixes a batch, or None where neither Mixup nor CutMix is on.
 
@@ -298,7 +303,7 @@ def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
     returns them with targets (B, C) that hold the label smoothing. It draws from NumPy.
     """
     check_mixup(args)
-    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+    if not is_mixing(args.mixup, args.cutmix, args.cutmix_minmax):
         return None
     return AnyBatchMixup(
         mixup_alpha=args.mixup,

@@ -56,14 +56,14 @@ class Tally:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.bad = device, _BadSteps(device)
         self.reset()
 
     def reset(self) -> None:
         """Stand at the beginning of an epoch."""
         self.micro = 0
         self.meters: dict[str, Meter] = {}
-        self.bad = _BadSteps(self.device)
+        self.bad.start_epoch()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -278,6 +278,11 @@ class _BadSteps:
         self._now = torch.zeros((), dtype=torch.bool, device=device)
         self._batches: list[dict[str, Any]] = []  # of this update
         self._decided = True
+
+    def start_epoch(self) -> None:
+        """Count the epoch's from 0; a streak goes on, also over epochs shorter than the limit."""
+        streak = self.counts[0]
+        self.counts = torch.stack([streak, streak, torch.zeros_like(streak)])
 
     def watch(self, loss: Tensor, batch: dict[str, Any]) -> None:
         """Remember a micro-step of this update, and whether its loss was not finite."""

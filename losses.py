@@ -311,7 +311,7 @@ def build_criterion(
         args.distillation_tau,
         reduction=args.distillation_reduction,
         head=head,
-        logit_standardization=getattr(args, "logit_standardization", False),
+        logit_standardization=args.logit_standardization,
         **extensions,
     )
 

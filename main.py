@@ -96,20 +96,12 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
-    classifies = live and args.distillation_type != "none"
-    answers = teachers.Answers(teacher) if classifies else None
-    teacher_stats: dict[str, float] = {}
-    if args.check or args.teacher_check:
-        found = preflight.build_findings(
-            args, student, teacher if classifies else None, answers, loaders, inputs, device
-        )
-        for line in found or ["student and teacher suit the data and each other"] * args.check:
-            tell("check", line)
-        if args.check:
-            return {}
-    if answers is not None and args.teacher_check:
-        tell("teacher", "accuracy on the evaluation set")
-        teacher_stats = engine.evaluate(loaders.val, answers, device, header="Teacher:")
+    answers = None
+    if live and args.distillation_type != "none":
+        answers = teachers.Answers(teacher)
+    teacher_stats = examine(args, student, answers, loaders, inputs, device)
+    if args.check:
+        return {}
     if processes.world_size > 1:
         example = torch.zeros(2, 3, *inputs.input_size, device=device)
         model = distributed.data_parallel(student, example)
@@ -122,9 +114,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         loaders.set_epoch(0)
         log.scalars("val_teacher", {k: v for k, v in teacher_stats.items() if k != "count"}, 0)
         shown = pictures.train_batch(
-            loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn,
-            teacher=answers,
-        )  # fmt: skip
+            loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=answers
+        )
         log.picture("train/batch", shown, 0)
     stats: dict[str, float] = {}
     started, first = time.time(), keeper.epoch
@@ -165,8 +156,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
             )
             log.picture("val/attention", looks, (epoch + 1) * updates_per_epoch * effective)
         keeper.end_epoch(stats["acc1"])  # after the log, from which a resumed run drops doubles
-        tell(None, f"Accuracy of the network on the {stats['count']} test images: "
-             f"{stats['acc1']:.1f}%")  # fmt: skip
+        report(stats)
         tell(None, f"Max accuracy: {keeper.best:.2f}%")
         if left := args.epochs - epoch - 1:
             seconds = (time.time() - started) / (epoch + 1 - first) * left
@@ -181,6 +171,21 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         tell("data", f"{skipped} unreadable pictures were left out")
     log.close()
     return stats
+
+
+def examine(args, student, answers, loaders, inputs, device) -> dict[str, float]:
+    """Say what speaks against student and teacher, and return the teacher's accuracy if asked.
+
+    answers: the teacher's logits, or None where no network answers.
+    """
+    if args.check or args.teacher_check:
+        found = preflight.build_findings(args, student, answers, loaders, inputs, device)
+        for line in found or ["student and teacher suit the data and each other"] * args.check:
+            tell("check", line)
+    if answers is None or args.check or not args.teacher_check:
+        return {}
+    tell("teacher", "accuracy on the evaluation set")
+    return engine.evaluate(loaders.val, answers, device, header="Teacher:")
 
 
 def ask_all(args, loaders, teacher, device, mixup_fn) -> dict[str, float]:

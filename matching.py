@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import losses
+from augment import is_mixing
 from errors import UserError
 from models.features import ADAPTOR_KEYS, ADAPTORS, ATTENTION_KINDS, FEATURES, Tap
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, pick
@@ -319,7 +320,7 @@ def check_objective(args: Namespace) -> None:
     for name in filter(None, (args.student_adaptor, args.teacher_adaptor)):
         pick(ADAPTORS, name, "adaptor")
     soft, teaches = args.distillation_type == "soft", args.distillation_type != "none"
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     for name in ("kd_loss_weight", "hard_label_weight", "ranking_kl_weight", "ranking_tau",
                  "distillation_tau"):  # fmt: skip
         value = getattr(args, name)

@@ -16,6 +16,7 @@ from typing import Any
 
 import matching
 import recipe
+from augment import is_mixing
 from distributed import find_launcher
 from errors import UserError
 
@@ -482,7 +483,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
     distils = args.distillation_type != "none"
     teaches = distils or bool(args.match) or args.ranking_kl_weight > 0
     several = isinstance(args.teacher_model, list)
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     three = args.ThreeAugment
     randaugment = args.aa not in ("", "none", None)
     cases = {

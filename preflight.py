@@ -24,7 +24,7 @@ from distributed import Processes
 from errors import UserError
 from metrics import clock
 from models import Student
-from teachers import Teacher
+from teachers import Answers, Teacher
 
 IMAGENET = 1_281_167, 1000  # training pictures and classes, assumed where no data is there
 SAMPLE = 128  # pictures on which a teacher is tried
@@ -173,8 +173,7 @@ def _wait(device: torch.device) -> None:
 def build_findings(
     args: Namespace,
     student: Student,
-    teacher: Teacher | None,
-    answers: torch.nn.Module | None,
+    answers: Answers | None,
     loaders: datasets.Loaders,
     inputs: InputConfig,
     device: torch.device,
@@ -187,8 +186,9 @@ def build_findings(
             f"student: sees a picture as {grid} patches only; raise --input-size, or take a model "
             "with smaller patches"
         )
-    if not isinstance(teacher, Teacher) or answers is None:
+    if answers is None or not isinstance(answers.teacher, Teacher):
         return found
+    teacher = answers.teacher
     found += label_order(classes_of(args.teacher_path), loaders.classes)
     images, labels = sample(loaders.val, SAMPLE)
     if len(labels):

@@ -31,7 +31,8 @@ SAVE = 1  # a wish below every signal's number
 REQUIRED = ("model", "optimizer", "epoch")
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because the pictures themselves are compared; --epochs, because training on is common.
+# free because names and labels of the pictures are compared; --epochs, because training on is
+# common.
 MAY_CHANGE = frozenset({
     "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
     "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "log_interval",

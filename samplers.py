@@ -59,6 +59,7 @@ class TrainSampler(Sampler[Key]):
         if repeats < 1:
             raise UserError(f"{repeats} repeats of a picture: must be at least 1")
         kept = length // ROUNDING * ROUNDING if repeats > 1 and length >= ROUNDING else length
+        self.kept = kept  # in an epoch, before it is shared
         self.count = kept // num_replicas
         if self.count < 1:
             raise UserError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import cache
 import checkpoint
 import models
-from augment import InputConfig
+from augment import InputConfig, is_mixing
 from datasets import Loaders
 from distributed import Processes
 from errors import UserError
@@ -240,7 +240,7 @@ def build_cached_teacher(
     sampler = loaders.train_sampler
     if sampler is None:
         raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
-    epoch_rows = len(sampler) * sampler.num_replicas
+    epoch_rows = sampler.kept
     views = args.teacher_cache_views or args.epochs
     store = cache.Store(
         args.teacher_cache, rows=views * epoch_rows, num_classes=loaders.num_classes,
@@ -267,6 +267,14 @@ MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob",
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
+def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
+    """Return names and files of the teachers; an empty file stands for timm's weights."""
+    names, paths = (
+        [x] if isinstance(x, str) else x for x in (args.teacher_model, args.teacher_path)
+    )
+    return names, paths if any(paths) else [""] * len(names)
+
+
 def build_facts(
     args: Namespace,
     loaders: Loaders,
@@ -275,11 +283,8 @@ def build_facts(
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return all that determines a teacher's answer to the picture at a place, as plain values."""
-    names, paths = (
-        [x] if isinstance(x, str) else x for x in (args.teacher_model, args.teacher_path)
-    )
-    paths = paths if any(paths) else [""] * len(names)
-    mixes = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    names, paths = build_sources(args)
+    mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     facts: dict[str, Any] = {
         "teacher": list(names),
         "teacher weights": [checkpoint.fingerprint(path) if path else "timm's" for path in paths],
@@ -313,10 +318,7 @@ def build_teacher(
     classifies = args.distillation_type != "none"
     if not (classifies or args.match or args.ranking_kl_weight):
         return None
-    names, paths = (
-        [x] if isinstance(x, str) else x for x in (args.teacher_model, args.teacher_path)
-    )
-    paths = paths if any(paths) else [""] * len(names)
+    names, paths = build_sources(args)
     weights = args.teacher_weight or [1.0] * len(names)
     if not len(names) == len(paths) == len(weights) or min(weights) <= 0:
         raise UserError(

@@ -167,3 +167,14 @@ def test_half_precision_trains_on_a_cpu(dtype: torch.dtype) -> None:
     stats = train(model, batches((4, 4)), amp_dtype=dtype, loss_scaler=scaler)
     assert math.isfinite(stats["loss"]) and not torch.equal(before, model.cls.weight)
     assert model.cls.weight.dtype == torch.float32
+
+
+def test_bad_updates_are_counted_in_a_row_over_short_epochs_too() -> None:
+    loader = batches((3, 3))
+    for images, _ in loader:
+        images[0] = math.nan
+    tally, model = engine.Tally(torch.device("cpu")), TwoHeads()
+    assert train(model, loader, max_bad_steps=3, tally=tally)["skipped_updates"] == 2
+    tally.reset()
+    with pytest.raises(UserError, match="3 updates in a row"):
+        train(model, loader, max_bad_steps=3, tally=tally)

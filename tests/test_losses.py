@@ -1069,6 +1069,7 @@ def test_the_command_line_chooses_the_objective() -> None:
     args = Namespace(
         cosub=False, smoothing=0.1, bce_loss=False, distillation_type="soft",
         distillation_alpha=0.7, distillation_tau=2.0, distillation_reduction="batchmean",
+        logit_standardization=False,
     )  # fmt: skip
     loss = losses.build_criterion(args, mixing=False, head="cls")
     assert isinstance(loss, losses.DistillationLoss)
