@@ -42,6 +42,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     metrics.set_up_logging(processes.rank)
     device = processes.device
     amp_dtype = pick_amp(args.amp, device)
+    teacher_amp = pick_amp(args.amp if args.teacher_amp == "auto" else args.teacher_amp, device)
     engine.seed_step(args.seed, "model")
 
     if args.output_dir and distributed.is_main() and not (args.eval or args.dry_run):
@@ -54,14 +55,16 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         _logger.warning("%s", note)
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
+    fused = models.fast.prefers_fused_attention(device.type, amp_dtype)
+    models.fast.set_attention(student.network, fused=fused)
     tell("data", loaders.describe())
     tell("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
     if args.eval:
         return evaluate_files(args, student, loaders, device, amp_dtype)
     if args.teacher_cache:
-        teacher = teachers.build_cached_teacher(args, loaders, inputs, processes, amp_dtype)
+        teacher = teachers.build_cached_teacher(args, loaders, inputs, processes, teacher_amp)
     else:
-        teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, amp_dtype)
+        teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
     if teacher is not None:
         tell("teacher", teacher.describe())
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
@@ -105,6 +108,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     if processes.world_size > 1:
         example = torch.zeros(2, 3, *inputs.input_size, device=device)
         model = distributed.data_parallel(student, example)
+    if args.torchcompile:  # in place, so that names of weights stay; evaluation runs .network
+        student.compile(backend=args.torchcompile, dynamic=False)
     log = metrics.RunLog(
         args.output_dir if distributed.is_main() else "", keeper.epoch,
         images_seen=keeper.global_step * effective,

@@ -64,7 +64,9 @@ class Teacher(nn.Module):
     """A frozen network, always in evaluation mode, without gradients.
 
     amp_dtype: autocast type of its forward, or None. adaptor: reads the output of a network that
-        gives more than logits.
+        gives more than logits. lean: in words, what was done to the network to make it faster; it
+        then takes pictures channels-last. backend: torch.compile's, for the pictures of training
+        alone, which all come in one size of batch.
     """
 
     def __init__(
@@ -75,9 +77,13 @@ class Teacher(nn.Module):
         name: str = "",
         amp_dtype: torch.dtype | None = None,
         adaptor: Any = None,
+        lean: str = "",
+        backend: str = "",
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
+        self.lean, self.backend = lean, backend
+        self._in_training = _compiled(self._answer, backend) if backend else self._answer
         self.taps: Any = AdaptorTaps(adaptor) if adaptor is not None else None
         self.index: int | None = None
         self.adapter, self.name, self.amp_dtype = adapter, name, amp_dtype
@@ -93,24 +99,40 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, place: Any = None) -> Tensor | Observed:
-        """images: (B, 3, height, width), normalised for the student. place: for `CachedTeacher`.
+        """images: (B, 3, height, width), normalised for the student. place: in training, or None.
 
         Returns logits (B, C), or `Observed`.
         """
         device = images.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             if self.taps is None:
-                return self.network(self.adapter(images)).float()
-            seen = self.taps.forward(self.network, self.adapter(images))
+                return (self._answer if place is None else self._in_training)(images).float()
+            seen = self.taps.forward(self.network, self._adapted(images))
         logits = seen.logits.float() if isinstance(seen.logits, Tensor) else seen.logits
         if self.index is None:
             return logits
         states = {(self.index, tap): state for tap, state in seen.states.items()}
         return replace(seen, logits=logits, states=states)
 
+    def _adapted(self, images: Tensor) -> Tensor:
+        images = self.adapter(images)
+        return images.contiguous(memory_format=torch.channels_last) if self.lean else images
+
+    def _answer(self, images: Tensor) -> Any:
+        return self.network(self._adapted(images))
+
     def describe(self) -> str:
         count = sum(p.numel() for p in self.network.parameters())
-        return f"{self.name}, {count / 1e6:.2f} M parameters, {self.adapter.describe()}"
+        parts = [self.name, f"{count / 1e6:.2f} M parameters", self.adapter.describe(), self.lean,
+                 self.backend and f"compiled by {self.backend}"]  # fmt: skip
+        return ", ".join(filter(None, parts))
+
+
+def _compiled(function: Callable, backend: str) -> Callable:
+    """Return `function` compiled for one size of batch. Weights stay what they are: inductor may
+    fold and pack them."""
+    freezing = {"options": {"freezing": True}} if backend == "inductor" else {}
+    return torch.compile(function, backend=backend, dynamic=False, **freezing)
 
 
 class Teachers(nn.Module):
@@ -128,7 +150,7 @@ class Teachers(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, place: Any = None) -> Tensor | list[Tensor] | Observed:
         """images: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
-        answers = [member(images) for member in self.members]
+        answers = [member(images, place) for member in self.members]
         seen = [answer for answer in answers if isinstance(answer, Observed)]
         logits = [answer.logits if isinstance(answer, Observed) else answer for answer in answers]
         if not self.apart and len({answer.shape for answer in logits}) == 1:
@@ -167,7 +189,7 @@ class CachedTeacher:
     def __init__(
         self,
         store: cache.Store,
-        live: Callable[[Tensor], Tensor] | None,
+        live: Callable[[Tensor, Any], Tensor] | None,
         *,
         epoch_rows: int,
         needed: int,
@@ -195,15 +217,17 @@ class CachedTeacher:
                     f"{self.views * self.needed} rows are missing; go on writing with "
                     "--teacher-cache-mode write or auto"
                 )
-            self.store.write(rows, self.live(images))
+            self.store.write(rows, self.live(images, place))
         logits = self.store.read(rows)
         if self.verify:
-            same = cache.agreement(logits, self.live(images), self.store.keep)
+            same = cache.agreement(logits, self.live(images, place), self.store.keep)
             if same < 1:
                 raise UserError(
                     f"--teacher-cache {self.store.folder}: in batch {micro} of epoch {epoch} "
                     f"{100 * (1 - same):.0f}% of the rows are not what the teacher says; delete it"
                 )
+        if images.is_cuda:
+            logits = logits.pin_memory()  # or the copy would wait for the device
         return logits.to(images.device, non_blocking=True)
 
     @property
@@ -290,6 +314,7 @@ def build_facts(
         "teacher weights": [checkpoint.fingerprint(path) if path else "timm's" for path in paths],
         "teacher shares": args.teacher_weight or [],
         "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
+        "teacher compiled": args.torchcompile or "no",
         "data": loaders.fingerprint(),
         "seed": args.seed,
         "repeated augmentation": args.repeated_aug,
@@ -336,8 +361,16 @@ def build_teacher(
         )  # fmt: skip
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
-        named = f"{name} from {path or 'timm'}"
-        members.append(Teacher(network, adapter, name=named, amp_dtype=amp_dtype, adaptor=adaptor))
+        lean = ""
+        if amp_dtype is not None:  # float32 is the network as it is, for exact comparisons
+            network, folded = models.fast.lighten(network, amp_dtype, adapter.size, device.type)
+            lean = f"{str(amp_dtype).removeprefix('torch.')}, {folded} BatchNorms folded"
+        members.append(
+            Teacher(
+                network, adapter, name=f"{name} from {path or 'timm'}", amp_dtype=amp_dtype,
+                adaptor=adaptor, lean=lean, backend=args.torchcompile,
+            )
+        )  # fmt: skip
     one = members[0] if len(members) == 1 else Teachers(members, weights)
     return one.to(device)
 
