@@ -67,7 +67,12 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
     if teacher is not None:
         tell("teacher", teacher.describe())
-    tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
+    hint = (
+        " (this CPU computes in bf16: --amp bf16)"
+        if args.amp == "auto" and spares_bf16(device)
+        else ""
+    )
+    tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}{hint}")
     live = isinstance(teacher, torch.nn.Module)
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
@@ -215,6 +220,13 @@ def pick_amp(wanted: str, device: torch.device) -> torch.dtype | None:
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
+
+
+def spares_bf16(device: torch.device) -> bool:
+    """Return whether `auto` leaves a faster type alone: a CPU's runs are to repeat to the bit on
+    every CPU's float32, and small networks gain nothing."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(able.get(f"{unit}_bf16") for unit in ("avx512", "amx"))
 
 
 def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float]:

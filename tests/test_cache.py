@@ -1,6 +1,7 @@
 """The cached teacher: what is replayed is what was said, and nothing else is accepted."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,31 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     assert log(tmp_path / "live") == log(tmp_path / "third")
 
 
+def _live_written_and_read(rank: int, folder: str) -> None:
+    import main
+    import teachers
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    kept = ["--teacher-cache", f"{folder}/cache", "--teacher-cache-mode"]
+    for name, flags in {
+        "live": ["--num-workers", "0"],
+        "written": [*kept, "auto", "--num-workers", "2"],
+        "read": [*kept, "read", "--num-workers", "0"],
+    }.items():
+        if name == "read":  # needs no network
+            teachers.build_teacher = None
+        where = ["--output_dir", f"{folder}/{name}", "--dist-url", f"file://{folder}/store_{name}"]
+        if code := main.run([*RUN, *where, *flags]):
+            raise SystemExit(code)
+
+
+@pytest.mark.slow
+def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_live_written_and_read, (str(tmp_path),), nprocs=2)
+    assert log(tmp_path / "live") == log(tmp_path / "written") == log(tmp_path / "read")
+
+
 @pytest.mark.slow
 def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_path: Path) -> None:
     kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]
@@ -155,6 +181,8 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
         (["--batch-size", "64"], "mixing"),
         (["--seed", "1"], "seed"),
         (["--input-size", "40"], "input"),
+        (["--teacher-amp", "bf16"], "teacher precision: written with 'float32 on cpu'"),
+        (["--torchcompile", "eager"], "teacher compiled: written with 'no'"),
     ],
 )
 def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:
