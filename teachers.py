@@ -188,12 +188,14 @@ class CachedTeacher:
         epoch, micro = place
         order = micro * self.batch_size + np.arange(len(images))
         rows = epoch * self.epoch_rows + order * self.world_size + self.rank
-        if not self.store.done(rows).all():
+        done = self.store.done(rows)
+        if not done.all():
             if self.live is None or self.verify:
                 raise UserError(
                     f"--teacher-cache {self.store.folder}: {self.missing()} of "
-                    f"{self.views * self.needed} rows are missing; go on writing with "
-                    "--teacher-cache-mode write or auto"
+                    f"{self.views * self.needed} rows are missing, and {np.count_nonzero(~done)} "
+                    f"missing or damaged in batch {micro} of epoch {epoch}; go on writing with "
+                    "--teacher-cache-mode write"
                 )
             self.store.write(rows, self.live(images))
         logits = self.store.read(rows)
