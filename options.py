@@ -165,7 +165,7 @@ def _add_distillation_flags(group: Any) -> None:
     add("--teacher-path", default="", action=Repeatable,
         help="its weights: file or URL; empty: timm's pretrained")  # fmt: skip
     add("--teacher-weight", default=None, type=float, action="append",
-        help="share of a teacher among several; default: equal")  # fmt: skip
+        help="share of a teacher among several; 0: it is only matched; default: equal")  # fmt: skip
     add("--teacher-logits", default="mean", choices=("mean", "apart"),
         help="of several: one term of the mean, or a term each")  # fmt: skip
     add("--distillation-type", default="none", choices=("none", "soft", "hard"))
