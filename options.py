@@ -187,7 +187,7 @@ def _add_distillation_flags(group: Any) -> None:
     add("--teacher-path", default="", action=Repeatable,
         help="its weights: file or URL; empty: timm's pretrained")  # fmt: skip
     add("--teacher-weight", default=None, type=float, action="append",
-        help="share of a teacher among several; default: equal")  # fmt: skip
+        help="share of a teacher among several; 0: it is only matched; default: equal")  # fmt: skip
     add("--teacher-amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="auto: as --amp; half precision also folds BatchNorm")  # fmt: skip
     add("--teacher-logits", default="mean", choices=("mean", "apart"),

@@ -138,7 +138,8 @@ def _compiled(function: Callable, backend: str) -> Callable:
 class Teachers(nn.Module):
     """Several teachers as one: the weighted mean of their logits, or all of them.
 
-    weights: their shares, which are scaled to sum 1.
+    weights: their shares, which are scaled to sum 1. One of share 0 is only looked into: its
+        logits, if it has any, go nowhere.
     """
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
@@ -152,9 +153,10 @@ class Teachers(nn.Module):
         """images: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
         answers = [member(images, place) for member in self.members]
         seen = [answer for answer in answers if isinstance(answer, Observed)]
-        logits = [answer.logits if isinstance(answer, Observed) else answer for answer in answers]
+        shares, asked = zip(*((w, x) for w, x in zip(self.weights, answers) if w > 0))
+        logits = [answer.logits if isinstance(answer, Observed) else answer for answer in asked]
         if not self.apart and len({answer.shape for answer in logits}) == 1:
-            logits = sum(w * answer for w, answer in zip(self.weights, logits))
+            logits = sum(w * answer for w, answer in zip(shares, logits))
         states = {key: state for each in seen for key, state in each.states.items()}
         return Observed(logits, states) if seen else logits
 
@@ -210,12 +212,14 @@ class CachedTeacher:
         epoch, micro = place
         order = micro * self.batch_size + np.arange(len(images))
         rows = epoch * self.epoch_rows + order * self.world_size + self.rank
-        if not self.store.done(rows).all():
+        done = self.store.done(rows)
+        if not done.all():
             if self.live is None or self.verify:
                 raise UserError(
                     f"--teacher-cache {self.store.folder}: {self.missing()} of "
-                    f"{self.views * self.needed} rows are missing; go on writing with "
-                    "--teacher-cache-mode write or auto"
+                    f"{self.views * self.needed} rows are missing, and {np.count_nonzero(~done)} "
+                    f"missing or damaged in batch {micro} of epoch {epoch}; go on writing with "
+                    "--teacher-cache-mode write"
                 )
             self.store.write(rows, self.live(images, place))
         logits = self.store.read(rows)
@@ -336,7 +340,8 @@ def build_teacher(
 ) -> Teacher | Teachers | None:
     """Return the teacher of the command line on `device`, or None if nothing is asked of it.
 
-    Without distillation of logits it needs no classifier: what it saw inside is all that counts.
+    Without distillation of logits, or with a share of 0 among several, it needs no classifier:
+    what it saw inside is all that counts.
     Raises UserError for an unknown model, a file that is missing or of another architecture, and
     another number of classes than the student's.
     """
@@ -345,15 +350,16 @@ def build_teacher(
         return None
     names, paths = build_sources(args)
     weights = args.teacher_weight or [1.0] * len(names)
-    if not len(names) == len(paths) == len(weights) or min(weights) <= 0:
+    if not len(names) == len(paths) == len(weights) or min(weights) < 0 or not any(weights):
         raise UserError(
             f"{len(names)} --teacher-model, {len(paths)} --teacher-path, --teacher-weight "
-            f"{weights}; give one of each for every teacher, with weights above 0"
+            f"{weights}; give one of each for every teacher, a weight above 0, or 0 to one that "
+            "is only matched"
         )
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     members = []
-    for name, path in zip(names, paths):
-        network = _network(name, path, num_classes, classifies)
+    for name, path, weight in zip(names, paths, weights):
+        network = _network(name, path, num_classes, classifies and weight > 0)
         own = models.data_config(name)
         teacher_inputs = InputConfig(
             input_size=own["input_size"][1:], mean=tuple(own["mean"]), std=tuple(own["std"]),
