@@ -32,3 +32,7 @@ class Stopped(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.signal_number = signal_number
+
+
+class Lost(RuntimeError):
+    """Another process of the run does not come, has died, or does not answer."""

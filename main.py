@@ -31,14 +31,16 @@ import preflight
 import recipe
 import resume
 import teachers
-from errors import EXIT_STOPPED, Stopped, UserError
+from errors import EXIT_STOPPED, Lost, Stopped, UserError
 
 _logger = logging.getLogger("main")
 
 
 def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     """Run what `args` asks for and return the last evaluation's numbers."""
-    processes = distributed.init_processes(args.device, dist_url=args.dist_url)
+    processes = distributed.init_processes(
+        args.device, dist_url=args.dist_url, timeout_min=args.dist_timeout
+    )
     metrics.set_up_logging(processes.rank)
     device = processes.device
     amp_dtype = pick_amp(args.amp, device)
@@ -284,7 +286,7 @@ def run(
         tell(None, "Interrupted; --resume auto goes on from the last checkpoint")
         return 128 + Signals.SIGINT
     except UserError as error:
-        if distributed.first_to_say(error.line()):
+        if distributed.first_to_say(error.line(), code=2):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
         return 2  # without leaving the group: another process may still wait in a collective
     except Stopped as stop:
@@ -294,13 +296,18 @@ def run(
         on_stop(stop.signal_number)
         return EXIT_STOPPED
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if distributed.another_has_said():  # and has left, so that a collective failed here
-            return 2
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if code := distributed.said_by_another():  # and it has left, so that a collective failed
+            return code
+        if reason := distributed.lost_reason(error):
+            what = "a process of this run has died or does not answer"
+            advice = "--resume auto goes on; if one is only slow, raise --dist-timeout"
+        elif "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
+            what, reason = "a DataLoader worker is gone", " ".join(str(error).split())
+            advice = "was the memory full? Use fewer --num-workers; --resume auto goes on"
+        else:
             raise
-        reason = " ".join(str(error).split())
-        print(f"error: a DataLoader worker is gone ({reason}); was the memory full? Use fewer "
-              "--num-workers; --resume auto goes on", file=sys.stderr)  # fmt: skip
+        if isinstance(error, Lost) or distributed.first_to_say(what, code=1):
+            print(f"error: {what} ({reason}); {advice}", file=sys.stderr, flush=True)
         return 1
     distributed.shutdown()
     return 0

@@ -156,6 +156,8 @@ def _add_run_flags(group: Any) -> None:
     add("--dist-eval", action="store_true", help="always on: evaluation is sharded and exact")
     add("--world-size", default=1, type=int, help="no effect: the launcher says")
     add("--dist-url", default="env://", help="how the processes find each other")
+    add("--dist-timeout", default=30.0, type=float, metavar="MIN",
+        help="minutes that the processes wait for one another before the run ends")  # fmt: skip
     add("--distributed", action="store_true", help="no effect: the launcher says")
 
 
@@ -443,6 +445,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("mixup_switch_prob", 0, 1),
         ("model_ema_decay", 0, 1),
         ("lr", 0, None),
+        ("dist_timeout", 0.01, 1e5),
         ("weight_decay", 0, None),
         ("warmup_epochs", 0, None),
         ("color_jitter", 0, None),
@@ -533,6 +536,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "distributed": (True, "the launcher decides"),
         "world_size": (True, "the launcher decides"),
         "dist_eval": (True, "evaluation is always sharded and exact"),
+        "dist_timeout": (find_launcher(os.environ)[3] == 1, "there is one process"),
         "cooldown_epochs": (True, "the schedule ends with --epochs"),
         "patience_epochs": (args.sched != "plateau", "it belongs to --sched plateau"),
         "aa": (three, "--ThreeAugment replaces it"),

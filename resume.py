@@ -34,9 +34,9 @@ NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # free because names and labels of the pictures are compared; --epochs, because training on is
 # common.
 MAY_CHANGE = frozenset({
-    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
-    "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "log_interval",
-    "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
+    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",
+    "dist_timeout", "dist_url", "distributed", "epochs", "eval", "finetune", "keep_checkpoints",
+    "log_interval", "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
     "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
     "world_size",
 })  # fmt: skip
