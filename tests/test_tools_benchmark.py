@@ -1,17 +1,11 @@
 """The benchmark: every part runs, and its numbers are put together as they should be."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
-benchmark = importlib.util.module_from_spec(_spec)
-sys.modules["benchmark"] = benchmark  # where dataclasses look
-_spec.loader.exec_module(benchmark)
+from tools import benchmark
 
 
 def test_a_race_warms_up_and_rotates_the_order(capsys) -> None:

@@ -602,7 +602,7 @@ def held(device: torch.device) -> int:
 # --- the program --------------------------------------------------------------------------------
 
 
-def get_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -627,7 +627,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = get_parser().parse_args()
+    args = _parser().parse_args()
     if len(args.teacher) != len(args.batch_size):
         raise SystemExit("give one --batch-size for each --teacher")
     warnings.filterwarnings("ignore")
