@@ -53,15 +53,16 @@ MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
 
 
 def start(
-    flags: list[str], out: Path, processes: int = 1, launch: Sequence[str] = ("--standalone",)
+    flags: list[str], out: Path, processes: int = 1, launch: Sequence[str] = ()
 ) -> subprocess.Popen:
     """Start a run into `out`, in a process group of its own; what it says goes to `out`.log.
 
-    launch: torchrun's flags, where there are several processes.
+    launch: torchrun's flags; without any, it starts several processes, and no single one.
     """
     launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launch]
+    if processes > 1 or launch:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                     *(launch or ["--standalone"])]  # fmt: skip
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environ["OMP_NUM_THREADS"] = "1"
     with open(f"{out}.log", "a") as log:
