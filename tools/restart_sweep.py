@@ -1,6 +1,6 @@
 """Kill one of two processes under `torchrun --max-restarts`, and compare with a run left alone.
 
-    python tools/restart_sweep.py --points 10 --write docs/restart_sweep.md
+    python tools/restart_sweep.py --points 10 5 --write docs/restart_sweep.md
 
 The process, the moment (start-up, the start and the middle of an epoch, evaluation, the writing of
 a checkpoint) and the second within it are drawn. Nobody starts the run again: torchrun must, and
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools import kill_sweep  # noqa: E402
 
-FLAGS = [*kill_sweep.FLAGS, "--batch-size", "32", "--dist-timeout", "2"]
+FLAGS = [*kill_sweep.PLAIN, "--distillation-type", "none", "--dist-timeout", "2"]
 NODES = {
     1: ["--max-restarts=3"],
     2: ["--max-restarts=3", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run",
@@ -63,7 +63,8 @@ def restart(point: int, nodes: int, flags: list[str], whole: Path, out: Path) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--points", type=int, default=10, help="kills, on one and on two nodes")
+    parser.add_argument("--points", type=int, nargs=2, default=(10, 5),
+                        help="kills, on one node and on two")  # fmt: skip
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     request = parser.parse_args()
     rows = []
@@ -71,8 +72,8 @@ def main() -> int:
         wholes = {workers: Path(place, f"whole{workers}") for workers in (0, 2)}
         for workers, whole in wholes.items():
             kill_sweep.finish([*FLAGS, "--num_workers", str(workers)], whole, 2)
-        for nodes in NODES:
-            for point in range(request.points):
+        for nodes, points in zip(NODES, request.points):
+            for point in range(points):
                 workers = (0, 2)[point // 5 % 2]
                 found = restart(point, nodes, [*FLAGS, "--num_workers", str(workers)],
                                 wholes[workers], Path(place, f"killed{nodes}-{point}"))  # fmt: skip
