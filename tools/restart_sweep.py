@@ -79,11 +79,20 @@ def main() -> int:
                                 wholes[workers], Path(place, f"killed{nodes}-{point}"))  # fmt: skip
                 rows.append([nodes, point + 1, workers, *found])
                 print(*rows[-1], sep=" | ", flush=True)
+                if request.write:  # each time, should somebody not wait for the rest
+                    request.write.write_text(report(rows, sum(request.points)))
+    print(report(rows, sum(request.points)).splitlines()[2])
+    return int(any(row[-1] != "identical" for row in rows))
+
+
+def report(rows: list[list[object]], points: int) -> str:
+    """Return the Markdown page of the sweep, of which `points` kills were asked for."""
     good = sum(row[-1] == "identical" for row in rows)
-    text = "\n".join([
+    return "\n".join([
         "# One of two processes killed under torchrun", "",
         f"{good} of {len(rows)} runs went on by themselves and are identical to the uninterrupted "
-        "one: weights, average, optimizer, counters and log.txt, to the bit.", "",
+        "one: weights, average, optimizer, counters and log.txt, to the bit."
+        + f" ({points} were asked for.)" * (len(rows) < points), "",
         kill_sweep.provenance(),
         "Two nodes are two torchruns on this machine. torchrun's flags:", "",
         *(f"- {nodes}: `torchrun --nproc_per_node={2 // nodes} {shlex.join(launch)}`"
@@ -93,10 +102,6 @@ def main() -> int:
         "|---|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(map(str, row))} |" for row in rows), "",
     ])  # fmt: skip
-    if request.write:
-        request.write.write_text(text)
-    print(text.splitlines()[2])
-    return int(good < len(rows))
 
 
 if __name__ == "__main__":
