@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
+import sources
 from augment import InputConfig
 from datasets import Loaders, auto_workers, build_dataset, build_loaders
 from distributed import Processes
@@ -662,11 +663,11 @@ def test_the_cores_of_a_node_are_shared_by_its_processes(
 
 def test_pictures_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
     values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    assert np.asarray(datasets.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
+    assert np.asarray(sources.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
         0,
         1,
         128,
         255,
     ]
     with pytest.raises(ValueError, match="mode F"):
-        datasets.to_rgb(Image.fromarray(values.astype(np.float32)))
+        sources.to_rgb(Image.fromarray(values.astype(np.float32)))
