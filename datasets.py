@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from augment import InputConfig, Transform, build_transform
 from distributed import Processes, leave_signals_to_parent
 from errors import UserError
+from pixels import to_rgb
 from samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
-from sources import WITHOUT_FLIP, Files, Part, Shards, Source, open_source, some, to_rgb
+from sources import WITHOUT_FLIP, Part, Shards, Source, open_source, some
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Pictures(Dataset):
         self.classes = source.classes
         self.description = f"{len(source)} {source.what}, {num_classes} classes"
         marks = len(source) if bad_pictures != "fail" else 0
+        self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of a picture come in a row
         self._unreadable = torch.zeros(marks, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -60,7 +62,7 @@ class Pictures(Dataset):
         for step in range(tries):
             here = (index + step) % len(self)
             try:
-                picture, label = self.source.load(here)
+                picture, label = self._load(here)
             except UNREADABLE as error:
                 self._report(here, error)
                 if self.bad_pictures == "leave out":
@@ -71,6 +73,12 @@ class Pictures(Dataset):
             f"{tries} pictures in a row cannot be read, from {self.source.name(index)} on; "
             "is the disk still there?"
         )
+
+    def _load(self, index: int) -> tuple[Any, int]:
+        """Return a picture and its label; the same one again is not decoded again."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self.source.load(index)
+        return self._last[1]
 
     def skipped(self) -> int:
         """Return how many different pictures could not be read so far, in all workers."""
@@ -208,9 +216,8 @@ class Loaders:
         digest = hashlib.sha256()
         for data in self.data:
             digest.update(repr((len(data), data.num_classes, data.classes)).encode())
-            source = getattr(data, "source", None)
-            if isinstance(source, Files):
-                digest.update(source.names.tobytes() + source.labels.tobytes())
+            identity = getattr(getattr(data, "source", None), "identity", None)
+            digest.update(identity() if identity is not None else b"")
         counts = " + ".join(str(len(data)) for data in self.data)
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
 

@@ -21,27 +21,20 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import UserError
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture in RGB, 8 bits; those of 16 bits are scaled, where Pillow would clip."""
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        raise ValueError(
-            f"mode {picture.mode}, whose white nobody knows; save it with 8 or 16 bits"
-        )
-    return picture.convert("RGB")
+from pixels import Picture, decode, to_rgb
 
 
 class Source(Protocol):
-    """Labelled pictures by index. `classes` holds their names, or is None where nobody knows."""
+    """Labelled pictures by index. `classes` holds their names, or is None where nobody knows.
+
+    An `identity()`, where a source has one, are bytes that say which pictures these are.
+    """
 
     classes: list[str] | None
     what: str
 
     def __len__(self) -> int: ...
-    def load(self, index: int) -> tuple[Image.Image, int]: ...
+    def load(self, index: int) -> tuple[Picture, int]: ...
     def name(self, index: int) -> str: ...
 
 
@@ -58,9 +51,12 @@ class Files:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        with open(self.name(index), "rb") as file:
-            return to_rgb(Image.open(file)), int(self.labels[index])
+    def load(self, index: int) -> tuple[Picture, int]:
+        return decode(Path(self.name(index)).read_bytes()), int(self.labels[index])
+
+    def identity(self) -> bytes:
+        """Return what says which pictures these are, wherever the folder lies."""
+        return self.names.tobytes() + self.labels.tobytes()
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index].item()))
@@ -77,7 +73,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Picture, int]:
         picture, label = self.pairs[index]
         return to_rgb(picture), label
 

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
-    0: {"errors", "distributed", "schedules"},
+    0: {"errors", "distributed", "schedules", "pixels"},
     1: {"losses", "checkpoint", "metrics", "datasets", "sources", "augment", "samplers", "cache"},
     2: {"models", "resume"},
     3: {"teachers", "matching", "optim", "recipe"},
