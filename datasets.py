@@ -162,12 +162,12 @@ def build_dataset(
         batch_size=args.batch_size,
     )
     name, root = str(args.data_set), str(args.data_path)
-    hflip = 0.0 if name in WITHOUT_FLIP else 0.5
-    transform = build_transform(is_train, args, inputs, hflip=hflip)
     bad_pictures = "fail"
     if args.on_bad_image == "skip":
         bad_pictures = "replace" if is_train else "leave out"
     source = open_source(name, root, part)
+    flips = getattr(source, "flips", name not in WITHOUT_FLIP)
+    transform = build_transform(is_train, args, inputs, hflip=0.5 if flips else 0.0)
     if isinstance(source, Shards):
         num_classes = count_classes(source.classes, args.nb_classes, source.what)
         return Stream(source, transform, num_classes), num_classes

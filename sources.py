@@ -22,6 +22,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import UserError
 from pixels import Picture, decode, to_rgb
+from prepared import open_prepared
 
 
 class Source(Protocol):
@@ -85,7 +86,8 @@ class Pairs:
 class Part:
     """Which part of a data set to open, in the words of all data sets.
 
-    val_split: of the digits, `test` or `dev`. seed, batch_size: hints for readers of shards.
+    val_split: of the digits, `test` or `dev`. seed, batch_size: hints for readers of shards;
+    in_order: they do not shuffle.
     """
 
     is_train: bool
@@ -93,6 +95,7 @@ class Part:
     val_split: str = "test"
     seed: int = 0
     batch_size: int = 1
+    in_order: bool = False
 
 
 # The digits' rows come grouped by writer, so splitting them in order splits the writers.
@@ -200,6 +203,7 @@ DATA_SETS: dict[str, Callable[[str, Part], Source]] = {
     "IMNET": open_imagenet,
     "INAT": partial(open_inat, year=2018),
     "INAT19": partial(open_inat, year=2019),
+    "PREPARED": open_prepared,
 }
 WITHOUT_FLIP = {"DIGITS"}  # a mirrored digit is another sign, or none
 
@@ -287,7 +291,7 @@ def open_timm(name: str, root: str, part: Part) -> tuple[Any, str]:
                 name,
                 root=root or None,
                 split=split,
-                is_training=part.is_train,
+                is_training=part.is_train and not part.in_order,
                 batch_size=part.batch_size,
                 seed=part.seed,
             )
