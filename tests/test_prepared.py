@@ -1,6 +1,5 @@
 """A prepared data set: the same pictures in a few files, however often its making was stopped."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -21,11 +20,7 @@ from errors import UserError
 from options import get_args_parser
 from pixels import size_of
 from prepared import Prepared
-
-ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("prepare_data", ROOT / "tools" / "prepare_data.py")
-tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tool)
+from tools import prepare_data as tool
 
 INPUTS = InputConfig((40, 40), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 FORMS = ("raw", "jpeg")

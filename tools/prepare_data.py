@@ -42,7 +42,7 @@ SPLITS = {"train": True, "val": False}
 Entry = tuple[int, bytes, int, int, int] | tuple[int, str]  # place, bytes, height, width, label
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -228,7 +228,7 @@ def verify(folder: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = get_args_parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     try:
         if args.short_side < 1 or not 1 <= args.quality <= 95:
             raise UserError("--short-side must be at least 1, --quality from 1 to 95")
