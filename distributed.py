@@ -143,10 +143,12 @@ def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
     DDP lays out its gradients anew after the first backward pass, and the place of a number
     decides in which order three or more processes add it up. A pass over `example` beforehand
     (in evaluation mode, which changes nothing) gives a resumed run the layout of one that was not
-    stopped, and so the same bits.
+    stopped, and so the same bits. Buffers are the engine's to bring into line, after an update.
     """
     device_ids = [example.device.index] if example.is_cuda else None
-    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+    wrapped = nn.parallel.DistributedDataParallel(
+        module, device_ids=device_ids, broadcast_buffers=False
+    )
     was_training = module.training
     module.eval()
     sum(output.float().sum() for output in _tensors_in(wrapped(example))).backward()
@@ -283,6 +285,13 @@ def any_rank(flag: Tensor) -> Tensor:
     agreed = flag.to(torch.uint8)
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return agreed.bool()
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return the first process's `tensor`, of one shape, in all of them; it may be overwritten."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def all_gather(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from distributed import find_launcher
 from errors import UserError
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
-DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")
 INAT_CATEGORIES = [
     "kingdom",
     "phylum",
