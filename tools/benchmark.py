@@ -363,6 +363,8 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "x no teacher, same precision": lambda name: "no teacher, "
         + name.partition(", ")[2].removesuffix(" again"),
     })  # fmt: skip
+    if not any(name.startswith("timm") for name in seconds):
+        lines += ["", "Not measured: timm's task, which has no distilled student of that name."]
     lines += ["", f"The student's step is 3 x {flops / 1e9:.2f} GFLOP a picture."]
     for precision in args.precision:
         live, cached = (
