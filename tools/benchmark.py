@@ -539,7 +539,8 @@ class Loaded(Ours):
     def __init__(self, case: Case, amp_dtype: torch.dtype | None, args: argparse.Namespace) -> None:
         super().__init__(case, amp_dtype, "none", backend=args.torchcompile)
         settings = options.parse_args([
-            "--data-path", args.data_path, "--model", case.student, "--input-size", str(case.size),
+            "--data-path", args.data_path, "--data-set", args.data_set, "--model", case.student,
+            "--input-size", str(case.size),
             "--batch-size", str(case.batch), "--device", str(case.device),
         ]).args  # fmt: skip
         inputs = models.build_input_config(settings)
@@ -638,6 +639,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=2, help="timed steps of a turn, after one that is not")
     add("--device", default="auto")
     add("--data-path", default="", help="on a GPU: pictures for the whole pipeline")
+    add("--data-set", default="IMNET", help="what they are, as of main.py")
     add("--agreement-teacher", default="resnet_pico")
     add("--agreement-path", default=str(SHIPPED), help="its trained weights")
     add("--agreement-data", default="", help="folder with val/; default: the embedded digits")
