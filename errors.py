@@ -20,6 +20,7 @@ class UserError(ValueError):
         return " ".join(message.split())
 
 
+EXIT_WORKER = 1  # a DataLoader worker has died or hangs: a fault, after which --resume auto goes on
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 
 

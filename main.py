@@ -6,6 +6,7 @@ python main.py --eval --resume FILE --data-path FOLDER
 """
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -31,7 +32,7 @@ import preflight
 import recipe
 import resume
 import teachers
-from errors import EXIT_STOPPED, Stopped, UserError
+from errors import EXIT_STOPPED, EXIT_WORKER, Stopped, UserError
 
 _logger = logging.getLogger("main")
 
@@ -92,7 +93,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         args, {"model": student.network, "projections": student.trained_projections(),
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
-        facts={"processes": processes.world_size, "data": loaders.fingerprint()},
+        facts={"processes": processes.world_size, "data": loaders.fingerprint(),
+               "teacher": distributed.on_main(lambda: teachers.build_identity(args))},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
@@ -279,15 +281,24 @@ def run(
     except (RuntimeError, ConnectionError, EOFError) as error:
         if distributed.another_has_said():  # and has left, so that a collective failed here
             return 2
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
         reason = " ".join(str(error).split())
+        if "DataLoader timed out" in reason:
+            print("error: a DataLoader worker has brought no batch in --loader-timeout minutes; "
+                  "does the disk still answer? --resume auto goes on", file=sys.stderr)  # fmt: skip
+            return EXIT_WORKER
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in reason:
+            raise
         print(f"error: a DataLoader worker is gone ({reason}); was the memory full? Use fewer "
               "--num-workers; --resume auto goes on", file=sys.stderr)  # fmt: skip
-        return 1
+        return EXIT_WORKER
     distributed.shutdown()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == EXIT_WORKER:  # without waiting for one that its disk does not let go
+        os._exit(code)
+    sys.exit(code)

@@ -35,14 +35,14 @@ OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dic
 WEIGHTS = ("model", "model_ema", "projections")
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because names and labels of the pictures are compared; --epochs, because training on is
-# common.
+# free because names and labels of the pictures are compared, --teacher-path because the file's hash
+# is; --epochs, because training on is common.
 MAY_CHANGE = frozenset({
     "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
-    "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "log_interval",
-    "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
+    "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "loader_timeout",
+    "log_interval", "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
     "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
-    "world_size",
+    "teacher_path", "world_size",
 })  # fmt: skip
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
