@@ -6,6 +6,7 @@ Shapes: B batch, C classes. Nothing here waits for the device but what a printed
 import json
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,8 +118,8 @@ class ProgressLogger:
             rate = images_per_step * steps / max(now - self._mark, 1e-9)
             rates = {"images_per_s": rate, "data_wait": self.wait_share(now)}
             parts += [f"{rate:.0f} images/s", f"data wait {100 * rates['data_wait']:.0f}%"]
-        if torch.cuda.is_available():
-            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        rates["memory_mib"] = peak_memory() / 2**20
+        parts.append(f"memory {rates['memory_mib']:.0f} MiB")
         self._mark, self._steps_at_mark = now, done
         line = f"{self.header} {'  '.join(parts)}"
         print(f"\r{line}\033[K" if self._overwrites else line,
@@ -128,6 +129,14 @@ class ProgressLogger:
     def wait_share(self, now: float) -> float:
         """Return the share of the time so far that went into waiting for data, from 0 to 1."""
         return self._waited / max(now - self._begin, 1e-9)
+
+
+def peak_memory() -> int:
+    """Return the most bytes held until now: of tensors on the GPU, or else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def number(value: float) -> str:

@@ -38,8 +38,8 @@ NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # free because names and labels of the pictures are compared, --teacher-path because the file's hash
 # is; --epochs, because training on is common.
 MAY_CHANGE = frozenset({
-    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
-    "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "loader_timeout",
+    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_timeout",
+    "dist_url", "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "loader_timeout",
     "log_interval", "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
     "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
     "teacher_path", "world_size",

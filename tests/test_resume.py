@@ -26,7 +26,7 @@ import engine
 import resume
 from errors import EXIT_STOPPED, Stopped, UserError
 from losses import DistillationLoss
-from tools.kill_sweep import compare_runs, differences, finish, kill, start
+from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
 
 CPU = torch.device("cpu")
 # mixup, erasing, repeated augmentation and EMA are on by default
@@ -98,35 +98,41 @@ def test_a_signal_ends_the_step_saves_and_has_a_code_of_its_own(
     assert checkpoint.read_weights_file(tmp_path / "out" / "checkpoint.pth")["global_step"] >= 2
 
 
+def stop_second(folder_flags: list[str], tmp_path: Path, words: str, number: int, *launch: str):
+    """Start two runs of two processes, the second one of which gets a signal after `words`.
+
+    Returns the first one's folder, and the other's process, folder and flags.
+    """
+    flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    finish(flags, whole, 2)
+    process = start(flags, out, 2, ["--standalone", *launch])
+    wait_for(words, Path(f"{out}.log"), process)
+    os.kill(children(process.pid)[-1], number)
+    return whole, process, out, flags
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
     folder_flags: list[str], tmp_path: Path
 ) -> None:
-    flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
-    finish(flags, tmp_path / "whole", 2)
-    process = start(flags, tmp_path / "out", 2)
-    wait_for("[1/2] [2/", tmp_path / "out.log", process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGUSR1)
-    process.wait(60)
-    text = (tmp_path / "out.log").read_text()
+    whole, process, out, flags = stop_second(folder_flags, tmp_path, "[1/2] [2/", signal.SIGUSR1)
+    process.wait(120)
+    text = Path(f"{out}.log").read_text()
     assert text.count("Stopped by SIGUSR1") == 1 and f"exitcode  : {EXIT_STOPPED}" in text
-    finish(flags, tmp_path / "out", 2)
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
+    finish(flags, out, 2)
+    assert_same_run(whole, out)
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_the_same(
     folder_flags: list[str], tmp_path: Path
 ) -> None:
-    flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
-    finish(flags, tmp_path / "whole", 2)
-    process = start(flags, tmp_path / "out", 2, "--max-restarts=2")
-    wait_for("[2/2] [1/", tmp_path / "out.log", process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    assert process.wait(180) == 0, (tmp_path / "out.log").read_text()
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
+    whole, process, out, _ = stop_second(
+        folder_flags, tmp_path, "[2/2] [1/", signal.SIGKILL, "--max-restarts=2"
+    )
+    assert process.wait(300) == 0, Path(f"{out}.log").read_text()
+    assert_same_run(whole, out)
 
 
 @pytest.mark.slow
@@ -136,8 +142,7 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_it_can_go_on(
     flags = [*folder_flags, "--num_workers", "1"]
     process = start(flags, tmp_path / "out")
     wait_for("[1/2] [1/", tmp_path / "out.log", process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
     assert process.wait(60) == 1
     said = (tmp_path / "out.log").read_text()
     assert said.count("error: a DataLoader worker is gone") == 1 and "Traceback" not in said
