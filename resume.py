@@ -188,7 +188,10 @@ class Keeper:
         if self.folder is None:
             return "no file, for want of --output_dir"
         path = self.folder / "bad_batch.pth"
-        checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        try:
+            checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        except UserError as error:  # why it was written is more to the point
+            return f"no file ({error.line()})"
         return str(path)
 
     # ---- going on
@@ -469,8 +472,14 @@ def set_aside(folder: Path) -> None:
     while (folder / f"previous-{number}").exists():
         number += 1
     aside = folder / f"previous-{number}"
-    aside.mkdir()
-    for path in found:
-        os.replace(path, aside / path.name)
+    try:
+        aside.mkdir()
+        for path in found:
+            os.replace(path, aside / path.name)
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds an earlier run, which cannot be moved to {aside} ({error.strerror}); "
+            "go on with it by --resume auto, or choose another --output_dir"
+        ) from error
     _logger.warning("%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
                     folder, aside)  # fmt: skip
