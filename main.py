@@ -104,7 +104,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
         facts={"processes": processes.world_size, "data": loaders.fingerprint(),
-               "teacher": distributed.on_main(lambda: teachers.build_identity(args))},
+               "teacher": teachers.build_identity(args)},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip

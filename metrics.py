@@ -277,11 +277,14 @@ def keep_epochs_before(path: Path, epoch: int) -> None:
 
 def _replace_text(path: Path, text: str) -> None:
     shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with shadow.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(shadow, path)
+    try:
+        with shadow.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(shadow, path)
+    finally:
+        shadow.unlink(missing_ok=True)
 
 
 def _open_tensorboard(folder: Path, images_seen: int) -> Any:

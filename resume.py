@@ -38,11 +38,11 @@ NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # free because names and labels of the pictures are compared, --teacher-path because the file's hash
 # is; --epochs, because training on is common.
 MAY_CHANGE = frozenset({
-    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_timeout",
-    "dist_url", "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "loader_timeout",
-    "log_interval", "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
-    "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
-    "teacher_path", "world_size",
+    "check", "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",
+    "dist_timeout", "dist_url", "distributed", "dry_run", "epochs", "eval", "finetune",
+    "keep_checkpoints", "list_models", "loader_timeout", "log_interval", "max_bad_steps",
+    "num_workers", "output_dir", "pin_mem", "pretrained", "resume", "resume_anyway", "start_epoch",
+    "teacher_cache", "teacher_cache_mode", "teacher_check", "teacher_path", "world_size",
 })  # fmt: skip
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
@@ -214,7 +214,7 @@ class Keeper:
 
         def look() -> str:
             path = resolve(source, self.folder, usable)
-            if path and not found:
+            if path and not found and not checkpoint.is_url(path):  # which all processes fetch
                 found.update(load_run(path))
             return path
 
@@ -452,7 +452,7 @@ def build_keeper(
         every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
     )  # fmt: skip
     if keeper.folder is not None and distributed.is_main():
-        for leftover in keeper.folder.glob(".*.pth.*.tmp"):  # of a run killed while it wrote
+        for leftover in keeper.folder.glob(".*.[0-9]*.tmp"):  # of a run killed while it wrote
             leftover.unlink(missing_ok=True)
     if keeper.folder is not None and not args.resume and not args.check:
         distributed.on_main(lambda: set_aside(keeper.folder))

@@ -275,7 +275,7 @@ class Reads(TorchDispatchMode):
 def test_the_host_asks_for_no_number_between_two_printed_lines(monkeypatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))  # of a GPU's path
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
-    model = TwoHeads()
+    model = WithStatistics()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ema = optim.Ema(model, decay=0.9, warmup=True)
     criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "hard", 0.5, 1.0)

@@ -194,6 +194,28 @@ def test_auto_without_a_checkpoint_begins_and_with_one_goes_on(tmp_path: Path) -
     assert (again.epoch, again.best, again.global_step) == (1, 12.5, 1)
 
 
+def test_a_url_is_fetched_by_all_processes_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper(tmp_path).end_epoch(1.0)
+    alone: list[bool] = []
+
+    def on_main(function: Callable) -> Any:
+        alone.append(True)
+        answer = function()
+        alone.clear()
+        return answer
+
+    def fetch(url: str) -> Path:
+        assert not alone, "the others do not come to its barrier"
+        return tmp_path / "checkpoint.pth"
+
+    monkeypatch.setattr(distributed, "on_main", on_main)
+    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    for source in ("https://host/run-12345678.pth", "auto:https://host/run-12345678.pth"):
+        assert "epoch 1" in keeper(tmp_path / "empty").resume(source)
+
+
 def test_auto_falls_back_over_damaged_files_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
