@@ -8,6 +8,7 @@ mark for each row, of one byte, is 0 until the row is there and then its checksu
 torn by a crash of the machine counts as missing.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -66,9 +67,8 @@ class Store:
         self.folder, self.rows, self.num_classes, self.keep = Path(folder), rows, num_classes, keep
         manifest = {"format": FORMAT, "rows": rows, "classes": num_classes, "keep": keep, **facts}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
-        with distributed.main_first():
-            if may_create and not (self.folder / MANIFEST).exists():
-                self._create(manifest)
+        if may_create:
+            distributed.on_main(lambda: self._create(manifest))
         self._check(manifest)
         self._files = {name: self._map(name) for name in [*self._layout(), MARKS]}
 
@@ -91,7 +91,11 @@ class Store:
         return self.rows * (sum(widths) + 1)
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if (self.folder / MANIFEST).exists():
+            return
+        shadow = self.folder / (MANIFEST + ".tmp")
+        own = {*self._layout(), MARKS, shadow.name}  # left where the last attempt was cut short
+        if self.folder.exists() and any(file.name not in own for file in self.folder.iterdir()):
             raise UserError(f"--teacher-cache {self.folder}: holds other files; give a new folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,10 +104,12 @@ class Store:
                 with open(self.folder / name, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0,
                                        self.rows * columns * np.dtype(kind).itemsize)  # fmt: skip
-            shadow = self.folder / (MANIFEST + ".tmp")
             shadow.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             os.replace(shadow, self.folder / MANIFEST)
         except OSError as error:
+            for name in own:  # a full disk has better use for them
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink()
             raise UserError(
                 f"--teacher-cache {self.folder}: {self.size() / 2**20:.0f} MiB cannot be written "
                 f"({error.strerror or error})"

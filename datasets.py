@@ -271,6 +271,7 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         _build_loader,
         seed=args.seed,
         workers=workers,
+        timeout_min=args.loader_timeout,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         rank=processes.rank,
     )
@@ -323,6 +324,7 @@ def _build_loader(
     is_train: bool,
     seed: int,
     workers: int,
+    timeout_min: float,
     pin_memory: bool,
     rank: int,
 ) -> DataLoader:
@@ -337,6 +339,7 @@ def _build_loader(
         sampler=sampler,
         batch_size=batch_size,
         num_workers=workers,
+        timeout=60 * timeout_min if workers else 0,
         pin_memory=pin_memory,
         drop_last=is_train,
         persistent_workers=workers > 0,

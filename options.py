@@ -311,6 +311,8 @@ def _add_data_flags(group: Any) -> None:
     add("--eval-crop-ratio", "--crop-pct", default=None, type=float,
         help="default: the model's own, 0.875 for DeiT's")  # fmt: skip
     add("--num-workers", default=None, type=int, help="per process; default: what the cores allow")
+    add("--loader-timeout", default=20.0, type=float, metavar="MIN",
+        help="minutes a worker may take for a batch, before the run ends; 0: for ever")  # fmt: skip
     add("--on-bad-image", default="fail", choices=("fail", "skip"))
     _switch(group, "pin-mem", True, "page-locked batches for a GPU")
 
@@ -428,6 +430,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("log_interval", 1, None),
         ("max_bad_steps", 1, None),
         ("num_workers", 0, None),
+        ("loader_timeout", 0, None),
         ("nb_classes", 1, None),
         ("start_epoch", 0, None),
         ("teacher_cache_views", 0, None),
@@ -577,6 +580,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "checkpoint_steps": (not args.output_dir, "nothing is saved without --output_dir"),
         "checkpoint_minutes": (not args.output_dir, "nothing is saved without --output_dir"),
         "keep_checkpoints": (not args.output_dir, "nothing is saved without --output_dir"),
+        "loader_timeout": (args.num_workers == 0, "there are no workers"),
         "start_epoch": (bool(args.resume), "--resume knows its epoch"),
         "torchcompile": (args.eval, "evaluation is not compiled"),
         "grad_checkpointing": (args.eval, "evaluation keeps nothing for a backward pass"),
