@@ -130,7 +130,9 @@ def slurm() -> Iterator[None]:
     up = shutil.which("sinfo") and not subprocess.run(["sinfo"], capture_output=True).returncode
     subprocess.run([str(SCRIPTS / "slurm_up.sh")], check=True, capture_output=True, timeout=300)
     yield
-    subprocess.run(["scancel", *Job.submitted], capture_output=True)
+    subprocess.run(["scancel", *(job.number for job in Job.submitted)], capture_output=True)
+    for job in Job.submitted:
+        job.stop_reading()
     if not up:
         subprocess.run([str(SCRIPTS / "slurm_down.sh")], capture_output=True, timeout=120)
 
@@ -138,7 +140,7 @@ def slurm() -> Iterator[None]:
 class Job:
     """A run submitted through `run_with_submitit.py`, whose checkpoint is read all the while."""
 
-    submitted: list[str] = []
+    submitted: list["Job"] = []
 
     def __init__(self, folder: Path, *flags: str) -> None:
         environ = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -149,11 +151,12 @@ class Job:
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         self.number = result.stdout.split()[-1]
-        self.submitted.append(self.number)
+        self.submitted.append(self)
         self.logs = folder / self.number
         self.folder = folder / "out" if "--output-dir" in flags else self.logs
         self.whole, self.torn, self.over = 0, "", threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         """Read the checkpoint with its checksums, again and again, from when it is first there."""
@@ -165,6 +168,10 @@ class Job:
                     self.whole += 1
             except UserError as error:
                 self.torn = error.line()
+
+    def stop_reading(self) -> None:
+        self.over.set()
+        self.reader.join()
 
     def said(self) -> str:
         return "".join(file.read_text() for file in sorted(self.logs.glob("*_log.*")))
@@ -217,7 +224,7 @@ class Job:
 
     def wait_for_end(self) -> None:
         self.wait(lambda: self.state() == "COMPLETED")
-        self.over.set()
+        self.stop_reading()
         assert not self.torn and self.whole > 3
 
 
