@@ -16,7 +16,6 @@ import gc
 import io
 import json
 import math
-import os
 import platform
 import shlex
 import statistics
@@ -100,13 +99,23 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     return middle, low, high
 
 
-def table(seconds: Mapping[str, list[float]], bases: Sequence[str]) -> list[str]:
-    """Return the rows of a race: how many times as fast as each of `bases`, then milliseconds."""
-    bases = [base for base in bases if base in seconds]
-    lines = ["| | " + " | ".join(f"x {base}" for base in bases) + " | ms a step |"]
-    lines += ["|" + "---|" * (len(bases) + 2)]
+def table(
+    seconds: Mapping[str, list[float]], columns: Mapping[str, Callable[[str], str]]
+) -> list[str]:
+    """Return a race as a table: how many times as fast as others each row is, then milliseconds.
+
+    columns: from the name of a row to the row that it is compared with; one that did not run
+    leaves the cell empty.
+    """
+    lines = ["| | " + " | ".join(columns) + " | ms a step |", "|" + "---|" * (len(columns) + 2)]
     for name, ours in seconds.items():
-        cells = ["{:.2f} ({:.2f}-{:.2f})".format(*ratio(ours, seconds[base])) for base in bases]
+        bases = [column(name) for column in columns.values()]
+        cells = [
+            "{:.2f} ({:.2f}-{:.2f})".format(*ratio(ours, seconds[base]))
+            if base in seconds and base != name
+            else "1" * (base == name)
+            for base in bases
+        ]
         spread = (
             f"{1e3 * statistics.median(ours):.2f} ({1e3 * min(ours):.2f}-{1e3 * max(ours):.2f})"
         )
@@ -320,24 +329,22 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     Returns the seconds by contestant; the lines of the tables are under "lines".
     """
     entries: dict[str, Turn] = {}
-    write_s = {}
+    write_s: dict[str, float] = {}
+    backends = {"": "", " compiled": args.torchcompile} if args.torchcompile else {"": ""}
     for precision in args.precision:
         dtype = PRECISIONS[precision]
-        entries[f"reference {precision}"] = Reference(case, dtype)
-        if hasattr(timm.models.deit, case.student):
-            entries[f"timm {precision}"] = Timm(case, dtype)
-            if args.torchcompile:
-                entries[f"timm {precision} compiled"] = Timm(case, dtype, args.torchcompile)
-        entries[f"live {precision}"] = Ours(case, dtype, "live")
-        if args.torchcompile:
-            entries[f"live {precision} compiled"] = Ours(
-                case, dtype, "live", backend=args.torchcompile
-            )
-        entries[f"no teacher {precision}"] = Ours(case, dtype, "none")
-        entries[f"cached {precision}"] = Ours(case, dtype, "cached", steps=args.steps)
-        write_s[precision] = entries[f"cached {precision}"].write_s
+        entries[f"reference, {precision}"] = Reference(case, dtype)
+        for suffix, backend in backends.items():
+            kind = precision + suffix
+            if hasattr(timm.models.deit, case.student):
+                entries[f"timm, {kind}"] = Timm(case, dtype, backend)
+            entries[f"live, {kind}"] = Ours(case, dtype, "live", backend=backend)
+            entries[f"no teacher, {kind}"] = Ours(case, dtype, "none", backend=backend)
+            cached = Ours(case, dtype, "cached", backend=backend, steps=args.steps)
+            entries[f"cached, {kind}"] = cached
+            write_s.setdefault(precision, cached.write_s)
     last = args.precision[-1]
-    entries[f"no teacher {last} again"] = Ours(case, PRECISIONS[last], "none")  # the A/A control
+    entries[f"no teacher, {last} again"] = Ours(case, PRECISIONS[last], "none")  # the A/A control
     seconds = race(entries, args.rounds, args.steps)
 
     flops = preflight.measure(
@@ -345,12 +352,23 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         case.size, case.size,
     ).flops  # fmt: skip
     lines = [f"### {case.student} from {case.teacher}, {case.size} px, B={case.batch}", ""]
-    bases = [f"{who} {p}" for who in ("reference", "timm") for p in reversed(args.precision)]
-    lines += table(seconds, [*bases, f"no teacher {last}"])
+
+    def precision_of(name: str) -> str:
+        return name.partition(", ")[2].split()[0]
+
+    lines += table(seconds, {
+        "x reference, same precision": lambda name: f"reference, {precision_of(name)}",
+        "x timm, same precision": lambda name: f"timm, {precision_of(name)}",
+        "x reference, fp32": lambda name: "reference, fp32",
+        "x no teacher, same precision": lambda name: "no teacher, "
+        + name.partition(", ")[2].removesuffix(" again"),
+    })  # fmt: skip
+    if not any(name.startswith("timm") for name in seconds):
+        lines += ["", "Not measured: timm's task, which has no distilled student of that name."]
     lines += ["", f"The student's step is 3 x {flops / 1e9:.2f} GFLOP a picture."]
     for precision in args.precision:
         live, cached = (
-            statistics.median(seconds[f"{kind} {precision}"]) / case.batch
+            statistics.median(seconds[f"{kind}, {precision}"]) / case.batch
             for kind in ("live", "cached")
         )
         lines += ["", f"Cache, {precision}: {break_even(write_s[precision], live, cached)}"]
@@ -417,7 +435,8 @@ def measure_optimizer(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     names = {"default AdamW, timm's ModelEma": first, "fused AdamW, ModelEmaV3": third,
              "ours": ours, "ours again": ours}  # fmt: skip
     seconds = race({name: entry(make) for name, make in names.items()}, 3 * args.rounds, 10)
-    lines = ["### Optimizer and EMA", "", *table(seconds, list(names)[:3])]
+    columns = {f"x {base}": lambda _, base=base: base for base in list(names)[:3]}
+    lines = ["### Optimizer and EMA", "", *table(seconds, columns)]
     return {"seconds": seconds, "lines": lines}
 
 
@@ -520,7 +539,8 @@ class Loaded(Ours):
     def __init__(self, case: Case, amp_dtype: torch.dtype | None, args: argparse.Namespace) -> None:
         super().__init__(case, amp_dtype, "none", backend=args.torchcompile)
         settings = options.parse_args([
-            "--data-path", args.data_path, "--model", case.student, "--input-size", str(case.size),
+            "--data-path", args.data_path, "--data-set", args.data_set, "--model", case.student,
+            "--input-size", str(case.size),
             "--batch-size", str(case.batch), "--device", str(case.device),
         ]).args  # fmt: skip
         inputs = models.build_input_config(settings)
@@ -592,11 +612,13 @@ def measure_growth(args: argparse.Namespace, device: torch.device, folder: Path)
 
 
 def held(device: torch.device) -> int:
-    """Return the bytes held now: of tensors on the GPU, or of the process."""
+    """Return the bytes held now: of tensors on the GPU, or of the process without the pages of
+    mapped files, such as a cache's, which the system takes back when it needs them."""
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -617,6 +639,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=2, help="timed steps of a turn, after one that is not")
     add("--device", default="auto")
     add("--data-path", default="", help="on a GPU: pictures for the whole pipeline")
+    add("--data-set", default="IMNET", help="what they are, as of main.py")
     add("--agreement-teacher", default="resnet_pico")
     add("--agreement-path", default=str(SHIPPED), help="its trained weights")
     add("--agreement-data", default="", help="folder with val/; default: the embedded digits")
