@@ -43,7 +43,7 @@ def read_topk(text: str, num_classes: int) -> str | int:
 
 
 def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
-    """Return the files of a store by name, but the done marks: type and columns."""
+    """Return the files of a store by name, but the marks: type and columns."""
     if keep == ALL:
         return {"logits.f32": ("<f4", num_classes)}
     suffix, kind = ("u32", "<u4") if num_classes > 2**16 else ("u16", "<u2")
@@ -53,7 +53,7 @@ def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
 
 
 def row_bytes(keep: str | int, num_classes: int) -> int:
-    """Return the bytes of a row on disk, its done mark included."""
+    """Return the bytes of a row on disk, its mark included."""
     columns = layout(keep, num_classes).values()
     return sum(np.dtype(kind).itemsize * count for kind, count in columns) + 1
 
