@@ -8,6 +8,7 @@ mark for each row, of one byte, is 0 until the row is there and then its checksu
 torn by a crash of the machine counts as missing.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -41,6 +42,22 @@ def read_topk(text: str, num_classes: int) -> str | int:
     return int(text)
 
 
+def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
+    """Return the files of a store by name, but the marks: type and columns."""
+    if keep == ALL:
+        return {"logits.f32": ("<f4", num_classes)}
+    suffix, kind = ("u32", "<u4") if num_classes > 2**16 else ("u16", "<u2")
+    if keep == HARD:
+        return {f"classes.{suffix}": (kind, 1)}
+    return {f"classes.{suffix}": (kind, keep), "log_probabilities.f16": ("<f2", keep)}
+
+
+def row_bytes(keep: str | int, num_classes: int) -> int:
+    """Return the bytes of a row on disk, its mark included."""
+    columns = layout(keep, num_classes).values()
+    return sum(np.dtype(kind).itemsize * count for kind, count in columns) + 1
+
+
 class Store:
     """Rows of a teacher's logits in `folder`, `rows` of them, for `num_classes` classes.
 
@@ -66,32 +83,27 @@ class Store:
         self.folder, self.rows, self.num_classes, self.keep = Path(folder), rows, num_classes, keep
         manifest = {"format": FORMAT, "rows": rows, "classes": num_classes, "keep": keep, **facts}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
-        with distributed.main_first():
-            if may_create and not (self.folder / MANIFEST).exists():
-                self._create(manifest)
+        if may_create:
+            distributed.on_main(lambda: self._create(manifest))
         self._check(manifest)
         self._files = {name: self._map(name) for name in [*self._layout(), MARKS]}
 
     def _layout(self) -> dict[str, tuple[str, int]]:
-        """Return the files by name: type and columns."""
-        if self.keep == ALL:
-            return {"logits.f32": ("<f4", self.num_classes)}
-        wide = self.num_classes > 2**16
-        suffix, kind = ("u32", "<u4") if wide else ("u16", "<u2")
-        if self.keep == HARD:
-            return {f"classes.{suffix}": (kind, 1)}
-        return {f"classes.{suffix}": (kind, self.keep), "log_probabilities.f16": ("<f2", self.keep)}
+        return layout(self.keep, self.num_classes)
 
     def _columns(self, name: str) -> tuple[str, int]:
         return ("u1", 1) if name == MARKS else self._layout()[name]
 
     def size(self) -> int:
         """Return the bytes of all rows on disk, the marks included."""
-        widths = [np.dtype(kind).itemsize * n for kind, n in self._layout().values()]
-        return self.rows * (sum(widths) + 1)
+        return self.rows * row_bytes(self.keep, self.num_classes)
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if (self.folder / MANIFEST).exists():
+            return
+        shadow = self.folder / (MANIFEST + ".tmp")
+        own = {*self._layout(), MARKS, shadow.name}  # left where the last attempt was cut short
+        if self.folder.exists() and any(file.name not in own for file in self.folder.iterdir()):
             raise UserError(f"--teacher-cache {self.folder}: holds other files; give a new folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -100,10 +112,12 @@ class Store:
                 with open(self.folder / name, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0,
                                        self.rows * columns * np.dtype(kind).itemsize)  # fmt: skip
-            shadow = self.folder / (MANIFEST + ".tmp")
             shadow.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             os.replace(shadow, self.folder / MANIFEST)
         except OSError as error:
+            for name in own:  # a full disk has better use for them
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink()
             raise UserError(
                 f"--teacher-cache {self.folder}: {self.size() / 2**20:.0f} MiB cannot be written "
                 f"({error.strerror or error})"

@@ -173,7 +173,7 @@ def fingerprint(source: str) -> str:
     """Return the sha256 of a weights file or URL. Raises UserError where it is not there."""
     path = fetch(source) if is_url(source) else Path(source)
     if not path.is_file():
-        raise UserError(f"{source}: not there; its hash tells whose answers a cache holds")
+        raise UserError(f"{source}: not there; its hash tells which teacher it is")
     return hash_of(path)
 
 

@@ -8,7 +8,7 @@ import re
 import struct
 import zlib
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from augment import InputConfig, Transform, build_transform
+from device_augment import Recorded
 from distributed import Processes, leave_signals_to_parent
 from errors import UserError
 from pixels import to_rgb
@@ -37,6 +38,8 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.err
 
 class Pictures(Dataset):
     """A source and a transform: index to (tensor (3, H, W) float32, label).
+
+    With --augment-on device, to ((pixels (3, H, W) uint8, program (S, 8)), label).
 
     bad_pictures: "fail" raises UserError naming the file; "replace" takes the next readable
     picture of the source instead; "leave out" returns None, so that evaluation counts no picture
@@ -168,6 +171,8 @@ def build_dataset(
     source = open_source(name, root, part)
     flips = getattr(source, "flips", name not in WITHOUT_FLIP)
     transform = build_transform(is_train, args, inputs, hflip=0.5 if flips else 0.0)
+    if is_train and args.augment_on == "device":
+        transform = Recorded(transform)
     if isinstance(source, Shards):
         num_classes = count_classes(source.classes, args.nb_classes, source.what)
         return Stream(source, transform, num_classes), num_classes
@@ -250,6 +255,20 @@ class EvalLoader(DataLoader):
         return (batch for batch in super().__iter__() if batch is not None)
 
 
+class DeviceLoader(DataLoader):
+    """A loader whose workers crop and draw, and whose batches are augmented on `device`."""
+
+    def __init__(
+        self, dataset: Dataset, *, recorded: Recorded, device: torch.device, **options: Any
+    ):
+        super().__init__(dataset, **options)
+        self.carry_out, self.device = recorded.carry_out, device
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for (images, programs), labels in super().__iter__():
+            yield self.carry_out(images, programs, self.device), labels
+
+
 def collate_present(samples: list[Any]) -> Any:
     """Stack the samples that are not None; None if there is none."""
     present = [sample for sample in samples if sample is not None]
@@ -271,8 +290,10 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         _build_loader,
         seed=args.seed,
         workers=workers,
+        timeout_min=args.loader_timeout,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         rank=processes.rank,
+        device=processes.device,
     )
     train_data = train = sampler = None
     if not args.eval:
@@ -323,8 +344,10 @@ def _build_loader(
     is_train: bool,
     seed: int,
     workers: int,
+    timeout_min: float,
     pin_memory: bool,
     rank: int,
+    device: torch.device,
 ) -> DataLoader:
     dataset: Dataset = data
     if isinstance(data, Stream):
@@ -332,11 +355,15 @@ def _build_loader(
     else:
         dataset = SeededViews(data, seed)
         workers = min(workers, -(-len(sampler) // batch_size))  # type: ignore[arg-type]
-    return (DataLoader if is_train else EvalLoader)(
+    kind: Callable[..., DataLoader] = DataLoader if is_train else EvalLoader
+    if isinstance(data.transform, Recorded):
+        kind = partial(DeviceLoader, recorded=data.transform, device=device)
+    return kind(
         dataset,
         sampler=sampler,
         batch_size=batch_size,
         num_workers=workers,
+        timeout=60 * timeout_min if workers else 0,
         pin_memory=pin_memory,
         drop_last=is_train,
         persistent_workers=workers > 0,

@@ -143,12 +143,10 @@ def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
     DDP lays out its gradients anew after the first backward pass, and the place of a number
     decides in which order three or more processes add it up. A pass over `example` beforehand
     (in evaluation mode, which changes nothing) gives a resumed run the layout of one that was not
-    stopped, and so the same bits. Buffers are the engine's to bring into line, after an update.
+    stopped, and so the same bits.
     """
     device_ids = [example.device.index] if example.is_cuda else None
-    wrapped = nn.parallel.DistributedDataParallel(
-        module, device_ids=device_ids, broadcast_buffers=False
-    )
+    wrapped = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
     was_training = module.training
     module.eval()
     sum(output.float().sum() for output in _tensors_in(wrapped(example))).backward()
@@ -199,7 +197,7 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
                 store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
         if time.monotonic() > end:
             raise Lost(f"{len(missing)} have not come, number {missing[0]} among them")
-        time.sleep(0.01)
+        time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 

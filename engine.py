@@ -302,7 +302,7 @@ class _Statistics:
     """The running statistics of BatchNorm and its kind, which a bad update must not change.
 
     The forward pass has changed them before anybody knows whether its loss is finite. All
-    processes take those of the first, as DDP would before the next pass, so that evaluation, the
+    processes take those of the first, as DDP does before the next pass, so that evaluation, the
     average and a resumed run see the same. A network without them pays nothing.
     """
 

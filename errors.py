@@ -20,6 +20,7 @@ class UserError(ValueError):
         return " ".join(message.split())
 
 
+EXIT_FAULT = 1  # a process or a DataLoader worker has died or hangs; --resume auto goes on
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 
 

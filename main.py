@@ -6,6 +6,7 @@ python main.py --eval --resume FILE --data-path FOLDER
 """
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -31,7 +32,7 @@ import preflight
 import recipe
 import resume
 import teachers
-from errors import EXIT_STOPPED, Lost, Stopped, UserError
+from errors import EXIT_FAULT, EXIT_STOPPED, Lost, Stopped, UserError
 
 _logger = logging.getLogger("main")
 
@@ -102,7 +103,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         args, {"model": student.network, "projections": student.trained_projections(),
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
-        facts={"processes": processes.world_size, "data": loaders.fingerprint()},
+        facts={"processes": processes.world_size, "data": loaders.fingerprint(),
+               "teacher": teachers.build_identity(args)},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
@@ -302,6 +304,9 @@ def run(
         if reason := distributed.lost_reason(error):
             what = "a process of this run has died or does not answer"
             advice = "--resume auto goes on; if one is only slow, raise --dist-timeout"
+        elif "DataLoader timed out" in str(error):
+            what, reason = "a DataLoader worker brings nothing", " ".join(str(error).split())
+            advice = "does its disk still answer? --resume auto goes on; see --loader-timeout"
         elif "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
             what, reason = "a DataLoader worker is gone", " ".join(str(error).split())
             advice = "was the memory full? Use fewer --num-workers; --resume auto goes on"
@@ -309,10 +314,15 @@ def run(
             raise
         if isinstance(error, Lost) or distributed.first_to_say(what, code=1):
             print(f"error: {what} ({reason}); {advice}", file=sys.stderr, flush=True)
-        return 1
+        return EXIT_FAULT
     distributed.shutdown()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == EXIT_FAULT:  # without waiting for a worker that its disk does not let go
+        os._exit(code)
+    sys.exit(code)

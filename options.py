@@ -282,6 +282,8 @@ def _add_augmentation_flags(group: Any) -> None:
     add = group.add_argument
     add("--color-jitter", default=0.3, type=float)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy; '' or none: off")
+    add("--augment-on", default="worker", choices=("worker", "device"),
+        help="where pictures are augmented after crop and flip")  # fmt: skip
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     _switch(group, "repeated-aug", True, "three views of a picture in an epoch")
@@ -311,6 +313,8 @@ def _add_data_flags(group: Any) -> None:
     add("--eval-crop-ratio", "--crop-pct", default=None, type=float,
         help="default: the model's own, 0.875 for DeiT's")  # fmt: skip
     add("--num-workers", default=None, type=int, help="per process; default: what the cores allow")
+    add("--loader-timeout", default=20.0, type=float, metavar="MIN",
+        help="minutes a worker may take for a batch, before the run ends; 0: for ever")  # fmt: skip
     add("--on-bad-image", default="fail", choices=("fail", "skip"))
     _switch(group, "pin-mem", True, "page-locked batches for a GPU")
 
@@ -428,6 +432,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("log_interval", 1, None),
         ("max_bad_steps", 1, None),
         ("num_workers", 0, None),
+        ("loader_timeout", 0, None),
         ("nb_classes", 1, None),
         ("start_epoch", 0, None),
         ("teacher_cache_views", 0, None),
@@ -543,6 +548,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "reprob": (three, "--ThreeAugment has no erasing"),
         "remode": (three or args.reprob == 0, "nothing is erased"),
         "recount": (three or args.reprob == 0, "nothing is erased"),
+        "augment_on": (args.eval, "nothing trains"),
         "train_interpolation": (three, "--ThreeAugment is bicubic"),
         "color_jitter": (randaugment and not three, "timm leaves it out while --aa is set"),
         "mixup_prob": (not mixes, "nothing is mixed"),
@@ -577,6 +583,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "checkpoint_steps": (not args.output_dir, "nothing is saved without --output_dir"),
         "checkpoint_minutes": (not args.output_dir, "nothing is saved without --output_dir"),
         "keep_checkpoints": (not args.output_dir, "nothing is saved without --output_dir"),
+        "loader_timeout": (args.num_workers == 0, "there are no workers"),
         "start_epoch": (bool(args.resume), "--resume knows its epoch"),
         "torchcompile": (args.eval, "evaluation is not compiled"),
         "grad_checkpointing": (args.eval, "evaluation keeps nothing for a backward pass"),

@@ -5,6 +5,7 @@ A folder has `manifest.json` and, for each split (`train`, `val`), the pictures 
 JPEG ones are whole files. `tools/prepare_data.py` writes them, `--data-set PREPARED` reads them.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -59,6 +60,10 @@ class Writer:
 
     def __init__(self, folder: Path, split: str) -> None:
         self._pictures, self._table = _open(folder, split, "bin"), _open(folder, split, "table")
+        try:
+            fcntl.flock(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process is writing there; wait for it") from error
         written = self._table.read()
         keep = len(written) // ROW.itemsize
         rows = np.frombuffer(written, ROW, count=keep)

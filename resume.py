@@ -35,14 +35,14 @@ OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dic
 WEIGHTS = ("model", "model_ema", "projections")
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because names and labels of the pictures are compared; --epochs, because training on is
-# common.
+# free because names and labels of the pictures are compared, --teacher-path because the file's hash
+# is; --epochs, because training on is common.
 MAY_CHANGE = frozenset({
-    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",
-    "dist_timeout", "dist_url", "distributed", "epochs", "eval", "finetune", "keep_checkpoints",
-    "log_interval", "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
-    "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
-    "world_size",
+    "check", "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",
+    "dist_timeout", "dist_url", "distributed", "dry_run", "epochs", "eval", "finetune",
+    "keep_checkpoints", "list_models", "loader_timeout", "log_interval", "max_bad_steps",
+    "num_workers", "output_dir", "pin_mem", "pretrained", "resume", "resume_anyway", "start_epoch",
+    "teacher_cache", "teacher_cache_mode", "teacher_check", "teacher_path", "world_size",
 })  # fmt: skip
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
@@ -188,7 +188,10 @@ class Keeper:
         if self.folder is None:
             return "no file, for want of --output_dir"
         path = self.folder / "bad_batch.pth"
-        checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        try:
+            checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        except UserError as error:  # why it was written is more to the point
+            return f"no file ({error.line()})"
         return str(path)
 
     # ---- going on
@@ -211,7 +214,7 @@ class Keeper:
 
         def look() -> str:
             path = resolve(source, self.folder, usable)
-            if path and not found:
+            if path and not found and not checkpoint.is_url(path):  # which all processes fetch
                 found.update(load_run(path))
             return path
 
@@ -449,7 +452,7 @@ def build_keeper(
         every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
     )  # fmt: skip
     if keeper.folder is not None and distributed.is_main():
-        for leftover in keeper.folder.glob(".*.pth.*.tmp"):  # of a run killed while it wrote
+        for leftover in keeper.folder.glob(".*.[0-9]*.tmp"):  # of a run killed while it wrote
             leftover.unlink(missing_ok=True)
     if keeper.folder is not None and not args.resume and not args.check:
         distributed.on_main(lambda: set_aside(keeper.folder))
@@ -469,8 +472,14 @@ def set_aside(folder: Path) -> None:
     while (folder / f"previous-{number}").exists():
         number += 1
     aside = folder / f"previous-{number}"
-    aside.mkdir()
-    for path in found:
-        os.replace(path, aside / path.name)
+    try:
+        aside.mkdir()
+        for path in found:
+            os.replace(path, aside / path.name)
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds an earlier run, which cannot be moved to {aside} ({error.strerror}); "
+            "go on with it by --resume auto, or choose another --output_dir"
+        ) from error
     _logger.warning("%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
                     folder, aside)  # fmt: skip

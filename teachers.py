@@ -289,7 +289,7 @@ def build_cached_teacher(
 
 
 TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
-             "recount", "on_bad_image")  # fmt: skip
+             "recount", "on_bad_image", "augment_on")  # fmt: skip
 MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
           "batch_size")  # fmt: skip
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -303,6 +303,16 @@ def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
     return names, paths if any(paths) else [""] * len(names)
 
 
+def build_identity(args: Namespace) -> list[str]:
+    """Return a hash of each teacher's file, or whose weights they are; [] if nobody teaches.
+
+    Raises UserError for a file that is not there.
+    """
+    if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
+        return []
+    return [checkpoint.fingerprint(path) if path else "timm's" for path in build_sources(args)[1]]
+
+
 def build_facts(
     args: Namespace,
     loaders: Loaders,
@@ -311,11 +321,11 @@ def build_facts(
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return all that determines a teacher's answer to the picture at a place, as plain values."""
-    names, paths = build_sources(args)
+    names, _ = build_sources(args)
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     facts: dict[str, Any] = {
         "teacher": list(names),
-        "teacher weights": [checkpoint.fingerprint(path) if path else "timm's" for path in paths],
+        "teacher weights": build_identity(args),
         "teacher shares": args.teacher_weight or [],
         "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
         "teacher compiled": args.torchcompile or "no",

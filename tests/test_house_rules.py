@@ -15,10 +15,11 @@ LEVELS = {
         "metrics",
         "datasets",
         "sources",
+        "prepared",
         "augment",
+        "device_augment",
         "samplers",
         "cache",
-        "prepared",
     },
     2: {"models", "resume"},
     3: {"teachers", "matching", "optim", "recipe"},
@@ -27,7 +28,11 @@ LEVELS = {
     6: {"run_with_submitit", "hubconf"},
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
-BESIDE = {"datasets": {"samplers", "augment", "sources"}, "sources": {"prepared"}}  # on one level
+BESIDE = {  # rooms of one level, of which the first may import the others
+    "datasets": {"samplers", "augment", "device_augment", "sources"},
+    "sources": {"prepared"},
+    "device_augment": {"augment"},
+}
 SEES_ARGS = {"main", "options", "run_with_submitit"}
 FILES = sorted(ROOT.glob("*.py")) + sorted((ROOT / "models").glob("*.py"))
 

@@ -164,6 +164,18 @@ def test_a_killed_preparation_goes_on_to_the_same_bits(
         assert content(prepare(folder, target, "--format", form)) == whole
 
 
+def test_two_processes_do_not_write_the_same_files(folder: Path, tmp_path: Path, capsys) -> None:
+    made = prepare(folder, tmp_path / "out")
+    plan = json.loads((made / prepared.MANIFEST).read_text())["plan"]
+    (made / prepared.MANIFEST).unlink()
+    (made / prepared.PLAN).write_text(json.dumps({"plan": plan}))
+    writer = prepared.Writer(made, "train")
+    assert tool.main([str(folder), str(made), "--short-side", "45", "--num-workers", "0"]) == 2
+    assert "another process is writing there" in capsys.readouterr().err
+    writer.close()
+    prepare(folder, made)
+
+
 def test_what_was_damaged_while_it_was_off_is_made_again(folder: Path, tmp_path: Path) -> None:
     whole = content(prepare(folder, tmp_path / "out"))
     manifest = json.loads((tmp_path / "out" / prepared.MANIFEST).read_text())

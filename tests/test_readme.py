@@ -79,5 +79,10 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
         assert known_by or flag == "--help", flag
 
 
+def test_the_readme_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []
+
+
 def test_the_readme_has_commands() -> None:
     assert sum(page == "README.md" for page, _ in CASES) >= 5

@@ -29,12 +29,6 @@ from losses import DistillationLoss
 from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
 
 CPU = torch.device("cpu")
-# mixup, erasing, repeated augmentation and EMA are on by default
-FLAGS = [
-    "--model", "deit_pico_distilled_patch4_32", "--batch-size", "4", "--epochs", "2",
-    "--warmup-epochs", "0", "--log-interval", "1", "--drop-path", "0.2", "--checkpoint-steps", "1",
-    "--resume", "auto",
-]  # fmt: skip
 
 
 # ---- whole runs
@@ -53,34 +47,37 @@ def wait_for(words: str, log: Path, process: subprocess.Popen, timeout: float = 
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def folder_flags(picture_folder: Path) -> list[str]:
-    return [*FLAGS, "--data-path", str(picture_folder)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("workers", "accumulation", "processes", "words"),
+    ("workers", "accumulation", "processes", "cached", "words"),
     [
-        (0, 1, 1, "Epoch: [2/2] [2/"),
-        (2, 2, 1, "Test EMA: ["),
-        (0, 2, 2, "Epoch: [1/2] [2/"),
+        (0, 1, 1, True, "Epoch: [2/2] [2/"),
+        (2, 2, 1, False, "Test EMA: ["),
+        (0, 2, 2, False, "Epoch: [1/2] [2/"),
     ],
 )
 def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
-    workers: int, accumulation: int, processes: int, words: str,
-    folder_flags: list[str], tmp_path: Path,
+    workers: int, accumulation: int, processes: int, cached: bool, words: str,
+    folder_flags: list[str], small_teacher: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     flags = [*folder_flags, "--num_workers", str(workers), "--grad-accum-steps", str(accumulation),
              "--batch-size", str(4 // processes)]  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(flags, whole, processes)
-    process = start(flags, killed, processes)
+    own: dict[Path, list[str]] = {whole: [], killed: []}
+    if cached:  # each fills a cache of its own
+        flags += ["--distillation-type", "hard", "--teacher-model", "resnet_pico", "--teacher-path",
+                  str(small_teacher)]  # fmt: skip
+        own = {out: ["--teacher-cache", f"{out}-cache"] for out in own}
+    finish(flags + own[whole], whole, processes)
+    process = start(flags + own[killed], killed, processes)
     wait_for(words, Path(f"{killed}.log"), process)
     kill(process)
-    text = finish([*flags, "--num_workers", "0", "--log-interval", "2"], killed, processes)
+    flags += ["--num_workers", "0", "--log-interval", "2", *own[killed]]
+    text = finish(flags, killed, processes)
     assert "resume: " in text and "starting from the beginning" in text
     assert_same_run(whole, killed)
+    for file in Path(f"{whole}-cache").glob("*"):
+        assert file.read_bytes() == Path(f"{killed}-cache", file.name).read_bytes(), file
 
 
 @pytest.mark.slow
@@ -195,6 +192,28 @@ def test_auto_without_a_checkpoint_begins_and_with_one_goes_on(tmp_path: Path) -
     again = keeper(tmp_path)
     assert "epoch 1, step 0" in again.resume("auto")
     assert (again.epoch, again.best, again.global_step) == (1, 12.5, 1)
+
+
+def test_a_url_is_fetched_by_all_processes_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper(tmp_path).end_epoch(1.0)
+    alone: list[bool] = []
+
+    def on_main(function: Callable) -> Any:
+        alone.append(True)
+        answer = function()
+        alone.clear()
+        return answer
+
+    def fetch(url: str) -> Path:
+        assert not alone, "the others do not come to its barrier"
+        return tmp_path / "checkpoint.pth"
+
+    monkeypatch.setattr(distributed, "on_main", on_main)
+    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    for source in ("https://host/run-12345678.pth", "auto:https://host/run-12345678.pth"):
+        assert "epoch 1" in keeper(tmp_path / "empty").resume(source)
 
 
 def test_auto_falls_back_over_damaged_files_and_says_so(
@@ -441,16 +460,6 @@ def test_of_300_damaged_checkpoints_none_loads_wrong_runs_code_or_ends_in_a_trac
             assert not list(differences(state_of(good), state_of(fresh))), (kind, number)
     assert not (tmp_path / "ran").exists()
     assert refused == 20 or kind in ("flip", "overwrite"), refused
-
-
-@pytest.fixture(scope="module")
-def small_run(run_inside, folder_flags: list[str], tmp_path_factory) -> tuple[Path, list[str]]:
-    """The folder and the flags of a run of one epoch, with two checkpoints."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    flags = [*folder_flags, "--num_workers", "0", "--unscale-lr", "--output_dir", str(folder)]
-    result = run_inside(*flags, "--epochs", "1")
-    assert result.returncode == 0, result.stderr
-    return folder, flags
 
 
 @pytest.mark.slow

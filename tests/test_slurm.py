@@ -108,7 +108,7 @@ def test_without_slurm_the_error_is_one_line(tmp_path: Path) -> None:
 
 
 def shell(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -130,7 +130,9 @@ def slurm() -> Iterator[None]:
     up = shutil.which("sinfo") and not subprocess.run(["sinfo"], capture_output=True).returncode
     subprocess.run([str(SCRIPTS / "slurm_up.sh")], check=True, capture_output=True, timeout=300)
     yield
-    subprocess.run(["scancel", *Job.submitted], capture_output=True)
+    subprocess.run(["scancel", *(job.number for job in Job.submitted)], capture_output=True)
+    for job in Job.submitted:
+        job.stop_reading()
     if not up:
         subprocess.run([str(SCRIPTS / "slurm_down.sh")], capture_output=True, timeout=120)
 
@@ -138,22 +140,23 @@ def slurm() -> Iterator[None]:
 class Job:
     """A run submitted through `run_with_submitit.py`, whose checkpoint is read all the while."""
 
-    submitted: list[str] = []
+    submitted: list["Job"] = []
 
     def __init__(self, folder: Path, *flags: str) -> None:
         environ = os.environ | {"OMP_NUM_THREADS": "1"}
         program = str(ROOT / "run_with_submitit.py")
         result = subprocess.run(
             [sys.executable, program, "--job_dir", f"{folder}/%j", *flags],
-            env=environ, cwd=folder, capture_output=True, text=True, timeout=120,
+            env=environ, cwd=folder, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         self.number = result.stdout.split()[-1]
-        self.submitted.append(self.number)
+        self.submitted.append(self)
         self.logs = folder / self.number
         self.folder = folder / "out" if "--output-dir" in flags else self.logs
         self.whole, self.torn, self.over = 0, "", threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         """Read the checkpoint with its checksums, again and again, from when it is first there."""
@@ -165,6 +168,10 @@ class Job:
                     self.whole += 1
             except UserError as error:
                 self.torn = error.line()
+
+    def stop_reading(self) -> None:
+        self.over.set()
+        self.reader.join()
 
     def said(self) -> str:
         return "".join(file.read_text() for file in sorted(self.logs.glob("*_log.*")))
@@ -191,7 +198,7 @@ class Job:
     def state(self) -> str:
         return self.shown("JobState")
 
-    def wait(self, done: Callable[[], bool], timeout: float = 300) -> None:
+    def wait(self, done: Callable[[], bool], timeout: float = 600) -> None:
         end = time.monotonic() + timeout
         while not done():
             late = time.monotonic() > end
@@ -217,7 +224,7 @@ class Job:
 
     def wait_for_end(self) -> None:
         self.wait(lambda: self.state() == "COMPLETED")
-        self.over.set()
+        self.stop_reading()
         assert not self.torn and self.whole > 3
 
 
@@ -280,7 +287,7 @@ def test_a_cancelled_job_is_not_requeued_and_a_new_one_goes_on(
     job.wait_for_a_step(1)
     shell("scancel", job.number)
     job.wait(lambda: job.state() == "CANCELLED")
-    assert "Stopped by SIGTERM" in job.said() and job.shown("Restarts") == "0"
+    assert "Stopped by SIGTERM" in job.said() and job.shown("Restarts") == "0" and not job.torn
     job = Job(tmp_path, *flags)
     job.wait_for_end()
     assert job.said().count("checkpoint.pth, epoch") == 1

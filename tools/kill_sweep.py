@@ -114,7 +114,7 @@ def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
 def compare_runs(one: Path, other: Path) -> list[str]:
     """Return where two runs differ in checkpoint and log, but for settings that may change."""
     saved = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (one, other)]
-    free = {f".args.{name}" for name in MAY_CHANGE} | {".outline"}  # of the settings too
+    free = {f".args.{name}" for name in MAY_CHANGE} | {".outline"}  # which knows them too
     found = [place for place in differences(*saved) if place not in free]
     return found + ["log.txt"] * ((one / "log.txt").read_text() != (other / "log.txt").read_text())
 

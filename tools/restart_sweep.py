@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,18 +39,37 @@ kill_sweep.MOMENTS[START_UP] = lambda out, said, dice: True
 
 
 def restart(point: int, nodes: int, flags: list[str], whole: Path, out: Path) -> list[object]:
-    """Kill a process of a run; return what was killed, when, how often it started, the result."""
-    dice = random.Random(f"{point} of {nodes}")
+    """Kill a process of a run; return what was killed, when, how often it started, the result.
+
+    A kill for which the run was too fast is drawn again: torchrun must have seen its process die.
+    """
     moment = [START_UP, *list(kill_sweep.MOMENTS)[:-1]][point % 5]
-    launch = [word.format(port=29600 + point) for word in NODES[nodes]]
+    dice = random.Random(f"{point} of {nodes}")
+    while True:
+        number, last, result = kill_one(moment, nodes, flags, whole, out, dice)
+        said = Path(f"{out}.log").read_text()
+        if "exitcode: -9" in said or result != "identical":
+            return [number + 1, moment, last, said.count("processes: 2 processes"), result]
+        shutil.rmtree(out)
+        Path(f"{out}.log").unlink()
+
+
+def kill_one(
+    moment: str, nodes: int, flags: list[str], whole: Path, out: Path, dice: random.Random
+) -> tuple[int, str, str]:
+    """Run once with a kill; return which process, the last line before it, and the result."""
+    launch = [word.format(port=dice.randrange(29600, 30600)) for word in NODES[nodes]]
     agents = [kill_sweep.start(flags, out, 2 // nodes, launch) for _ in range(nodes)]
+    number, last = dice.randrange(2), ""
     while len(ranks := [pid for agent in agents for pid in kill_sweep.children(agent.pid)]) < 2:
         time.sleep(0.01)
-    kill_sweep.wait_for(moment, agents[0], out, dice, START_UP_S if moment == START_UP else 0.1)
-    number = dice.randrange(2)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(ranks[number], signal.SIGKILL)
-    last = kill_sweep.last_line(out)
+        if any(agent.poll() is not None for agent in agents):
+            break
+    else:
+        kill_sweep.wait_for(moment, agents[0], out, dice, START_UP_S if moment == START_UP else 0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(ranks[number], signal.SIGKILL)
+        last = kill_sweep.last_line(out)
     try:
         codes = {agent.wait(HANGS_S) for agent in agents}
         result = f"exit codes {codes}" if codes != {0} else kill_sweep.verdict(whole, out)
@@ -57,8 +77,7 @@ def restart(point: int, nodes: int, flags: list[str], whole: Path, out: Path) ->
         result = f"hangs for {HANGS_S} s"
     for agent in agents:
         kill_sweep.kill(agent)
-    starts = Path(f"{out}.log").read_text().count("processes: 2 processes")
-    return [number + 1, moment, last, starts, result]
+    return number, last, result
 
 
 def main() -> int:
