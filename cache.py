@@ -3,11 +3,15 @@
 Shapes: B batch, C classes, K kept classes. A store has one row for every place of every epoch of
 its cycle: in which epoch of the cycle, and how far down that epoch's order. Order, view, mixing
 partner and strength all follow from that place, so the row is the answer to the mixed picture.
-Rows lie in one or two memory-mapped files; processes write different rows of the same files.
+Rows lie in one or two memory-mapped files; processes write different rows of the same files. A
+mark for each row, of one byte, is 0 until the row is there and then its checksum, so a row that was
+torn by a crash of the machine counts as missing.
 """
 
+import contextlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,8 @@ from torch import Tensor
 import distributed
 from errors import UserError
 
-FORMAT = 1
-MANIFEST, DONE = "manifest.json", "done.u8"
+FORMAT = 2
+MANIFEST, MARKS = "manifest.json", "marks.u8"
 ALL, HARD = "all", "hard"
 
 
@@ -39,7 +43,7 @@ def read_topk(text: str, num_classes: int) -> str | int:
 
 
 def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
-    """Return the files of a store by name, but the done marks: type and columns."""
+    """Return the files of a store by name, but the marks: type and columns."""
     if keep == ALL:
         return {"logits.f32": ("<f4", num_classes)}
     suffix, kind = ("u32", "<u4") if num_classes > 2**16 else ("u16", "<u2")
@@ -49,7 +53,7 @@ def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
 
 
 def row_bytes(keep: str | int, num_classes: int) -> int:
-    """Return the bytes of a row on disk, its done mark included."""
+    """Return the bytes of a row on disk, its mark included."""
     columns = layout(keep, num_classes).values()
     return sum(np.dtype(kind).itemsize * count for kind, count in columns) + 1
 
@@ -79,36 +83,41 @@ class Store:
         self.folder, self.rows, self.num_classes, self.keep = Path(folder), rows, num_classes, keep
         manifest = {"format": FORMAT, "rows": rows, "classes": num_classes, "keep": keep, **facts}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
-        with distributed.main_first():
-            if may_create and not (self.folder / MANIFEST).exists():
-                self._create(manifest)
+        if may_create:
+            distributed.on_main(lambda: self._create(manifest))
         self._check(manifest)
-        self._files = {name: self._map(name) for name in [*self._layout(), DONE]}
+        self._files = {name: self._map(name) for name in [*self._layout(), MARKS]}
 
     def _layout(self) -> dict[str, tuple[str, int]]:
         return layout(self.keep, self.num_classes)
 
     def _columns(self, name: str) -> tuple[str, int]:
-        return ("u1", 1) if name == DONE else self._layout()[name]
+        return ("u1", 1) if name == MARKS else self._layout()[name]
 
     def size(self) -> int:
-        """Return the bytes of all rows on disk, the done marks included."""
+        """Return the bytes of all rows on disk, the marks included."""
         return self.rows * row_bytes(self.keep, self.num_classes)
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
-        if self.folder.exists() and any(self.folder.iterdir()):
+        if (self.folder / MANIFEST).exists():
+            return
+        shadow = self.folder / (MANIFEST + ".tmp")
+        own = {*self._layout(), MARKS, shadow.name}  # left where the last attempt was cut short
+        if self.folder.exists() and any(file.name not in own for file in self.folder.iterdir()):
             raise UserError(f"--teacher-cache {self.folder}: holds other files; give a new folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in [*self._layout(), DONE]:
+            for name in [*self._layout(), MARKS]:
                 kind, columns = self._columns(name)
                 with open(self.folder / name, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0,
                                        self.rows * columns * np.dtype(kind).itemsize)  # fmt: skip
-            shadow = self.folder / (MANIFEST + ".tmp")
             shadow.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
             os.replace(shadow, self.folder / MANIFEST)
         except OSError as error:
+            for name in own:  # a full disk has better use for them
+                with contextlib.suppress(OSError):
+                    (self.folder / name).unlink()
             raise UserError(
                 f"--teacher-cache {self.folder}: {self.size() / 2**20:.0f} MiB cannot be written "
                 f"({error.strerror or error})"
@@ -129,7 +138,7 @@ class Store:
         ]
         if differ:
             raise UserError(f"--teacher-cache {self.folder}: refused, {'; '.join(differ)}")
-        for name in [*self._layout(), DONE]:
+        for name in [*self._layout(), MARKS]:
             kind, columns = self._columns(name)
             size = self.rows * columns * np.dtype(kind).itemsize
             there = (self.folder / name).stat().st_size if (self.folder / name).exists() else 0
@@ -144,16 +153,25 @@ class Store:
         return np.memmap(path, dtype=kind, mode=mode, shape=(self.rows, columns))
 
     def done(self, rows: np.ndarray) -> np.ndarray:
-        """Return which of `rows` have been written, (B,) bool."""
-        return self._files[DONE][rows, 0].astype(bool)
+        """Return which of `rows` have been written and are whole, (B,) bool."""
+        return self._files[MARKS][rows, 0] == self._checksums(rows)
+
+    def _checksums(self, rows: np.ndarray) -> np.ndarray:
+        """Return a number from 1 to 255 for what lies in each of `rows`, (B,)."""
+        parts = [np.ascontiguousarray(self._files[name][rows]) for name in self._layout()]
+        sums = np.zeros(len(rows), np.uint32)
+        for i in range(len(rows)):
+            for part in parts:
+                sums[i] = zlib.crc32(part[i], int(sums[i]))
+        return (sums % 255 + 1).astype(np.uint8)
 
     def missing(self, epochs: int = 1, needed: int | None = None) -> int:
-        """Return how many rows are not written, of the first `needed` of each of `epochs`."""
-        done = self._files[DONE].reshape(epochs, -1)[:, :needed]
-        return done.size - int(np.count_nonzero(done))
+        """Return how many rows have no mark, of the first `needed` of each of `epochs`."""
+        marks = self._files[MARKS].reshape(epochs, -1)[:, :needed]
+        return marks.size - int(np.count_nonzero(marks))
 
     def write(self, rows: np.ndarray, logits: Tensor) -> None:
-        """Write logits (B, C) into `rows` (B,), the done marks last."""
+        """Write logits (B, C) into `rows` (B,), and mark them."""
         logits = logits.detach().float()
         if self.keep == ALL:
             parts = [logits]
@@ -164,7 +182,7 @@ class Store:
             parts = [classes, values]
         for (name, (kind, _)), part in zip(self._layout().items(), parts):
             self._files[name][rows] = part.cpu().numpy().astype(kind)
-        self._files[DONE][rows] = 1
+        self._files[MARKS][rows, 0] = self._checksums(rows)
 
     def read(self, rows: np.ndarray) -> Tensor:
         """Return logits (B, C), float32 on the CPU, of `rows` (B,), which must be done.
@@ -184,7 +202,7 @@ class Store:
         return rest.expand(-1, self.num_classes).clone().scatter_(1, classes, values)
 
     def flush(self) -> None:
-        """Bring what was written to the disk, the rows before their marks."""
+        """Bring what was written to the disk."""
         for file in self._files.values():
             if file.mode != "r":
                 file.flush()

@@ -30,6 +30,7 @@ _logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
+MOST_WORDS = 300_000  # the largest models have some ten thousand parameters
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError,
               IndexError, TypeError, ImportError, AssertionError, ArithmeticError, MemoryError,
               struct.error, zipfile.BadZipFile)  # fmt: skip
@@ -172,7 +173,7 @@ def fingerprint(source: str) -> str:
     """Return the sha256 of a weights file or URL. Raises UserError where it is not there."""
     path = fetch(source) if is_url(source) else Path(source)
     if not path.is_file():
-        raise UserError(f"{source}: not there; its hash tells whose answers a cache holds")
+        raise UserError(f"{source}: not there; its hash tells which teacher it is")
     return hash_of(path)
 
 
@@ -225,6 +226,31 @@ def save_atomically(
         raise UserError(
             f"{path}: cannot be written ({_brief(error)}); the file from before is untouched"
         ) from error
+
+
+def outline(content: Any) -> str:
+    """Return a hash of what `content` holds: keys, plain values, types and shapes of tensors.
+
+    The numbers in tensors are left to the archive's checksums. Raises ValueError for more than
+    `MOST_WORDS` keys and values, to which a few nested lists can swell.
+    """
+    digest, left, count = hashlib.sha256(), [content], 0
+    while left:
+        item, count = left.pop(), count + 1
+        if count > MOST_WORDS:
+            raise ValueError("more keys and values than any run has")
+        if isinstance(item, torch.Tensor):
+            word = f"{item.dtype} {tuple(item.shape)}"
+        elif isinstance(item, Mapping):
+            word = f"mapping of {len(item)}"
+            left += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            word = f"sequence of {len(item)}"
+            left += item
+        else:
+            word = repr(item)
+        digest.update(word.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def aged(path: Path, age: int) -> Path:

@@ -9,9 +9,11 @@ import dataclasses
 import datetime
 import logging
 import os
+import re
 import signal
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,10 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import Lost, UserError
 
 _logger = logging.getLogger(__name__)
 SAID = "somebody has said it"
+LAST_WORDS_S = 3  # how long a dying process waits for another's words, and for the store
 T = TypeVar("T")
 
 
@@ -97,8 +100,9 @@ def init_processes(
 ) -> Processes:
     """Join the process group, if there is one, and return this process's place in it.
 
-    device: `auto`, `cpu`, `cuda` or `cuda:N`. timeout_min: minutes any collective may take.
-    Raises UserError if the device is not there.
+    device: `auto`, `cpu`, `cuda` or `cuda:N`. timeout_min: minutes that the others may take to
+        come, and then to any collective.
+    Raises UserError if the device is not there, Lost if the others do not come.
     """
     launcher, rank_, local_rank_, world = find_launcher(os.environ)
     place = pick_device(device, local_rank_, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -113,15 +117,23 @@ def init_processes(
         )
     if world > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(minutes=timeout_min)
-        store = next(dist.rendezvous(dist_url, rank_, world, timeout=timeout))[0]
-        dist.init_process_group(
-            backend="nccl" if place.type == "cuda" else "gloo",
-            store=dist.PrefixStore(_attempt(os.environ), store),
-            rank=rank_,
-            world_size=world,
-            timeout=timeout,
-            device_id=place if place.type == "cuda" else None,
-        )
+        try:
+            store = next(dist.rendezvous(dist_url, rank_, world, timeout=timeout))[0]
+            store.set_timeout(timeout)
+            dist.init_process_group(
+                backend="nccl" if place.type == "cuda" else "gloo",
+                store=_meet(store, rank_, world),
+                rank=rank_,
+                world_size=world,
+                timeout=timeout,
+                device_id=place if place.type == "cuda" else None,
+            )
+        except ValueError as error:
+            raise UserError(f"--dist-url {dist_url}: {error}") from error
+        except RuntimeError as error:
+            raise Lost(
+                f"process {rank_} of {world} did not find the others: {lost_reason(error) or error}"
+            ) from error
     return Processes(rank_, local_rank_, world, place, launcher)
 
 
@@ -162,16 +174,39 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _attempt(environ: Mapping[str, str]) -> str:
-    """Return a name for this start among the restarts by torchrun, the same in all processes.
+def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """Return a part of `store` that only the processes of this start know.
 
-    torchrun lends its own store, in which the addresses of the processes that died stay from one
-    start to the next; who finds them waits for the dead. Each node counts restarts for itself, so
-    the count names a start on one node only; for several, see docs/cluster.md.
+    torchrun lends its processes one store for all restarts, in which the addresses of those that
+    died are still to be found; who takes an old one waits for the dead. No variable tells the
+    starts apart: on several nodes each counts its own restarts. So everyone greets with a word
+    that is new, the first process answers each greeting with the name of this start, and goes on
+    when all have come to that name.
     """
-    if environ.get("LOCAL_WORLD_SIZE") != environ.get("WORLD_SIZE"):
-        return "start"
-    return f"start-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"greeting/{rank}", name)
+        start = store.get(f"answer/{name}").decode()
+        store.set(f"{start}/{rank}", "here")
+        return dist.PrefixStore(start, store)
+    missing = list(range(1, world))
+    end = time.monotonic() + store.timeout.total_seconds()
+    while missing := [other for other in missing if not store.check([f"{name}/{other}"])]:
+        for other in missing:
+            if store.check([f"greeting/{other}"]):  # perhaps that of a dead one: harmless
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
+        if time.monotonic() > end:
+            raise Lost(f"{len(missing)} have not come, number {missing[0]} among them")
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
+
+
+def lost_reason(error: Exception) -> str:
+    """Return in few words how another process was lost, or "" where `error` says no such thing."""
+    if isinstance(error, Lost | dist.DistError) or "gloo/" in str(error):
+        line = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0]  # gloo begins with its file
+        return line.partition(". This is typically")[0]
+    return ""
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -250,6 +285,13 @@ def any_rank(flag: Tensor) -> Tensor:
     return agreed.bool()
 
 
+def broadcast(tensor: Tensor) -> Tensor:
+    """Return the first process's `tensor`, of one shape, in all of them; it may be overwritten."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """Return the tensors of all processes, of the same shape, stacked in a new first axis."""
     if not dist.is_initialized():
@@ -326,33 +368,42 @@ def main_first() -> Iterator[None]:
             barrier()
 
 
-def first_to_say(message: str) -> bool:
+def first_to_say(message: str, code: int) -> bool:
     """Return whether this process is the first to bring `message`, so that it is printed once.
 
-    When nobody can be asked, the answer is yes: a line printed twice is better than none.
+    code: the exit code that belongs to it. When nobody can be asked, the answer is yes: a line
+    printed twice is better than none.
     """
     if not dist.is_initialized():
         return find_launcher(os.environ)[1] == 0
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = _last_words()
         first = store.add(f"said/{message}", 1) == 1
-        store.add(SAID, 1)
+        store.set(SAID, str(code))
         return first
     except (RuntimeError, ValueError, AttributeError):
         time.sleep(rank() * 0.01)
         return True
 
 
-def another_has_said(wait_s: float = 3.0) -> bool:
-    """Return whether another process of the group has brought an error to the user."""
+def said_by_another() -> int:
+    """Return the exit code of another process that has brought an error to the user, or 0."""
     if not dist.is_initialized():
-        return False
-    end = time.monotonic() + wait_s  # its connection may break before its words arrive
+        return 0
+    end = time.monotonic() + LAST_WORDS_S  # its connection may break before its words arrive
     while time.monotonic() < end:
         try:
-            if dist.distributed_c10d._get_default_store().add(SAID, 0) > 0:
-                return True
+            store = _last_words()
+            if store.check([SAID]):
+                return int(store.get(SAID))
         except (RuntimeError, ValueError, AttributeError):
-            return False
+            return 0
         time.sleep(0.1)
-    return False
+    return 0
+
+
+def _last_words() -> dist.Store:
+    """Return the group's store, in which nobody waits long any more."""
+    store = dist.distributed_c10d._get_default_store()
+    store.set_timeout(datetime.timedelta(seconds=LAST_WORDS_S))
+    return store

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -132,7 +133,9 @@ def train_one_epoch(
         where it put that.
     tally: what was done of the epoch before; `data_loader` brings only the rest of it.
     Returns the averages of the epoch, and how many updates were skipped as non-finite.
-    Raises UserError when `max_bad_steps` updates in a row had a non-finite loss or gradient.
+    An update with a non-finite loss or gradient in any process is skipped in all of them and
+    leaves no trace in the network, BatchNorm's statistics included; its learning rate has passed.
+    Raises UserError when `max_bad_steps` updates in a row were such.
     """
     tally = Tally(device) if tally is None else tally
     model.train(set_training_mode)
@@ -143,7 +146,15 @@ def train_one_epoch(
     )
     meters, bad = tally.meters, tally.bad
     network = getattr(model, "module", model)
+    statistics = _Statistics(network)
     optimizer.zero_grad(set_to_none=True)
+
+    def loss_of(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        seed_step(seed, "step", epoch, batch["micro_step"], distributed.rank())
+        with autocast(device, amp_dtype):
+            outputs = module(batch["images"])
+        answers = batch["teacher_outputs"]
+        return criterion(batch["images"], outputs, batch["labels"], teacher_outputs=answers)
 
     for micro, (images, labels, *_) in enumerate(progress(data_loader), start=tally.micro):
         update, last_of_update = micro // accum_steps, (micro + 1) % accum_steps == 0
@@ -156,27 +167,27 @@ def train_one_epoch(
         images, labels, teacher_outputs = show(
             images, labels, (epoch % views if views else epoch, micro), seed, mixup_fn, teacher
         )
-        seed_step(seed, "step", epoch, micro, distributed.rank())
+        batch = {"images": images, "labels": labels, "teacher_outputs": teacher_outputs}
+        batch["micro_step"] = micro
         silent = not last_of_update and hasattr(model, "no_sync")
         with model.no_sync() if silent else contextlib.nullcontext():
-            with autocast(device, amp_dtype):
-                outputs = model(images)
-            loss = criterion(images, outputs, labels, teacher_outputs=teacher_outputs)
+            loss = loss_of(model, batch)
             _backward(loss / in_update, loss_scaler)
         terms = {"loss": loss.detach(), **criterion.terms}
         tally.add(terms)
-        batch = {"images": images, "labels": labels, "teacher_outputs": teacher_outputs}
-        bad.watch(loss, {"micro_step": micro, "terms": terms, **batch})
+        bad.watch(loss, batch | {"terms": terms})
         if not last_of_update:
             continue
 
-        norm = _update(optimizer, network, loss_scaler, max_norm, bad)
+        norm, skip = _update(optimizer, network, loss_scaler, max_norm, bad)
+        statistics.settle(skip)
         tally.micro = micro + 1
         tally.add({"grad_norm": norm})
         due = progress.due(micro, in_update)
         if bad.too_many(max_bad_steps, look=due):
             place = {"epoch": epoch, "seed": seed, "model": network.network.state_dict()}
-            bad.stop(place, max_bad_steps, on_bad_batch)
+            overflows = partial(_gradient_overflows, network, loss_of)
+            bad.stop(place, max_bad_steps, on_bad_batch, overflows)
         if model_ema is not None:
             model_ema.update(network.network, epoch * updates + update)
         if due:
@@ -244,16 +255,27 @@ def _update(
     scaler: torch.amp.GradScaler | None,
     max_norm: float | None,
     bad: "_BadSteps",
-) -> Tensor:
-    """Clip, step unless the update is bad, clear the gradients. Returns the gradient norm."""
+) -> tuple[Tensor, Tensor]:
+    """Clip, step unless the update is bad, clear the gradients.
+
+    Returns the gradient norm, and whether the update was bad (bool, the same in all processes). A
+    gradient that overflows under a loss scale above 1 is not: the scaler skips it and lowers the
+    scale.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters]
     if scaler is not None:
+        lost = bad.agree()
+        for gradient in gradients[:1]:  # the scaler looks at gradients alone, not at the loss
+            gradient.mul_(torch.where(lost, torch.nan, 1.0))
         scaler.unscale_(optimizer)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    broken = ~torch.isfinite(norm)
+    if scaler is not None:
+        broken &= scaler.scale(torch.ones_like(norm)) <= 1
     if max_norm is not None:
-        parameters = [p for p in model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    skip = bad.decide(norm if scaler is None else None)
+    skip = bad.decide(broken)
     if scaler is not None:  # skips by itself when a gradient is not finite
         scaler.step(optimizer)
         scaler.update()
@@ -264,17 +286,56 @@ def _update(
     elif not skip.item():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, skip
+
+
+def _gradient_overflows(
+    network: nn.Module, loss_of: Callable[[nn.Module, Any], Tensor], batch: Mapping[str, Any]
+) -> bool:
+    """Return whether a batch alone, in this process alone, has a gradient that is not finite."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss_of(network, batch), parameters, allow_unused=True)
+    return not all(g is None or bool(torch.isfinite(g).all()) for g in gradients)
+
+
+class _Statistics:
+    """The running statistics of BatchNorm and its kind, which a bad update must not change.
+
+    The forward pass has changed them before anybody knows whether its loss is finite. All
+    processes take those of the first, as DDP does before the next pass, so that evaluation, the
+    average and a resumed run see the same. A network without them pays nothing.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for module in network.modules():
+            if getattr(module, "running_mean", None) is not None:
+                for buffer in module.buffers(recurse=False):
+                    kinds.setdefault(buffer.dtype, []).append(buffer)
+        self._kinds = list(kinds.values())
+        self._good = [self._flat(buffers) for buffers in self._kinds]
+
+    @staticmethod
+    def _flat(buffers: list[Tensor]) -> Tensor:
+        return torch.cat([buffer.reshape(-1) for buffer in buffers])
+
+    def settle(self, skip: Tensor) -> None:
+        """Take back what the update did if it is to be skipped (bool, on the device)."""
+        for i, buffers in enumerate(self._kinds):
+            good = torch.where(skip, self._good[i], self._flat(buffers))
+            self._good[i] = distributed.broadcast(good)
+            parts = self._good[i].split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [p.view_as(b) for p, b in zip(parts, buffers)])
 
 
 class _BadSteps:
     """Non-finite updates: all processes agree on each, and it is counted on the device.
 
-    counts: bad updates in a row until now, the most in a row, all of the epoch.
+    counts: bad updates in a row until now, all of the epoch.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.counts = torch.zeros(3, dtype=torch.long, device=device)
+        self.counts = torch.zeros(2, dtype=torch.long, device=device)
         self._now = torch.zeros((), dtype=torch.bool, device=device)
         self._batches: list[dict[str, Any]] = []  # of this update
         self._decided = True
@@ -282,7 +343,7 @@ class _BadSteps:
     def start_epoch(self) -> None:
         """Count the epoch's from 0; a streak goes on, also over epochs shorter than the limit."""
         streak = self.counts[0]
-        self.counts = torch.stack([streak, streak, torch.zeros_like(streak)])
+        self.counts = torch.stack([streak, torch.zeros_like(streak)])
 
     def watch(self, loss: Tensor, batch: dict[str, Any]) -> None:
         """Remember a micro-step of this update, and whether its loss was not finite."""
@@ -291,41 +352,57 @@ class _BadSteps:
         self._batches.append(batch)
         self._now |= ~torch.isfinite(loss.detach())
 
-    def decide(self, norm: Tensor | None) -> Tensor:
-        """Return whether this update is to be skipped, the same (bool) in every process."""
-        if norm is not None:
-            self._now |= ~torch.isfinite(norm)
-        skip = distributed.any_rank(self._now)
+    def agree(self) -> Tensor:
+        """Return whether any process has had a bad loss in this update (bool)."""
+        self._now = distributed.any_rank(self._now)
+        return self._now
+
+    def decide(self, broken: Tensor) -> Tensor:
+        """Return whether this update is to be skipped, the same (bool) in every process.
+
+        broken: whether its gradient was bad (bool), in this process.
+        """
+        skip = distributed.any_rank(self._now | broken)
         streak = (self.counts[0] + 1) * skip
-        self.counts = torch.stack(
-            [streak, torch.maximum(self.counts[1], streak), self.counts[2] + skip]
-        )
+        self.counts = torch.stack([streak, self.counts[1] + skip])
         self._now = torch.zeros_like(self._now)
         self._decided = True
         return skip
 
     @property
     def total(self) -> int:
-        return int(self.counts[2])
+        return int(self.counts[1])
 
     def too_many(self, limit: int, *, look: bool) -> bool:
-        """Return whether `limit` updates in a row were bad; GPUs are only asked on `look`."""
-        return (look or not self.counts.is_cuda) and int(self.counts[1]) >= limit
+        """Return whether the last `limit` updates were bad; GPUs are only asked on `look`."""
+        return (look or not self.counts.is_cuda) and int(self.counts[0]) >= limit
 
     def stop(
-        self, place: dict[str, Any], limit: int, save: Callable[[dict[str, Any]], str] | None
+        self,
+        place: dict[str, Any],
+        limit: int,
+        save: Callable[[dict[str, Any]], str] | None,
+        overflows: Callable[[Mapping[str, Any]], bool],
     ) -> None:
-        """Save the first bad batch of this update that any process has; raise UserError."""
+        """Save the first bad batch of this update that any process has; raise UserError.
+
+        overflows: asked, where all losses were finite, whether the gradient of a batch is not.
+        """
+        what = "the loss was not finite"
         bad = [b for b in self._batches if not torch.isfinite(b["terms"]["loss"])]
         has_one = distributed.all_gather(self.counts.new_tensor(bool(bad)))
-        culprit = int(has_one.argmax())  # of equal ones the first: rank 0, if no loss was bad
+        if not has_one.any():
+            what = "the loss was finite and its gradient was not,"
+            bad = [b for b in self._batches if overflows(b)]
+            has_one = distributed.all_gather(self.counts.new_tensor(bool(bad)))
+        culprit = int(has_one.argmax())  # of equal ones the first: rank 0, if only the sum is bad
         text = ""
         if distributed.rank() == culprit:
             batch = (bad or self._batches)[0] | {"rank": culprit} | place
             terms = ", ".join(f"{name} {float(v):.4g}" for name, v in batch["terms"].items())
             saved = f"; the batch is in {save(batch)}" if save is not None else ""
             text = (
-                f"the loss was not finite in {int(self.counts[1])} updates in a row "
+                f"{what} in {int(self.counts[0])} updates in a row "
                 f"(--max-bad-steps {limit}), last in epoch {batch['epoch']}, step "
                 f"{batch['micro_step']}, process {culprit}: {terms}{saved}; lower --lr, "
                 "set --clip-grad 1, or use --amp bf16"

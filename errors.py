@@ -20,6 +20,7 @@ class UserError(ValueError):
         return " ".join(message.split())
 
 
+EXIT_FAULT = 1  # a process or a DataLoader worker has died or hangs; --resume auto goes on
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 
 
@@ -32,3 +33,7 @@ class Stopped(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.signal_number = signal_number
+
+
+class Lost(RuntimeError):
+    """Another process of the run does not come, has died, or does not answer."""

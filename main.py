@@ -6,6 +6,7 @@ python main.py --eval --resume FILE --data-path FOLDER
 """
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -31,17 +32,20 @@ import preflight
 import recipe
 import resume
 import teachers
-from errors import EXIT_STOPPED, Stopped, UserError
+from errors import EXIT_FAULT, EXIT_STOPPED, Lost, Stopped, UserError
 
 _logger = logging.getLogger("main")
 
 
 def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     """Run what `args` asks for and return the last evaluation's numbers."""
-    processes = distributed.init_processes(args.device, dist_url=args.dist_url)
+    processes = distributed.init_processes(
+        args.device, dist_url=args.dist_url, timeout_min=args.dist_timeout
+    )
     metrics.set_up_logging(processes.rank)
     device = processes.device
     amp_dtype = pick_amp(args.amp, device)
+    teacher_amp = pick_amp(args.amp if args.teacher_amp == "auto" else args.teacher_amp, device)
     engine.seed_step(args.seed, "model")
 
     if args.output_dir and distributed.is_main() and not (args.eval or args.dry_run):
@@ -54,17 +58,24 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         _logger.warning("%s", note)
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
+    fused = models.fast.prefers_fused_attention(device.type, amp_dtype)
+    models.fast.set_attention(student.network, fused=fused)
     tell("data", loaders.describe())
     tell("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
     if args.eval:
         return evaluate_files(args, student, loaders, device, amp_dtype)
     if args.teacher_cache:
-        teacher = teachers.build_cached_teacher(args, loaders, inputs, processes, amp_dtype)
+        teacher = teachers.build_cached_teacher(args, loaders, inputs, processes, teacher_amp)
     else:
-        teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, amp_dtype)
+        teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
     if teacher is not None:
         tell("teacher", teacher.describe())
-    tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}")
+    hint = (
+        " (this CPU computes in bf16: --amp bf16)"
+        if args.amp == "auto" and spares_bf16(device)
+        else ""
+    )
+    tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}{hint}")
     live = isinstance(teacher, torch.nn.Module)
     model = student
     mixup_fn = augment.build_mixup(args, loaders.num_classes)
@@ -92,7 +103,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         args, {"model": student.network, "projections": student.trained_projections(),
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
-        facts={"processes": processes.world_size, "data": loaders.fingerprint()},
+        facts={"processes": processes.world_size, "data": loaders.fingerprint(),
+               "teacher": teachers.build_identity(args)},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
@@ -105,6 +117,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     if processes.world_size > 1:
         example = torch.zeros(2, 3, *inputs.input_size, device=device)
         model = distributed.data_parallel(student, example)
+    if args.torchcompile:  # in place, so that names of weights stay; evaluation runs .network
+        student.compile(backend=args.torchcompile, dynamic=False)
     log = metrics.RunLog(
         args.output_dir if distributed.is_main() else "", keeper.epoch,
         images_seen=keeper.global_step * effective,
@@ -213,6 +227,13 @@ def pick_amp(wanted: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]
 
 
+def spares_bf16(device: torch.device) -> bool:
+    """Return whether `auto` leaves a faster type alone: a CPU's runs are to repeat to the bit on
+    every CPU's float32, and small networks gain nothing."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(able.get(f"{unit}_bf16") for unit in ("avx512", "amx"))
+
+
 def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float]:
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
     path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
@@ -268,7 +289,7 @@ def run(
         tell(None, "Interrupted; --resume auto goes on from the last checkpoint")
         return 128 + Signals.SIGINT
     except UserError as error:
-        if distributed.first_to_say(error.line()):
+        if distributed.first_to_say(error.line(), code=2):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
         return 2  # without leaving the group: another process may still wait in a collective
     except Stopped as stop:
@@ -278,17 +299,30 @@ def run(
         on_stop(stop.signal_number)
         return EXIT_STOPPED
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if distributed.another_has_said():  # and has left, so that a collective failed here
-            return 2
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if code := distributed.said_by_another():  # and it has left, so that a collective failed
+            return code
+        if reason := distributed.lost_reason(error):
+            what = "a process of this run has died or does not answer"
+            advice = "--resume auto goes on; if one is only slow, raise --dist-timeout"
+        elif "DataLoader timed out" in str(error):
+            what, reason = "a DataLoader worker brings nothing", " ".join(str(error).split())
+            advice = "does its disk still answer? --resume auto goes on; see --loader-timeout"
+        elif "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
+            what, reason = "a DataLoader worker is gone", " ".join(str(error).split())
+            advice = "was the memory full? Use fewer --num-workers; --resume auto goes on"
+        else:
             raise
-        reason = " ".join(str(error).split())
-        print(f"error: a DataLoader worker is gone ({reason}); was the memory full? Use fewer "
-              "--num-workers; --resume auto goes on", file=sys.stderr)  # fmt: skip
-        return 1
+        if isinstance(error, Lost) or distributed.first_to_say(what, code=1):
+            print(f"error: {what} ({reason}); {advice}", file=sys.stderr, flush=True)
+        return EXIT_FAULT
     distributed.shutdown()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == EXIT_FAULT:  # without waiting for a worker that its disk does not let go
+        os._exit(code)
+    sys.exit(code)

@@ -3,12 +3,15 @@
 Shapes: B batch, C classes. Nothing here waits for the device but what a printed line needs.
 """
 
+import functools
 import json
 import logging
 import os
+import resource
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import yaml
 from torch import Tensor
 
 import distributed
+from errors import UserError
 
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
@@ -122,8 +126,8 @@ class ProgressLogger:
             rate = images_per_step * steps / max(now - self._mark, 1e-9)
             rates = {"images_per_s": rate, "data_wait": self.wait_share(now)}
             parts += [f"{rate:.0f} images/s", f"data wait {100 * rates['data_wait']:.0f}%"]
-        if torch.cuda.is_available():
-            parts.append(f"memory {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
+        rates["memory_mib"] = peak_memory() / 2**20
+        parts.append(f"memory {rates['memory_mib']:.0f} MiB")
         self._mark, self._steps_at_mark = now, done
         line = f"{self.header} {'  '.join(parts)}"
         print(f"\r{line}\033[K" if self._overwrites else line,
@@ -133,6 +137,14 @@ class ProgressLogger:
     def wait_share(self, now: float) -> float:
         """Return the share of the time so far that went into waiting for data, from 0 to 1."""
         return self._waited / max(now - self._begin, 1e-9)
+
+
+def peak_memory() -> int:
+    """Return the most bytes held until now: of tensors on the GPU, or else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def number(value: float) -> str:
@@ -146,6 +158,25 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def _writes(name: str) -> Callable:
+    """Turn a full or broken disk under a method of `RunLog` into one line. name: of the file."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def write(self: "RunLog", *args: Any, **options: Any) -> Any:
+            try:
+                return method(self, *args, **options)
+            except OSError as error:
+                raise UserError(
+                    f"{self._folder / name}: cannot be written ({error.strerror or error}); the "
+                    "checkpoints are untouched: mend it, and go on with --resume auto"
+                ) from error
+
+        return write
+
+    return decorate
+
+
 class RunLog:
     """`log.txt` (one JSON object an epoch, DeiT's keys first), `config.yaml` and TensorBoard.
 
@@ -154,6 +185,7 @@ class RunLog:
     have left: no epoch comes twice. With an empty `output_dir` nothing is written.
     """
 
+    @_writes("log.txt")
     def __init__(self, output_dir: str, start_epoch: int = 0, images_seen: int = 0) -> None:
         self._folder = Path(output_dir) if output_dir else None
         self._board = None
@@ -163,6 +195,7 @@ class RunLog:
         keep_epochs_before(self._folder / "log.txt", start_epoch)
         self._board = _open_tensorboard(self._folder / "tensorboard", images_seen)
 
+    @_writes("config.yaml")
     def config(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of the run, every flag with its value."""
         if self._folder is not None:
@@ -186,11 +219,13 @@ class RunLog:
         """Whether pictures would be seen by anybody."""
         return self._board is not None
 
+    @_writes("tensorboard")
     def picture(self, tag: str, picture: Tensor | None, images_seen: int) -> None:
         """Put a picture (3, height, width), uint8, into TensorBoard."""
         if self._board is not None and picture is not None:
             self._board.add_image(tag, picture, images_seen)
 
+    @_writes("tensorboard")
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
         """Put `values` under `prefix/name` in TensorBoard; a count of pictures is no curve."""
         if self._board is not None:
@@ -209,6 +244,7 @@ class RunLog:
         parts = {name: weight * values[name] for name, weight in weights.items() if name in values}
         self.scalars("train_weighted", parts, images_seen)
 
+    @_writes("log.txt")
     def epoch(
         self,
         epoch: int,
@@ -232,6 +268,7 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
 
+    @_writes("tensorboard")
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
@@ -257,11 +294,14 @@ def keep_epochs_before(path: Path, epoch: int) -> None:
 
 def _replace_text(path: Path, text: str) -> None:
     shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with shadow.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(shadow, path)
+    try:
+        with shadow.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(shadow, path)
+    finally:
+        shadow.unlink(missing_ok=True)
 
 
 def _open_tensorboard(folder: Path, images_seen: int) -> Any:
@@ -270,7 +310,14 @@ def _open_tensorboard(folder: Path, images_seen: int) -> Any:
     except ImportError as error:
         _logger.warning("no TensorBoard log: %s", error)
         return None
+    threading.excepthook = _say_it_later
     return SummaryWriter(str(folder), purge_step=images_seen or None, max_queue=1000)
+
+
+def _say_it_later(lost: threading.ExceptHookArgs) -> None:
+    """Leave a thread's traceback out where TensorBoard raises the same again in our next call."""
+    if not (isinstance(lost.exc_value, OSError) and "tensorboard" in type(lost.thread).__module__):
+        threading.__excepthook__(lost)
 
 
 def set_up_logging(rank: int) -> None:

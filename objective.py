@@ -24,6 +24,7 @@ from matching import NO_DECAY, PROJ_MAP, IntermediateMatch, read_match, several
 from models import Student
 from models.features import ADAPTORS, Observed, Tap, taps_on
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, clamp_temperature
+from teachers import build_sources
 
 _logger = logging.getLogger(__name__)
 SIMILARITIES = {"cos": losses.cos_sim, "dot": losses.dot_score}
@@ -237,10 +238,10 @@ def build_objective(
         schedule = TEMPERATURE_SCHEDULER[args.temperature_scheduler]
         kd_loss = ScheduledTemperature(kd_loss, schedule, args.temperature_min)
     members = list(getattr(teacher, "members", [teacher] if teacher is not None else []))
-    apart = args.teacher_logits == "apart" and len(members) > 1
+    shares = getattr(teacher, "weights", ())
     options: dict[str, Any] = {"kd_loss": kd_loss}
-    if apart:
-        teacher.apart, options["teacher_weights"] = True, teacher.weights
+    if args.teacher_logits == "apart" and len(members) > 1:
+        teacher.apart, options["teacher_weights"] = True, [w for w in shares if w > 0]
     criterion = losses.build_criterion(
         args, mixing=mixing, head=student.distillation_head, **options
     )
@@ -250,12 +251,18 @@ def build_objective(
     asked = (matches, args.ranking_kl_weight, args.distill_config, args.probability_shift,
              args.student_adaptor, args.temperature_scheduler != "none",
              set(schedulers) - {"none"}, weights != (None, None))  # fmt: skip
+    names, _ = build_sources(args)
+    of_teacher = [_number(match, names) for match in matches]
+    for index, share in enumerate(shares):
+        if share == 0 and index not in of_teacher:
+            raise UserError(f"teacher {names[index]} has --teacher-weight 0 and no --match says "
+                            f"teacher={index}: it would do nothing; leave it out")  # fmt: skip
     if not any(asked):
         return criterion
     alpha = args.distillation_alpha if args.distillation_type != "none" else 0.0
     extra: dict[str, Term] = {}
     if matches or args.ranking_kl_weight or args.student_adaptor:
-        extra = _build_terms(args, matches, student, members, input_size)
+        extra = _build_terms(args, matches, of_teacher, student, members, input_size)
     return Objective(
         criterion,
         extra,
@@ -269,13 +276,15 @@ def build_objective(
 def _build_terms(
     args: Namespace,
     matches: Sequence[IntermediateMatch],
+    of_teacher: Sequence[int],
     student: Student,
     members: Sequence[Any],
     input_size: tuple[int, int],
 ) -> dict[str, Term]:
-    """Tap both sides, show them two pictures, and return a checked term for every match."""
-    names = [args.teacher_model] if isinstance(args.teacher_model, str) else args.teacher_model
-    of_teacher = [_number(match, names) for match in matches]
+    """Tap both sides, show them two pictures, and return a checked term for every match.
+
+    of_teacher: which of `members` each of `matches` looks into.
+    """
     wanted: list[list[Tap]] = [[] for _ in members]
     if args.ranking_kl_weight:
         wanted[0].append(POOLED)

@@ -14,7 +14,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from errors import UserError
 from models import Student
@@ -47,14 +47,17 @@ def build_optimizer(
     if args.opt_eps is not None:
         options["eps"] = args.opt_eps
     first = next(student.parameters())
-    if name.lower() in ("adam", "adamw") and first.is_cuda:
-        options["fused"] = True  # one kernel, and it can skip a bad update without a sync
+    if name.lower() in ("adam", "adamw") and first.device.type in ("cpu", "cuda"):
+        # One kernel: 3 times as fast as the default on a CPU, where foreach is slower than that;
+        # on a GPU it can skip a bad update without a sync.
+        options["fused"] = True
+    options |= args.opt_kwargs
     try:
         optimizer = create_optimizer_v2(
             student.network, opt=name, lr=lr, weight_decay=args.weight_decay,
             momentum=args.momentum, layer_decay=args.layer_decay, **options,
         )  # fmt: skip
-    except (AssertionError, ValueError, KeyError) as error:
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--opt {args.opt}: timm cannot make it ({reason})") from error
     for name, projection in student.projections.items():
@@ -158,14 +161,28 @@ class Ema:
     def __init__(
         self, network: nn.Module, *, decay: float, warmup: bool, device: str | None = None
     ) -> None:
+        # timm's, for its decays and its own device; the update is here, without its walk over
+        # both networks at every step, which takes as long as the arithmetic of a small one.
         self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup, device=device)
+        self._pairs: tuple[Any, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]] | None
+        self._pairs = None
 
     @property
     def module(self) -> nn.Module:
         return self._ema.module
 
+    @torch.no_grad()
     def update(self, network: nn.Module, global_step: int) -> None:
-        self._ema.update(network, step=global_step)
+        """Move towards the weights of `network`, always the same one, after `global_step`."""
+        if not self._ema.foreach:  # on another device than the network
+            self._ema.update(network, step=global_step)
+            return
+        if self._pairs is None or self._pairs[0] is not network:
+            self._pairs = (network, *_paired(self.module, network))
+        _, mine, its, counters = self._pairs
+        torch._foreach_lerp_(mine, its, weight=1 - self._ema.get_decay(global_step))
+        for own, other in counters:
+            own.copy_(other)
 
     def refresh(self, network: nn.Module) -> None:
         """Start again from the weights of `network`."""
@@ -182,6 +199,15 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state)
+
+
+def _paired(
+    average: nn.Module, network: nn.Module
+) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """Return the numbers that are averaged, on both sides, and the pairs that are counters."""
+    pairs = list(zip(average.state_dict().values(), network.state_dict().values()))
+    mine, its = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+    return list(mine), list(its), [pair for pair in pairs if not pair[0].is_floating_point()]
 
 
 def build_ema(args: Namespace, network: nn.Module) -> Ema | None:

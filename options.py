@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+
 import matching
 import recipe
 from augment import is_mixing
@@ -21,7 +24,7 @@ from distributed import find_launcher
 from errors import UserError
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
-DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")
 INAT_CATEGORIES = [
     "kingdom",
     "phylum",
@@ -62,6 +65,21 @@ class Repeatable(argparse.Action):
         given = [*given, value] if owner is namespace else [value]
         self._given = (namespace, given)
         setattr(namespace, self.dest, value if len(given) == 1 else given)
+
+
+class Settings(argparse.Action):
+    """A flag of KEY=VALUE words, which become a dictionary."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | dict(values))
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    """Return a KEY=VALUE word as a pair, the value as a plain one (yaml)."""
+    key, equals, value = word.partition("=")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"{word}: give KEY=VALUE")
+    return key, yaml.safe_load(value)
 
 
 def _dashed(word: str) -> str:
@@ -116,6 +134,8 @@ def _add_run_flags(group: Any) -> None:
     add("--grad-accum-steps", default=1, type=int, help="micro-steps per optimizer update")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
         help="auto: bf16 (else fp16) on a GPU, off on a CPU")  # fmt: skip
+    add("--torchcompile", nargs="?", const="inductor", default="", metavar="BACKEND",
+        help="compile student and teacher in training; inductor if no backend")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", default=0, type=int)
     add("--output-dir", default="", help="checkpoints, log.txt, TensorBoard; empty: save nothing")
@@ -136,6 +156,8 @@ def _add_run_flags(group: Any) -> None:
     add("--dist-eval", action="store_true", help="always on: evaluation is sharded and exact")
     add("--world-size", default=1, type=int, help="no effect: the launcher says")
     add("--dist-url", default="env://", help="how the processes find each other")
+    add("--dist-timeout", default=30.0, type=float, metavar="MIN",
+        help="minutes that the processes wait for one another before the run ends")  # fmt: skip
     add("--distributed", action="store_true", help="no effect: the launcher says")
 
 
@@ -154,6 +176,8 @@ def _add_model_flags(group: Any) -> None:
     add("--mean", default=None, type=float, nargs=3, help="of the input; default: the model's")
     add("--std", default=None, type=float, nargs=3, help="of the input; default: the model's")
     add("--interpolation", default=None, help="of the evaluation resize; default: the model's")
+    add("--grad-checkpointing", action="store_true",
+        help="compute blocks twice: less memory, a third more work")  # fmt: skip
     _switch(group, "train-mode", True, "train in training mode",
             "freeze dropout and stochastic depth, as DeiT's fine-tuning did")  # fmt: skip
 
@@ -165,7 +189,9 @@ def _add_distillation_flags(group: Any) -> None:
     add("--teacher-path", default="", action=Repeatable,
         help="its weights: file or URL; empty: timm's pretrained")  # fmt: skip
     add("--teacher-weight", default=None, type=float, action="append",
-        help="share of a teacher among several; default: equal")  # fmt: skip
+        help="share of a teacher among several; 0: it is only matched; default: equal")  # fmt: skip
+    add("--teacher-amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="auto: as --amp; half precision also folds BatchNorm")  # fmt: skip
     add("--teacher-logits", default="mean", choices=("mean", "apart"),
         help="of several: one term of the mean, or a term each")  # fmt: skip
     add("--distillation-type", default="none", choices=("none", "soft", "hard"))
@@ -225,6 +251,8 @@ def _add_optimizer_flags(group: Any) -> None:
     add("--opt", default="adamw", help="timm's name of the optimizer")
     add("--opt-eps", default=1e-8, type=float)
     add("--opt-betas", default=None, type=float, nargs="+")
+    add("--opt-kwargs", default={}, type=_setting, nargs="+", action=Settings, metavar="KEY=VALUE",
+        help="more options of the optimizer, such as fused=False")  # fmt: skip
     add("--clip-grad", default=None, type=float, help="largest gradient norm; 0 or less: off")
     add("--momentum", default=0.9, type=float)
     add("--weight-decay", default=0.05, type=float)
@@ -254,6 +282,8 @@ def _add_augmentation_flags(group: Any) -> None:
     add = group.add_argument
     add("--color-jitter", default=0.3, type=float)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy; '' or none: off")
+    add("--augment-on", default="worker", choices=("worker", "device"),
+        help="where pictures are augmented after crop and flip")  # fmt: skip
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     _switch(group, "repeated-aug", True, "three views of a picture in an epoch")
@@ -283,6 +313,8 @@ def _add_data_flags(group: Any) -> None:
     add("--eval-crop-ratio", "--crop-pct", default=None, type=float,
         help="default: the model's own, 0.875 for DeiT's")  # fmt: skip
     add("--num-workers", default=None, type=int, help="per process; default: what the cores allow")
+    add("--loader-timeout", default=20.0, type=float, metavar="MIN",
+        help="minutes a worker may take for a batch, before the run ends; 0: for ever")  # fmt: skip
     add("--on-bad-image", default="fail", choices=("fail", "skip"))
     _switch(group, "pin-mem", True, "page-locked batches for a GPU")
 
@@ -400,6 +432,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("log_interval", 1, None),
         ("max_bad_steps", 1, None),
         ("num_workers", 0, None),
+        ("loader_timeout", 0, None),
         ("nb_classes", 1, None),
         ("start_epoch", 0, None),
         ("teacher_cache_views", 0, None),
@@ -417,6 +450,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ("mixup_switch_prob", 0, 1),
         ("model_ema_decay", 0, 1),
         ("lr", 0, None),
+        ("dist_timeout", 0.01, 1e5),
         ("weight_decay", 0, None),
         ("warmup_epochs", 0, None),
         ("color_jitter", 0, None),
@@ -468,6 +502,21 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         raise UserError(
             "--teacher-cache-topk hard keeps one class a picture: use --distillation-type hard"
         )
+    if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(()):
+        known = ", ".join(torch.compiler.list_backends(()))
+        raise UserError(f"--torchcompile {args.torchcompile}: unknown to torch; known: {known}")
+    sees_inside = args.match or args.ranking_kl_weight or args.student_adaptor
+    if args.torchcompile and (sees_inside or args.teacher_adaptor):
+        raise UserError(
+            "--torchcompile sees logits alone: it cannot go with --match, --ranking-kl-weight, "
+            "--student-adaptor or --teacher-adaptor"
+        )
+    features = {matching.read_match(match).feature for match in args.match}
+    if args.grad_checkpointing and "attention" in features:
+        raise UserError(
+            "--grad-checkpointing cannot go with a --match of attention, whose maps would be "
+            "computed in the forward pass alone; leave out one of them"
+        )
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
     if args.resume.partition(":")[0] == "auto" and not args.output_dir:
@@ -492,12 +541,14 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "distributed": (True, "the launcher decides"),
         "world_size": (True, "the launcher decides"),
         "dist_eval": (True, "evaluation is always sharded and exact"),
+        "dist_timeout": (find_launcher(os.environ)[3] == 1, "there is one process"),
         "cooldown_epochs": (True, "the schedule ends with --epochs"),
         "patience_epochs": (args.sched != "plateau", "it belongs to --sched plateau"),
         "aa": (three, "--ThreeAugment replaces it"),
         "reprob": (three, "--ThreeAugment has no erasing"),
         "remode": (three or args.reprob == 0, "nothing is erased"),
         "recount": (three or args.reprob == 0, "nothing is erased"),
+        "augment_on": (args.eval, "nothing trains"),
         "train_interpolation": (three, "--ThreeAugment is bicubic"),
         "color_jitter": (randaugment and not three, "timm leaves it out while --aa is set"),
         "mixup_prob": (not mixes, "nothing is mixed"),
@@ -532,7 +583,11 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "checkpoint_steps": (not args.output_dir, "nothing is saved without --output_dir"),
         "checkpoint_minutes": (not args.output_dir, "nothing is saved without --output_dir"),
         "keep_checkpoints": (not args.output_dir, "nothing is saved without --output_dir"),
+        "loader_timeout": (args.num_workers == 0, "there are no workers"),
         "start_epoch": (bool(args.resume), "--resume knows its epoch"),
+        "torchcompile": (args.eval, "evaluation is not compiled"),
+        "grad_checkpointing": (args.eval, "evaluation keeps nothing for a backward pass"),
+        "teacher_amp": (not teaches, "--distillation-type is none"),
     }
     cases |= {
         name: (not args.teacher_cache, "it belongs to --teacher-cache")

@@ -4,6 +4,7 @@ All randomness is a function of names (see `samplers.py`), so a run is its weigh
 scaler and average, the place in the epoch with the sums of its means, and its settings.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ import reprlib
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,21 +25,24 @@ from errors import Stopped, UserError
 
 _logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAME_EVENT_S = 0.5  # torchrun passes on a signal that the process group has had already
 SAVE = 1  # a wish below every signal's number
-REQUIRED = ("model", "optimizer", "epoch")
+REQUIRED = {"model": dict, "optimizer": dict, "epoch": int}
+OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dict,
+        "global_step": int, "best_acc1": float}  # fmt: skip
+WEIGHTS = ("model", "model_ema", "projections")
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because names and labels of the pictures are compared; --epochs, because training on is
-# common.
+# free because names and labels of the pictures are compared, --teacher-path because the file's hash
+# is; --epochs, because training on is common.
 MAY_CHANGE = frozenset({
-    "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval", "dist_url",
-    "distributed", "epochs", "eval", "finetune", "keep_checkpoints", "log_interval",
-    "max_bad_steps", "num_workers", "output_dir", "pin_mem", "pretrained", "resume",
-    "resume_anyway", "start_epoch", "teacher_cache", "teacher_cache_mode", "teacher_check",
-    "world_size",
+    "check", "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",
+    "dist_timeout", "dist_url", "distributed", "dry_run", "epochs", "eval", "finetune",
+    "keep_checkpoints", "list_models", "loader_timeout", "log_interval", "max_bad_steps",
+    "num_workers", "output_dir", "pin_mem", "pretrained", "resume", "resume_anyway", "start_epoch",
+    "teacher_cache", "teacher_cache_mode", "teacher_check", "teacher_path", "world_size",
 })  # fmt: skip
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
@@ -155,6 +159,13 @@ class Keeper:
             distributed.on_main(lambda: self._write(tally, is_best))
 
     def _write(self, tally: dict[str, Any], is_best: bool) -> None:
+        groups = self.parts["optimizer"].param_groups  # type: ignore[attr-defined]
+        if not all(is_finite(parameter) for group in groups for parameter in group["params"]):
+            raise UserError(
+                f"after update {self.global_step} the weights are not finite and not saved; "
+                f"{self.folder / NEWEST} is as it was; lower --lr, set --clip-grad 1, or use "
+                "--amp bf16"
+            )
         content = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {
             "epoch": self.epoch - 1,  # the last finished one, as DeiT
@@ -166,6 +177,7 @@ class Keeper:
             "classes": self.classes,
             "format": FORMAT,
         }
+        content["outline"] = checkpoint.outline(content)
         checkpoint.save_atomically(
             content, self.folder / NEWEST, keep=self.keep,
             copy_to=self.folder / BEST if is_best else None,
@@ -176,7 +188,10 @@ class Keeper:
         if self.folder is None:
             return "no file, for want of --output_dir"
         path = self.folder / "bad_batch.pth"
-        checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        try:
+            checkpoint.save_atomically({**batch, "args": self.settings}, path)
+        except UserError as error:  # why it was written is more to the point
+            return f"no file ({error.line()})"
         return str(path)
 
     # ---- going on
@@ -191,9 +206,15 @@ class Keeper:
         """
         found: dict[str, Any] = {}
 
+        def usable(path: Path) -> None:
+            saved = load_run(path)
+            if not any(self._changes(saved)):  # else it may be whole, and of another run
+                self._restore(path, saved)
+            found.update(saved)
+
         def look() -> str:
-            path = resolve(source, self.folder)
-            if path:
+            path = resolve(source, self.folder, usable)
+            if path and not found and not checkpoint.is_url(path):  # which all processes fetch
                 found.update(load_run(path))
             return path
 
@@ -209,76 +230,134 @@ class Keeper:
             )
         for change in changes:
             _logger.warning("resumed anyway: %s", change)
-        try:
-            self._restore(saved)
-        except checkpoint.UNREADABLE as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--resume {path}: is of another model or optimizer ({reason}); use the flags it "
-                "was made with, or --finetune to take its weights alone"
-            ) from error
+        self._restore(path, saved)
+        self._warn(saved)
         return f"{path}, epoch {self.epoch}, step {self.tally.micro} of {self.steps}"
+
+    def _warn(self, saved: Mapping[str, Any]) -> None:
+        """Say what may change, and is seen in what follows."""
+        was = saved["args"].get("epochs") if "facts" in saved else None
+        now = self.settings.get("epochs")
+        if was is not None and was != now:
+            _logger.warning("--epochs was %s and is %s: the schedule follows the new number",
+                            was, now)  # fmt: skip
+        if "tally" in saved and saved["tally"]["micro_steps"] and not self.steps:
+            _logger.warning("streamed data: epoch %d begins anew", self.epoch)
 
     def _changes(self, saved: Mapping[str, Any]) -> Iterator[str]:
         """Yield what differs from the settings of `saved`, with both values."""
-        if not isinstance(saved.get("args"), dict) or not isinstance(saved.get("facts"), dict):
-            return  # not written by this code, and nothing is known
+        if "facts" not in saved:
+            return  # DeiT's, of which nothing is known
         was, now = saved["args"], self.settings
-        if "epochs" in was and was["epochs"] != now.get("epochs"):
-            _logger.warning("--epochs was %s and is %s: the schedule follows the new number",
-                            reprlib.repr(was["epochs"]), now.get("epochs"))  # fmt: skip
         for name in sorted(set(was) & set(now) - MAY_CHANGE):
-            if was[name] != now[name]:
+            if differ(was[name], now[name]):
                 flag = "--" + name.replace("_", "-")
                 yield f"{flag} was {reprlib.repr(was[name])} and is {now[name]!r}"
         for name, value in self.facts.items():
-            if saved["facts"].get(name) != value:
+            if differ(saved["facts"].get(name), value):
                 yield f"{name}: was {reprlib.repr(saved['facts'].get(name))} and is {value!r}"
 
-    def _restore(self, saved: Mapping[str, Any]) -> None:
-        for name, part in self.parts.items():
-            if name in saved:
-                if name.startswith("model"):
-                    check_weights(saved[name], part.state_dict())
-                if name == "optimizer":
-                    check_optimizer_state(saved[name], part)
-                part.load_state_dict(saved[name])
-            elif hasattr(part, "refresh"):  # the average begins with the weights
-                part.refresh(self.parts["model"])
-            elif name not in ("lr_scheduler", "scaler"):
-                raise ValueError(f"no {name} in it")
-        self.epoch, self.best = saved["epoch"] + 1, float(saved.get("best_acc1", 0.0))
-        self.global_step = int(saved.get("global_step", 0))
-        state = dict(saved.get("tally") or {})
-        if state.get("micro_steps") and not self.steps:
-            _logger.warning("streamed data: epoch %d begins anew", self.epoch)
-        elif state.get("micro_steps"):
-            was, now = (
-                settings["batch_size"] * facts["processes"]
-                for settings, facts in ((saved["args"], saved["facts"]),
-                                        (self.settings, self.facts))
-            )  # fmt: skip
+    def _restore(self, path: str | Path, saved: Mapping[str, Any]) -> None:
+        """Take up what `saved` holds. Raises UserError if it does not fit or is no number."""
+        try:
+            for name, part in self.parts.items():
+                if name in saved:
+                    if name in WEIGHTS:
+                        check_weights(saved[name], part.state_dict())
+                    if name == "optimizer":
+                        check_optimizer_state(saved[name], part)
+                    part.load_state_dict(saved[name])
+                elif hasattr(part, "refresh"):  # the average begins with the weights
+                    part.refresh(self.parts["model"])
+                elif name not in ("lr_scheduler", "scaler"):
+                    raise ValueError(f"no {name} in it")
+            self.epoch, self.best = saved["epoch"] + 1, float(saved.get("best_acc1", 0.0))
+            self.global_step = int(saved.get("global_step", 0))
+            self._restore_tally(saved)
+        except checkpoint.UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--resume {path}: damaged, or of another model or optimizer ({reason}); use the "
+                "flags it was made with, or --finetune to take its weights alone"
+            ) from error
+
+    def _restore_tally(self, saved: Mapping[str, Any]) -> None:
+        self.tally.reset()
+        if "tally" not in saved:  # DeiT's
+            return
+        state = dict(saved["tally"])
+        if state["micro_steps"] and not self.steps:  # streamed data: the epoch begins anew
+            return
+        was, now = (
+            settings["batch_size"] * facts["processes"]
+            for settings, facts in ((saved["args"], saved["facts"]), (self.settings, self.facts))
+        )
+        if was != now:  # as many pictures of the epoch, rounded down to whole updates
             group = self.settings["grad_accum_steps"]
-            if was != now:  # as many pictures of the epoch, rounded down to whole updates
-                state["micro_steps"] = state["micro_steps"] * was // now // group * group
-            if not 0 <= state["micro_steps"] <= self.steps:
-                raise ValueError(f"step {state['micro_steps']} of {self.steps}")
-            self.tally.load_state_dict(state)
+            state["micro_steps"] = state["micro_steps"] * was // now // group * group
+        if not 0 <= state["micro_steps"] <= self.steps:
+            raise ValueError(f"step {state['micro_steps']} of {self.steps}")
+        self.tally.load_state_dict(state)
 
 
-def resolve(source: str, folder: Path | None) -> str:
+def load_run(source: str | Path) -> dict[str, Any]:
+    """Return a run's checkpoint: ours whole as it was written, or DeiT's with what it has.
+
+    Raises UserError if the file is no run's but only weights, or is not whole.
+    """
+    content = checkpoint.read_weights_file(source)
+    kinds: dict[str, type] = dict(REQUIRED)
+    if set(OURS) & set(content) - {"args"}:  # the only one that DeiT's have too
+        check_whole(source, content)
+        kinds |= OURS
+    if missing := [key for key in kinds if key not in content]:
+        raise UserError(
+            f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
+            "its weights use --finetune"
+        )
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind):
+            found = type(content[key]).__name__
+            raise UserError(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
+    if content["epoch"] < -1:
+        raise UserError(f"{source}: epoch {content['epoch']}: damaged")
+    return content
+
+
+def check_whole(source: str | Path, content: Mapping[str, Any]) -> None:
+    """Raise UserError if one of our checkpoints holds less, more or else than was written."""
+    found = content.get("format")
+    if isinstance(found, int) and found != FORMAT:
+        raise UserError(
+            f"{source}: has format {found}, this program reads {FORMAT}; end the run with the "
+            "version that began it, or take its weights with --finetune"
+        )
+    rest = {key: value for key, value in content.items() if key != "outline"}
+    try:
+        whole = checkpoint.outline(rest) == content.get("outline")
+    except checkpoint.UNREADABLE:
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{source}: does not hold what was written, something is missing or of another kind: "
+            "damaged or changed; take one from before, or its weights alone with --finetune"
+        )
+
+
+def resolve(source: str, folder: Path | None, usable: Callable[[Path], Any] = load_run) -> str:
     """Return the file or URL that `source` (see `Keeper.resume`) means, or "" for none."""
     auto, _, otherwise = source.partition(":")
     if auto != "auto":
         return source
-    return str((folder and find_newest(folder)) or otherwise)
+    return str((folder and find_newest(folder, usable)) or otherwise)
 
 
-def find_newest(folder: Path) -> Path | None:
+def find_newest(folder: Path, usable: Callable[[Path], Any] = load_run) -> Path | None:
     """Return the newest checkpoint in `folder` that is whole, or None where there is none.
 
-    Damaged newer ones are put aside as NAME.damaged, with a warning. Raises UserError if all are
-    damaged: beginning again would throw work away.
+    usable: raises UserError for a checkpoint that is damaged. Such newer ones are put aside as
+    NAME.damaged, with a warning. Raises UserError if all are damaged: beginning again would throw
+    work away.
     """
     older = {
         int(match[1]): path
@@ -289,13 +368,14 @@ def find_newest(folder: Path) -> Path | None:
     damaged = []
     for path in filter(os.path.lexists, names):
         try:
-            load_run(path)
+            usable(path)
         except UserError as error:
             _logger.warning("%s; taking the one before", error.line())
             damaged.append(path)
             continue
         for bad in damaged:  # so that it does not take the place of a good one
-            os.replace(bad, bad.with_name(bad.name + ".damaged"))
+            with contextlib.suppress(OSError):  # who only evaluates need not have the right to
+                os.replace(bad, bad.with_name(bad.name + ".damaged"))
         return path
     if damaged:
         raise UserError(
@@ -305,31 +385,31 @@ def find_newest(folder: Path) -> Path | None:
     return None
 
 
-def load_run(source: str | Path) -> dict[str, Any]:
-    """Return a run's checkpoint. Raises UserError if the file is no run's but only weights."""
-    content = checkpoint.read_weights_file(source)
-    missing = [key for key in REQUIRED if key not in content]
-    if missing:
-        raise UserError(
-            f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
-            "its weights use --finetune"
-        )
-    for key, kind in (("model", dict), ("optimizer", dict), ("epoch", int), ("best_acc1", float),
-                      ("global_step", int), ("tally", dict)):  # fmt: skip
-        if key in content and not isinstance(content[key], kind):
-            found = type(content[key]).__name__
-            raise UserError(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
-    if content["epoch"] < -1:
-        raise UserError(f"{source}: epoch {content['epoch']}: damaged")
-    return content
+def differ(one: Any, other: Any) -> bool:
+    """Return whether two settings differ; what cannot be compared does."""
+    try:
+        return bool(one != other)
+    except (RuntimeError, TypeError, ValueError):
+        return True
+
+
+def is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ValueError for another type of number; shapes and names are torch's to check."""
+    """Raise ValueError for another type of number, and for what is none where ours is one.
+
+    Shapes and names are torch's to check.
+    """
     for name, value in ours.items():
         found = saved.get(name)
-        if isinstance(found, Tensor) and found.dtype != value.dtype:
+        if not isinstance(found, Tensor):
+            continue
+        if found.dtype != value.dtype:
             raise ValueError(f"{name} is {found.dtype}, not {value.dtype}")
+        if found.shape == value.shape and not is_finite(found) and is_finite(value):
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
@@ -351,6 +431,8 @@ def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
         for key, value in state.items():
             if key in SHAPED and value is not None and value.shape != shapes[index]:
                 raise ValueError(f"{key} of parameter {index} has shape {tuple(value.shape)}")
+            if isinstance(value, Tensor) and bool(value.isnan().any()):
+                raise ValueError(f"{key} of parameter {index} holds values that are no numbers")
 
 
 def build_keeper(
@@ -370,7 +452,7 @@ def build_keeper(
         every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
     )  # fmt: skip
     if keeper.folder is not None and distributed.is_main():
-        for leftover in keeper.folder.glob(".*.pth.*.tmp"):  # of a run killed while it wrote
+        for leftover in keeper.folder.glob(".*.[0-9]*.tmp"):  # of a run killed while it wrote
             leftover.unlink(missing_ok=True)
     if keeper.folder is not None and not args.resume and not args.check:
         distributed.on_main(lambda: set_aside(keeper.folder))
@@ -390,8 +472,14 @@ def set_aside(folder: Path) -> None:
     while (folder / f"previous-{number}").exists():
         number += 1
     aside = folder / f"previous-{number}"
-    aside.mkdir()
-    for path in found:
-        os.replace(path, aside / path.name)
+    try:
+        aside.mkdir()
+        for path in found:
+            os.replace(path, aside / path.name)
+    except OSError as error:
+        raise UserError(
+            f"{folder} holds an earlier run, which cannot be moved to {aside} ({error.strerror}); "
+            "go on with it by --resume auto, or choose another --output_dir"
+        ) from error
     _logger.warning("%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
                     folder, aside)  # fmt: skip

@@ -64,7 +64,9 @@ class Teacher(nn.Module):
     """A frozen network, always in evaluation mode, without gradients.
 
     amp_dtype: autocast type of its forward, or None. adaptor: reads the output of a network that
-        gives more than logits.
+        gives more than logits. lean: in words, what was done to the network to make it faster; it
+        then takes pictures channels-last. backend: torch.compile's, for the pictures of training
+        alone, which all come in one size of batch.
     """
 
     def __init__(
@@ -75,9 +77,13 @@ class Teacher(nn.Module):
         name: str = "",
         amp_dtype: torch.dtype | None = None,
         adaptor: Any = None,
+        lean: str = "",
+        backend: str = "",
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)
+        self.lean, self.backend = lean, backend
+        self._in_training = _compiled(self._answer, backend) if backend else self._answer
         self.taps: Any = AdaptorTaps(adaptor) if adaptor is not None else None
         self.index: int | None = None
         self.adapter, self.name, self.amp_dtype = adapter, name, amp_dtype
@@ -93,30 +99,47 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, place: Any = None) -> Tensor | Observed:
-        """images: (B, 3, height, width), normalised for the student. place: for `CachedTeacher`.
+        """images: (B, 3, height, width), normalised for the student. place: in training, or None.
 
         Returns logits (B, C), or `Observed`.
         """
         device = images.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             if self.taps is None:
-                return self.network(self.adapter(images)).float()
-            seen = self.taps.forward(self.network, self.adapter(images))
+                return (self._answer if place is None else self._in_training)(images).float()
+            seen = self.taps.forward(self.network, self._adapted(images))
         logits = seen.logits.float() if isinstance(seen.logits, Tensor) else seen.logits
         if self.index is None:
             return logits
         states = {(self.index, tap): state for tap, state in seen.states.items()}
         return replace(seen, logits=logits, states=states)
 
+    def _adapted(self, images: Tensor) -> Tensor:
+        images = self.adapter(images)
+        return images.contiguous(memory_format=torch.channels_last) if self.lean else images
+
+    def _answer(self, images: Tensor) -> Any:
+        return self.network(self._adapted(images))
+
     def describe(self) -> str:
         count = sum(p.numel() for p in self.network.parameters())
-        return f"{self.name}, {count / 1e6:.2f} M parameters, {self.adapter.describe()}"
+        parts = [self.name, f"{count / 1e6:.2f} M parameters", self.adapter.describe(), self.lean,
+                 self.backend and f"compiled by {self.backend}"]  # fmt: skip
+        return ", ".join(filter(None, parts))
+
+
+def _compiled(function: Callable, backend: str) -> Callable:
+    """Return `function` compiled for one size of batch. Weights stay what they are: inductor may
+    fold and pack them."""
+    freezing = {"options": {"freezing": True}} if backend == "inductor" else {}
+    return torch.compile(function, backend=backend, dynamic=False, **freezing)
 
 
 class Teachers(nn.Module):
     """Several teachers as one: the weighted mean of their logits, or all of them.
 
-    weights: their shares, which are scaled to sum 1.
+    weights: their shares, which are scaled to sum 1. One of share 0 is only looked into: its
+        logits, if it has any, go nowhere.
     """
 
     def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
@@ -128,11 +151,12 @@ class Teachers(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, place: Any = None) -> Tensor | list[Tensor] | Observed:
         """images: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
-        answers = [member(images) for member in self.members]
+        answers = [member(images, place) for member in self.members]
         seen = [answer for answer in answers if isinstance(answer, Observed)]
-        logits = [answer.logits if isinstance(answer, Observed) else answer for answer in answers]
+        shares, asked = zip(*((w, x) for w, x in zip(self.weights, answers) if w > 0))
+        logits = [answer.logits if isinstance(answer, Observed) else answer for answer in asked]
         if not self.apart and len({answer.shape for answer in logits}) == 1:
-            logits = sum(w * answer for w, answer in zip(self.weights, logits))
+            logits = sum(w * answer for w, answer in zip(shares, logits))
         states = {key: state for each in seen for key, state in each.states.items()}
         return Observed(logits, states) if seen else logits
 
@@ -167,7 +191,7 @@ class CachedTeacher:
     def __init__(
         self,
         store: cache.Store,
-        live: Callable[[Tensor], Tensor] | None,
+        live: Callable[[Tensor, Any], Tensor] | None,
         *,
         epoch_rows: int,
         needed: int,
@@ -188,22 +212,26 @@ class CachedTeacher:
         epoch, micro = place
         order = micro * self.batch_size + np.arange(len(images))
         rows = epoch * self.epoch_rows + order * self.world_size + self.rank
-        if not self.store.done(rows).all():
+        done = self.store.done(rows)
+        if not done.all():
             if self.live is None or self.verify:
                 raise UserError(
                     f"--teacher-cache {self.store.folder}: {self.missing()} of "
-                    f"{self.views * self.needed} rows are missing; go on writing with "
-                    "--teacher-cache-mode write or auto"
+                    f"{self.views * self.needed} rows are missing, and {np.count_nonzero(~done)} "
+                    f"missing or damaged in batch {micro} of epoch {epoch}; go on writing with "
+                    "--teacher-cache-mode write"
                 )
-            self.store.write(rows, self.live(images))
+            self.store.write(rows, self.live(images, place))
         logits = self.store.read(rows)
         if self.verify:
-            same = cache.agreement(logits, self.live(images), self.store.keep)
+            same = cache.agreement(logits, self.live(images, place), self.store.keep)
             if same < 1:
                 raise UserError(
                     f"--teacher-cache {self.store.folder}: in batch {micro} of epoch {epoch} "
                     f"{100 * (1 - same):.0f}% of the rows are not what the teacher says; delete it"
                 )
+        if images.is_cuda:
+            logits = logits.pin_memory()  # or the copy would wait for the device
         return logits.to(images.device, non_blocking=True)
 
     @property
@@ -261,7 +289,7 @@ def build_cached_teacher(
 
 
 TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
-             "recount", "on_bad_image")  # fmt: skip
+             "recount", "on_bad_image", "augment_on")  # fmt: skip
 MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
           "batch_size")  # fmt: skip
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -275,6 +303,16 @@ def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
     return names, paths if any(paths) else [""] * len(names)
 
 
+def build_identity(args: Namespace) -> list[str]:
+    """Return a hash of each teacher's file, or whose weights they are; [] if nobody teaches.
+
+    Raises UserError for a file that is not there.
+    """
+    if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
+        return []
+    return [checkpoint.fingerprint(path) if path else "timm's" for path in build_sources(args)[1]]
+
+
 def build_facts(
     args: Namespace,
     loaders: Loaders,
@@ -283,13 +321,14 @@ def build_facts(
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Return all that determines a teacher's answer to the picture at a place, as plain values."""
-    names, paths = build_sources(args)
+    names, _ = build_sources(args)
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     facts: dict[str, Any] = {
         "teacher": list(names),
-        "teacher weights": [checkpoint.fingerprint(path) if path else "timm's" for path in paths],
+        "teacher weights": build_identity(args),
         "teacher shares": args.teacher_weight or [],
         "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
+        "teacher compiled": args.torchcompile or "no",
         "data": loaders.fingerprint(),
         "seed": args.seed,
         "repeated augmentation": args.repeated_aug,
@@ -311,7 +350,8 @@ def build_teacher(
 ) -> Teacher | Teachers | None:
     """Return the teacher of the command line on `device`, or None if nothing is asked of it.
 
-    Without distillation of logits it needs no classifier: what it saw inside is all that counts.
+    Without distillation of logits, or with a share of 0 among several, it needs no classifier:
+    what it saw inside is all that counts.
     Raises UserError for an unknown model, a file that is missing or of another architecture, and
     another number of classes than the student's.
     """
@@ -320,15 +360,16 @@ def build_teacher(
         return None
     names, paths = build_sources(args)
     weights = args.teacher_weight or [1.0] * len(names)
-    if not len(names) == len(paths) == len(weights) or min(weights) <= 0:
+    if not len(names) == len(paths) == len(weights) or min(weights) < 0 or not any(weights):
         raise UserError(
             f"{len(names)} --teacher-model, {len(paths)} --teacher-path, --teacher-weight "
-            f"{weights}; give one of each for every teacher, with weights above 0"
+            f"{weights}; give one of each for every teacher, a weight above 0, or 0 to one that "
+            "is only matched"
         )
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     members = []
-    for name, path in zip(names, paths):
-        network = _network(name, path, num_classes, classifies)
+    for name, path, weight in zip(names, paths, weights):
+        network = _network(name, path, num_classes, classifies and weight > 0)
         own = models.data_config(name)
         teacher_inputs = InputConfig(
             input_size=own["input_size"][1:], mean=tuple(own["mean"]), std=tuple(own["std"]),
@@ -336,8 +377,16 @@ def build_teacher(
         )  # fmt: skip
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
-        named = f"{name} from {path or 'timm'}"
-        members.append(Teacher(network, adapter, name=named, amp_dtype=amp_dtype, adaptor=adaptor))
+        lean = ""
+        if amp_dtype is not None:  # float32 is the network as it is, for exact comparisons
+            network, folded = models.fast.lighten(network, amp_dtype, adapter.size, device.type)
+            lean = f"{str(amp_dtype).removeprefix('torch.')}, {folded} BatchNorms folded"
+        members.append(
+            Teacher(
+                network, adapter, name=f"{name} from {path or 'timm'}", amp_dtype=amp_dtype,
+                adaptor=adaptor, lean=lean, backend=args.torchcompile,
+            )
+        )  # fmt: skip
     one = members[0] if len(members) == 1 else Teachers(members, weights)
     return one.to(device)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from augment import InputConfig
 from errors import UserError
-from models import released
+from models import fast, released
 from models.deit import DistilledVisionTransformer
 from models.loading import (
     FinetuneReport,
@@ -31,6 +31,7 @@ __all__ = [
     "build_student",
     "create_model",
     "data_config",
+    "fast",
     "finetune",
     "freeze_all_but_attention",
     "has_distillation_head",
@@ -175,6 +176,8 @@ def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Stu
         origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
     if args.attn_only:
         freeze_all_but_attention(network)
+    if args.grad_checkpointing:
+        fast.checkpoint_blocks(network)
     both = _build_heads(args, network)
     return Student(
         network,

@@ -73,6 +73,36 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def folder_flags(picture_folder: Path) -> list[str]:
+    """The flags of a small run that saves every step; mixing, erasing, views and EMA are on."""
+    return [
+        "--model", "deit_pico_distilled_patch4_32", "--batch-size", "4", "--epochs", "2",
+        "--warmup-epochs", "0", "--log-interval", "1", "--drop-path", "0.2", "--checkpoint-steps",
+        "1", "--resume", "auto", "--data-path", str(picture_folder),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_run(run_inside, folder_flags: list[str], tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder and the flags of such a run that has done one epoch, with two checkpoints."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    flags = [*folder_flags, "--num_workers", "0", "--unscale-lr", "--output_dir", str(folder)]
+    result = run_inside(*flags, "--epochs", "1")
+    assert result.returncode == 0, result.stderr
+    return folder, flags
+
+
+@pytest.fixture(scope="session")
+def small_teacher(run_inside, folder_flags: list[str], tmp_path_factory) -> Path:
+    """The checkpoint of a CNN that knows the two classes."""
+    folder = tmp_path_factory.mktemp("teacher")
+    result = run_inside(*folder_flags, "--model", "resnet_pico", "--epochs", "1", "--output_dir",
+                        str(folder), "--num_workers", "0")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder / "checkpoint.pth"
+
+
 Run = Callable[..., subprocess.CompletedProcess]
 
 

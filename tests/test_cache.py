@@ -1,6 +1,8 @@
 """The cached teacher: what is replayed is what was said, and nothing else is accepted."""
 
 import json
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,16 @@ def test_all_logits_come_back_bit_for_bit_and_only_what_was_written_is_done(tmp_
     assert again.done(np.arange(12)).nonzero()[0].tolist() == [2, 7, 11]
     assert again.missing() == 9
     assert again.missing(2, 3) == 4, "of the rows 0 to 2 and 6 to 8, 2 and 7 are there"
+
+
+def test_a_torn_row_counts_as_missing(tmp_path: Path) -> None:
+    kept = store(tmp_path, keep=2)
+    kept.write(np.arange(4), torch.randn(4, 5))
+    path = tmp_path / "log_probabilities.f16"
+    data = bytearray(path.read_bytes())
+    data[2 * 2 * 2] ^= 1  # of row 2
+    path.write_bytes(data)
+    assert store(tmp_path, keep=2).done(np.arange(5)).tolist() == [True, True, False, True, False]
 
 
 def test_top_k_keeps_the_likeliest_and_spreads_the_rest(tmp_path: Path) -> None:
@@ -125,13 +137,38 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     assert log(tmp_path / "live") == log(tmp_path / "third")
 
 
+def _live_written_and_read(rank: int, folder: str) -> None:
+    import main
+    import teachers
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    kept = ["--teacher-cache", f"{folder}/cache", "--teacher-cache-mode"]
+    for name, flags in {
+        "live": ["--num-workers", "0"],
+        "written": [*kept, "auto", "--num-workers", "2"],
+        "read": [*kept, "read", "--num-workers", "0"],
+    }.items():
+        if name == "read":  # needs no network
+            teachers.build_teacher = None
+        where = ["--output_dir", f"{folder}/{name}", "--dist-url", f"file://{folder}/store_{name}"]
+        if code := main.run([*RUN, *where, *flags]):
+            raise SystemExit(code)
+
+
+@pytest.mark.slow
+def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_live_written_and_read, (str(tmp_path),), nprocs=2)
+    assert log(tmp_path / "live") == log(tmp_path / "written") == log(tmp_path / "read")
+
+
 @pytest.mark.slow
 def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_path: Path) -> None:
     kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]
     incomplete = run_inside(*kept, "--teacher-cache-mode", "write", "--on-bad-image", "skip")
     assert incomplete.returncode == 0, incomplete.stderr
     kept += ["--on-bad-image", "skip"]
-    done = tmp_path / "cache" / "done.u8"
+    done = tmp_path / "cache" / "marks.u8"
     marks = bytearray(done.read_bytes())
     marks[100:300] = bytes(200)  # as if the writing had been killed there
     done.write_bytes(marks)
@@ -142,7 +179,13 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0
     logits = np.memmap(tmp_path / "cache" / "logits.f32", dtype="<f4", mode="r+", shape=(1536, 10))
     logits[700] += 1
-    logits.flush()
+    torn = run_inside(*kept, "--teacher-cache-mode", "verify")
+    assert torn.returncode == 2 and "1 missing or damaged in batch 5" in torn.stderr
+    assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
+    assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0, "mended"
+    logits[700] += 1
+    marks = np.memmap(done, dtype="u1", mode="r+")
+    marks[700] = zlib.crc32(logits[700]) % 255 + 1
     wrong = run_inside(*kept, "--teacher-cache-mode", "verify")
     assert wrong.returncode == 2 and "not what the teacher says" in wrong.stderr
 
@@ -155,6 +198,8 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
         (["--batch-size", "64"], "mixing"),
         (["--seed", "1"], "seed"),
         (["--input-size", "40"], "input"),
+        (["--teacher-amp", "bf16"], "teacher precision: written with 'float32 on cpu'"),
+        (["--torchcompile", "eager"], "teacher compiled: written with 'no'"),
     ],
 )
 def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:

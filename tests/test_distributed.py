@@ -1,10 +1,15 @@
-"""Processes: who launched us, and what a wrong device says."""
+"""Processes: who launched us, how we meet, who is waited for, and what a wrong device says."""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 import distributed
-from errors import UserError
+from errors import Lost, UserError
 
 
 def test_torchruns_variables_make_a_group() -> None:
@@ -16,6 +21,8 @@ def test_a_stray_slurm_procid_does_not_make_a_group() -> None:
     assert distributed.find_launcher({"SLURM_PROCID": "0"})[0] == "single"
     interactive = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     assert distributed.find_launcher(interactive)[0] == "single"
+    shell_of_salloc = interactive | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    assert distributed.find_launcher(shell_of_salloc)[0] == "single"
 
 
 def test_a_slurm_step_of_two_tasks_makes_a_group() -> None:
@@ -73,3 +80,52 @@ def test_gathered_rows_keep_the_gradients_of_every_process(tmp_path) -> None:
 def test_alone_gathering_is_the_tensor_itself() -> None:
     rows = torch.zeros(2, 3)
     assert distributed.gather_rows(rows) is rows
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_waits_for_a_process_that_never_comes_waits_so_long_and_no_longer(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Lost, match=f"process {rank} of 2 did not find the others"):
+        distributed.init_processes("cpu", dist_url=f"file://{tmp_path}/meeting", timeout_min=0.01)
+
+
+def _one_falls_asleep(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    awake, told = Path(folder, f"awake{rank}"), Path(folder, "told")
+    awake.touch()  # both have torch in memory before the time of one of them runs
+    wait_for(Path(folder, f"awake{1 - rank}"))
+    distributed.init_processes("cpu", dist_url=f"file://{folder}/meeting", timeout_min=0.1)
+    if rank == 1:
+        return wait_for(told)
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        assert distributed.lost_reason(error).startswith("Timed out waiting 6000ms"), error
+        told.touch()
+
+
+def wait_for(file: Path, timeout: float = 120) -> None:
+    end = time.monotonic() + timeout
+    while not file.exists():
+        assert time.monotonic() < end, f"no {file}"
+        time.sleep(0.01)
+
+
+def test_a_collective_in_which_a_process_sleeps_ends_in_an_error(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_falls_asleep, (str(tmp_path),), nprocs=2)
+    assert (tmp_path / "told").exists()
+
+
+def test_processes_meet_although_the_store_remembers_those_that_died() -> None:
+    store = torch.distributed.HashStore()
+    for word in ("greeting/1", "greeting/2"):
+        store.set(word, "of the dead")
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            met = list(pool.map(lambda rank: distributed._meet(store, rank, 3), range(3)))
+        assert not met[0].check(["address"]), "that of the start before"
+        met[0].set("address", "127.0.0.1")
+        assert met[1].get("address") == met[2].get("address") == b"127.0.0.1"

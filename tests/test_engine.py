@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import distributed
 import engine
+import models
+import optim
 from errors import UserError
 from losses import DistillationLoss
 
@@ -178,3 +182,177 @@ def test_bad_updates_are_counted_in_a_row_over_short_epochs_too() -> None:
     tally.reset()
     with pytest.raises(UserError, match="3 updates in a row"):
         train(model, loader, max_bad_steps=3, tally=tally)
+
+
+class WithStatistics(TwoHeads):
+    """The same behind a BatchNorm, whose statistics every forward pass changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return super().forward(self.norm(images))
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_a_skipped_update_leaves_no_trace_in_batch_norms_statistics(accum_steps: int) -> None:
+    good, bad = batches((4, 4, 4, 4)), batches((4, 4), seed=1)[:accum_steps]
+    bad[0][0][1, 0, 0, 0] = math.nan  # of two micro-steps in the first alone
+    one, other = WithStatistics(), WithStatistics()
+    ema = optim.Ema(other, decay=0.5, warmup=False)
+    loader = Loader([*good[:2], *bad, *good[2:]])
+    stats = train(other, loader, accum_steps=accum_steps, model_ema=ema)
+    train(one, good, accum_steps=accum_steps)
+    assert stats["skipped_updates"] == 1
+    assert one.norm.num_batches_tracked == 4
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+    assert all(value.isfinite().all() for value in ema.state_dict().values())
+
+
+class Steep(nn.Module):
+    """A loss that is finite, and infinitely steep where the first number of a batch is over 50."""
+
+    terms: dict[str, Tensor] = {}
+
+    def forward(self, images: Tensor, outputs: tuple, labels: Tensor, **_: object) -> Tensor:
+        zero = (outputs[0] * 0).sum()
+        loss = nn.functional.cross_entropy(sum(outputs), labels)
+        return loss + zero.sqrt() if images[0, 0, 0, 0] > 50 else loss
+
+
+def test_a_finite_loss_with_a_bad_gradient_is_skipped_counted_and_told_apart() -> None:
+    model, loader = TwoHeads(), batches((3, 3, 3, 3))
+    loader[1][0][0, 0, 0, 0] = 99.0
+    loader[3][0][0, 0, 0, 0] = 99.0
+    stats = train(model, loader, criterion=Steep(), max_bad_steps=2)
+    assert stats["skipped_updates"] == 2 and math.isfinite(stats["loss"])
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(UserError, match="the loss was finite and its gradient was not.*step 1"):
+        train(model, loader, criterion=Steep(), max_bad_steps=1, accum_steps=4)
+
+
+class Endless(Steep):
+    """A loss that is infinite there, and no steeper than elsewhere."""
+
+    def forward(self, images: Tensor, outputs: tuple, labels: Tensor, **_: object) -> Tensor:
+        loss = nn.functional.cross_entropy(sum(outputs), labels)
+        return loss + math.inf if images[0, 0, 0, 0] > 50 else loss
+
+
+@pytest.mark.parametrize(
+    ("scale", "criterion", "counted", "after"),
+    [
+        (2.0**127, Steep(), 0, 2.0**126),  # overflows because of the scale: the scaler's business
+        (1.0, Steep(), 1, 0.5),
+        (1.0, Endless(), 1, 0.5),
+    ],
+)
+def test_under_a_loss_scale_an_overflow_is_no_bad_update_and_a_bad_one_is_skipped(
+    scale: float, criterion: nn.Module, counted: int, after: float
+) -> None:
+    model, loader = TwoHeads(), batches((3,))
+    before = model.cls.weight.clone()
+    loader[0][0][0, 0, 0, 0] = 99.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    stats = train(model, loader, criterion=criterion, loss_scaler=scaler)
+    assert stats["skipped_updates"] == counted and scaler.get_scale() == after
+    assert torch.equal(model.cls.weight, before)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host asks the device for a number."""
+
+    counts = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.counts += name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_for_no_number_between_two_printed_lines(monkeypatch) -> None:
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))  # of a GPU's path
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    model = WithStatistics()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ema = optim.Ema(model, decay=0.9, warmup=True)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "hard", 0.5, 1.0)
+    asked, reads = [], Reads()
+    with reads:
+        engine.train_one_epoch(
+            model, criterion, batches((3,) * 9), optimizer, torch.device("cpu"), 0,
+            teacher=lambda images, place: images.flatten(1)[:, :4], max_norm=1.0,
+            model_ema=ema, log_interval=3, on_update=lambda _: asked.append(reads.counts),
+        )  # fmt: skip
+    grew = [later - earlier for earlier, later in zip([0, *asked], asked)]
+    assert [bool(count) for count in grew] == [False, False, True] * 3, grew
+
+
+@pytest.fixture
+def alone_in_a_group(tmp_path):
+    """A process group of one, in this process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_travel_with_the_last_micro_step_of_an_update_alone(alone_in_a_group) -> None:
+    model = nn.parallel.DistributedDataParallel(TwoHeads())
+    sent = []
+
+    def count(_, bucket):
+        sent.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    model.register_comm_hook(None, count)
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "soft", 0.5, 1.0)
+    taught = {"criterion": criterion, "teacher": lambda images, place: images.flatten(1)[:, :4]}
+    train(model, batches((2,) * 5), accum_steps=2, **taught)
+    assert sent == [0, 0, 0], "of two, two, and one left"
+    sent.clear()
+    train(model, batches((2,) * 5), **taught)
+    assert sent == [0] * 5
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_compiled_student_learns_the_same_and_keeps_its_names(
+    parallel: bool, alone_in_a_group
+) -> None:
+    found, names, graphs = [], [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        network = models.create_model(
+            "deit_pico_distilled_patch4_32", num_classes=4, drop_path_rate=0.5
+        )
+        student = models.Student(network, heads="both")
+        model = student
+        if parallel:
+            model = distributed.data_parallel(student, torch.zeros(2, 3, 32, 32))
+        ema = optim.Ema(network, decay=0.9, warmup=False)
+        if compiled:
+            student.compile(backend=backend, dynamic=False)
+        loader = Loader((torch.ones(3, 3, 32, 32) * i, torch.arange(3)) for i in range(4))
+        criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "soft", 0.5, 1.0)
+        stats = train(
+            model, loader, criterion=criterion, accum_steps=2, model_ema=ema,
+            teacher=lambda images, place: images.flatten(1)[:, :4],
+        )  # fmt: skip
+        found.append((stats, network.state_dict(), ema.state_dict()))
+        names.append(list(network.state_dict()))
+    assert graphs, "nothing was compiled"
+    assert names[0] == names[1] and not any("_orig_mod" in name for name in names[1])
+    assert found[0][0] == found[1][0]
+    for without, compiled in zip(found[0][1:], found[1][1:]):
+        assert all(torch.equal(without[name], compiled[name]) for name in names[0])

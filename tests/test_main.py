@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main
 import models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,3 +272,39 @@ def test_an_output_folder_that_cannot_be_made_is_found_first(run_inside, tmp_pat
     result = run_inside(*TINY, "--output_dir", str(tmp_path / "file" / "out"))
     assert_one_line(result, "--output_dir", "cannot be written")
     assert not result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("[/a/gloo/transport/tcp/pair.cc:561] Connection closed by peer. This is typically caused "
+         "by a crash", "error: a process of this run has died or does not answer (Connection "
+         "closed by peer); --resume auto goes on; if one is only slow, raise --dist-timeout\n"),
+        ("DataLoader worker (pid 7) is killed", "error: a DataLoader worker is gone (DataLoader "
+         "worker (pid 7) is killed); was the memory full? Use fewer --num-workers; --resume auto "
+         "goes on\n"),
+    ],
+)  # fmt: skip
+def test_a_process_that_is_gone_is_one_line(
+    words: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(main, "main", fail)
+    assert main.run([]) == 1
+    assert capsys.readouterr().err == line
+
+
+def test_other_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "main", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main.run([])
+
+
+@pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", None])
+def test_auto_leaves_bf16_to_the_user_of_a_cpu_that_has_it(unit: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True}, raising=False)
+    cpu = torch.device("cpu")
+    assert main.pick_amp("auto", cpu) is None and main.pick_amp("bf16", cpu) == torch.bfloat16
+    assert main.spares_bf16(cpu) is (unit is not None)

@@ -331,6 +331,24 @@ def test_teachers_apart_have_a_term_each_and_matches_name_theirs() -> None:
     assert criterion.terms[name] != criterion.terms[f"{name}#2"]
 
 
+def test_a_teacher_of_share_0_is_only_matched_and_needs_no_classifier() -> None:
+    adapter = teachers.InputAdapter(INPUTS, INPUTS)
+    networks = [vit(18, 3, 3, seed=1), vit(18, 3, 3, seed=2)]
+    networks[1].reset_classifier(0)
+    teacher = teachers.Teachers(
+        [teachers.Teacher(network, adapter, name="a") for network in networks], (1, 0)
+    )
+    flags = ["--teacher-model", "b", "--distillation-type", "hard"]
+    with pytest.raises(UserError, match="weight 0 and no --match says teacher=1"):
+        build(*flags, teacher=teacher)
+    match = "layer_S=0+2,layer_T=0+3,feature=hidden,loss=nst,tokens=patch,teacher="
+    student, _, criterion, _ = build(*flags, *matches(match + "1"), teacher=teacher)
+    loss_of(student.eval(), teacher, criterion)
+    alone = F.cross_entropy(student(IMAGES).logits[1], networks[0](IMAGES).argmax(1))
+    torch.testing.assert_close(criterion.terms["distillation"], alone.detach())
+    assert criterion.terms["hidden_nst_0-2_0-3"] > 0
+
+
 class Strange(nn.Module):
     """A network whose output is more than logits."""
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.utils import ModelEmaV3
 
 import models
 import optim
@@ -128,3 +129,35 @@ def test_the_average_starts_short_and_follows_a_network_of_its_own() -> None:
 def test_no_average_without_the_flag() -> None:
     args, student, _, _ = make("--no-model-ema")
     assert optim.build_ema(args, student.network) is None
+
+
+def test_the_fused_optimizer_is_the_default_and_moves_weights_as_the_plain_one() -> None:
+    found = []
+    for flags in ([], ["--opt-kwargs", "fused=False"]):
+        torch.manual_seed(0)
+        _, student, optimizer, _ = make("--unscale-lr", "--lr", "0.01", *flags)
+        assert bool(optimizer.defaults["fused"]) is not bool(flags)
+        for step in range(3):
+            for i, parameter in enumerate(student.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (i - 50 + step))
+            optimizer.step()
+        found.append(list(student.parameters()))
+    for fused, plain in zip(*found):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="colour"):
+        make("--opt-kwargs", "colour=red")
+
+
+def test_the_average_is_timms_own_with_batch_norm_and_its_counters_too() -> None:
+    torch.manual_seed(0)
+    network = models.create_model("resnet_pico")
+    ema, timms = (
+        optim.Ema(network, decay=0.9, warmup=True),
+        ModelEmaV3(network, 0.9, use_warmup=True),
+    )
+    network.load_state_dict({k: v + 1 for k, v in network.state_dict().items()})
+    for step in (2, 9, 50):
+        ema.update(network, step)
+        timms.update(network, step=step)
+    for name, value in timms.module.state_dict().items():
+        assert torch.equal(ema.state_dict()[name], value), name

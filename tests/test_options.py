@@ -88,6 +88,13 @@ def test_with_data_the_defaults_are_deits() -> None:
         ("--distillation-type medium", "invalid choice"),
         ("--pretrained --finetune x.pth", "leave out one"),
         ("--input-size 0", "input-size"),
+        ("--torchcompile tensorrt9", "tensorrt9: unknown to torch; known: .*inductor"),
+        ("--torchcompile --match feature=hidden,loss=cos,layer_S=1,layer_T=1", "logits alone"),
+        (
+            "--grad-checkpointing --match feature=attention,loss=attention_mse,layer_S=1,layer_T=1",
+            "match of attention",
+        ),
+        ("--opt-kwargs fused", "KEY=VALUE"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(line: str, words: str) -> None:
@@ -99,11 +106,17 @@ def test_what_cannot_work_is_refused_in_one_line(line: str, words: str) -> None:
 @pytest.mark.parametrize(
     "line",
     ["--src", "--resplit", "--world_size 4", "--distillation-tau 2", "--teacher-path x",
-     "--cooldown-epochs 3", "--patience-epochs 3", "--color-jitter 0.4"],
+     "--cooldown-epochs 3", "--patience-epochs 3", "--color-jitter 0.4", "--teacher-amp bf16"],
 )  # fmt: skip
 def test_a_flag_that_does_nothing_says_so(line: str) -> None:
     notes = parse(f"--data-path x {line}").notes
     assert len(notes) == 1 and line.split()[0].replace("_", "-") in notes[0]
+
+
+def test_options_of_the_optimizer_are_plain_values() -> None:
+    args = parse("--opt-kwargs fused=False nesterov=true alpha=0.9 --epochs 2").args
+    assert args.opt_kwargs == {"fused": False, "nesterov": True, "alpha": 0.9}
+    assert parse("").args.opt_kwargs == {} and parse("--torchcompile").args.torchcompile
 
 
 def test_defaults_raise_no_notes() -> None:

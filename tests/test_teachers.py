@@ -79,6 +79,34 @@ def build(num_classes: int, *flags: str, kind: str = "hard") -> teachers.Teacher
     return teachers.build_teacher(args, num_classes, HALF, torch.device("cpu"))
 
 
+def test_a_half_precision_teacher_is_folded_and_a_float32_one_is_as_it_is() -> None:
+    flags = ["--distillation-type", "hard", "--data-path", "x", "--teacher-model", "resnet_pico",
+             "--teacher-path", str(SHIPPED)]  # fmt: skip
+    args = options.parse_args(flags).args
+    images, cpu = torch.randn(64, 3, 32, 32), torch.device("cpu")
+    exact = teachers.build_teacher(args, 10, HALF, cpu)
+    light = teachers.build_teacher(args, 10, HALF, cpu, torch.bfloat16)
+    network = models.create_model("resnet_pico", num_classes=10).eval()
+    models.load_weights(network, str(SHIPPED))
+    with torch.no_grad():
+        assert torch.equal(exact(images), network(images))
+    assert "bfloat16, 14 BatchNorms folded" in light.describe()
+    assert light(images).dtype == torch.float32
+    assert (light(images).argmax(1) == exact(images).argmax(1)).float().mean() > 0.9
+
+
+def test_a_compiled_teacher_is_so_in_training_alone_and_says_the_same() -> None:
+    plain = teachers.Teacher(Noisy(), teachers.InputAdapter(HALF, IMAGENET))
+    compiled = teachers.Teacher(plain.network, plain.adapter, backend="eager")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(compiled(images), plain(images))
+        with pytest.raises(RuntimeError):
+            compiled(images, (0, 0))
+    assert torch.equal(compiled(images, (0, 0)), plain(images))
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+
+
 def test_without_distillation_there_is_no_teacher() -> None:
     assert build(10, kind="none") is None
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ sys.path.insert(0, str(ROOT))
 
 from resume import MAY_CHANGE  # noqa: E402
 
-FLAGS = ["--distillation-type", "hard", "--epochs", "2", "--batch-size", "64", "--drop-path", "0.2",
-         "--warmup-epochs", "0", "--log-interval", "1", "--no-teacher-check", "--resume", "auto",
-         "--checkpoint-steps", "1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
-         "--repeated-aug", "--match", "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,"
-         "tokens=patch,resize=bilinear,proj=linear"]  # fmt: skip
+PLAIN = ["--epochs", "2", "--batch-size", "64", "--drop-path", "0.2", "--warmup-epochs", "0",
+         "--log-interval", "1", "--resume", "auto", "--checkpoint-steps", "1", "--mixup", "0.8",
+         "--cutmix", "1", "--reprob", "0.25", "--repeated-aug"]  # fmt: skip
+FLAGS = [*PLAIN, "--distillation-type", "hard", "--no-teacher-check", "--match",
+         "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=bilinear,"
+         "proj=linear"]  # fmt: skip
 SETTINGS = list(itertools.product((0, 2), (1, 2), (1, 2)))  # workers, accumulation, processes
 MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
     "start of an epoch": lambda out, said, dice: "Epoch: [2/2] [1/" in said or (
@@ -52,15 +53,17 @@ MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
 }  # fmt: skip
 
 
-def start(flags: list[str], out: Path, processes: int = 1, *more: str) -> subprocess.Popen:
+def start(
+    flags: list[str], out: Path, processes: int = 1, launch: Sequence[str] = ()
+) -> subprocess.Popen:
     """Start a run into `out`, in a process group of its own; what it says goes to `out`.log.
 
-    more: for torchrun, which starts several processes.
+    launch: torchrun's flags; without any, it starts several processes, and no single one.
     """
     launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                     *more]  # fmt: skip
+    if processes > 1 or launch:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                     *(launch or ["--standalone"])]  # fmt: skip
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environ["OMP_NUM_THREADS"] = "1"
     with open(f"{out}.log", "a") as log:
@@ -79,12 +82,17 @@ def finish(flags: list[str], out: Path, processes: int = 1) -> str:
     return said
 
 
+def children(parent: int) -> list[int]:
+    """Return the processes that `parent` has started, the first one first."""
+    found = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
+
+
 def kill(process: subprocess.Popen) -> None:
     """Kill a run and all that it started; torchrun's processes are in sessions of their own."""
     ids = [process.pid]
     for parent in ids:
-        children = subprocess.run(["pgrep", "-P", str(parent)], capture_output=True, text=True)
-        ids += map(int, children.stdout.split())
+        ids += children(parent)
     for number in ids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
@@ -106,13 +114,23 @@ def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
 def compare_runs(one: Path, other: Path) -> list[str]:
     """Return where two runs differ in checkpoint and log, but for settings that may change."""
     saved = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (one, other)]
-    free = {f".args.{name}" for name in MAY_CHANGE}
+    free = {f".args.{name}" for name in MAY_CHANGE} | {".outline"}  # which knows them too
     found = [place for place in differences(*saved) if place not in free]
     return found + ["log.txt"] * ((one / "log.txt").read_text() != (other / "log.txt").read_text())
 
 
-def kill_at(moment: str, process: subprocess.Popen, out: Path, dice: random.Random) -> str:
-    """Kill the run and all it started at the moment; return the last step it had printed."""
+def verdict(whole: Path, out: Path) -> str:
+    """Return "identical", or in what the run in `out` differs from the one left alone."""
+    found = compare_runs(whole, out)
+    epochs = [json.loads(line)["epoch"] for line in (out / "log.txt").open()]
+    found += ["an epoch comes twice"] * (len(set(epochs)) != len(epochs))
+    return ", ".join(found[:3]) or "identical"
+
+
+def wait_for(
+    moment: str, process: subprocess.Popen, out: Path, dice: random.Random, pause_s: float = 0.1
+) -> None:
+    """Wait until the run has come to the moment, and a random part of a pause longer."""
     reached, seed = MOMENTS[moment], dice.random()
     log = Path(f"{out}.log")
     while not reached(out, log.read_text(), random.Random(seed)):
@@ -120,11 +138,13 @@ def kill_at(moment: str, process: subprocess.Popen, out: Path, dice: random.Rand
             break
         time.sleep(0 if moment == "writing" else 0.005)
     if moment != "writing":
-        time.sleep(0.1 * dice.random())
-    kill(process)
-    lines = [
-        line for line in log.read_text().splitlines() if line[:5] in ("Epoch", "Test:", "Test ")
-    ]
+        time.sleep(pause_s * dice.random())
+
+
+def last_line(out: Path) -> str:
+    """Return the last step that a run has printed."""
+    said = Path(f"{out}.log").read_text().splitlines()
+    lines = [line for line in said if line[:5] in ("Epoch", "Test:", "Test ")]
     return " ".join(lines[-1].split("  ")[0].split()) if lines else "before the first step"
 
 
@@ -150,14 +170,14 @@ def main() -> int:
                 finish(flags, wholes[setting], processes)
             out = Path(place, f"killed{point}")
             dice = random.Random(point)
-            last = kill_at(moment, start(flags, out, processes), out, dice)
+            process = start(flags, out, processes)
+            wait_for(moment, process, out, dice)
+            kill(process)
+            last = last_line(out)
             said = finish(flags, out, processes)
-            found = compare_runs(wholes[setting], out)
-            epochs = [json.loads(line)["epoch"] for line in (out / "log.txt").open()]
-            found += ["an epoch comes twice"] * (len(set(epochs)) != len(epochs))
-            bad += bool(found)
+            result = verdict(wholes[setting], out)
+            bad += result != "identical"
             resumed = said.rsplit("resume: ", 1)[1].splitlines()[0].split("checkpoint.pth, ")[-1]
-            result = ", ".join(found[:3]) or "identical"
             row = [point + 1, *setting, moment, last, resumed, result]
             rows.append(f"| {' | '.join(map(str, row))} |")
             print(rows[-1], flush=True)
@@ -170,20 +190,26 @@ def main() -> int:
 
 def report(rows: list[str], bad: int, more: list[str]) -> str:
     """Return the Markdown page of the sweep."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()  # fmt: skip
-    command = shlex.join(["python", "tools/kill_sweep.py", *sys.argv[1:]])
     return "\n".join([
         "# Runs killed at many moments and resumed", "",
         f"{len(rows) - bad} of {len(rows)} killed and resumed runs are identical to the "
         "uninterrupted one: weights, average, optimizer, counters and log.txt, to the bit.", "",
-        f"Command: `{command}`; commit {commit}; {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}.",
-        f"Flags of the runs: `{shlex.join([*FLAGS, *more])}`.", "",
+        provenance(), f"Flags of the runs: `{shlex.join([*FLAGS, *more])}`.", "",
         "| point | workers | accumulation | processes | killed in | last line | went on from | "
         "result |",
         "|---|---|---|---|---|---|---|---|", *rows, "",
     ])  # fmt: skip
+
+
+def provenance() -> str:
+    """Return the command of this program, the commit and the kind of machine."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                            text=True).stdout.strip()  # fmt: skip
+    program = Path(sys.argv[0]).resolve().relative_to(ROOT)
+    command = shlex.join(["python", str(program), *sys.argv[1:]])
+    return (f"Command: `{command}`; commit {commit}; {os.cpu_count()} CPU cores "
+            f"({platform.machine()}), Python {platform.python_version()}, torch "
+            f"{torch.__version__}.")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""The same network, faster: what changes, by how much, and what is refused."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import models
+from errors import UserError
+from models import fast
+from models.features import FeatureTaps, Tap
+
+SHIPPED = Path(__file__).resolve().parents[1] / "models/weights/resnet_pico_digits.safetensors"
+CPU, SIZE = "cpu", (32, 32)
+
+
+def vit(drop_path: float = 0.0) -> nn.Module:
+    torch.manual_seed(0)
+    name = "deit_pico_distilled_patch4_32"
+    return models.create_model(name, num_classes=5, drop_path_rate=drop_path)
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    network = models.create_model("resnet_pico", num_classes=10)
+    models.load_weights(network, str(SHIPPED))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def digits() -> Tensor:
+    """512 handwritten digits, (512, 3, 32, 32), as the shipped CNN was shown them."""
+    images = torch.from_numpy(load_digits().images[:512]).float()[:, None]
+    images = nn.functional.interpolate(images / 16, SIZE, mode="bilinear")
+    return images.expand(-1, 3, -1, -1) * 2 - 1
+
+
+def test_both_kinds_of_attention_give_the_same_logits_and_gradients() -> None:
+    images, found = torch.randn(3, 3, 32, 32), []
+    for fused in (False, True):
+        network = vit().train()
+        fast.set_attention(network, fused=fused)
+        assert [block.attn.fused_attn for block in network.blocks] == [fused] * 4
+        sum(logits.square().sum() for logits in network(images)).backward()
+        found.append((network(images)[0], network.blocks[0].attn.qkv.weight.grad))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_plain_on_a_cpu_in_half_precision_and_fused_elsewhere() -> None:
+    assert not fast.prefers_fused_attention("cpu", torch.bfloat16)
+    assert fast.prefers_fused_attention("cpu", None)
+    assert fast.prefers_fused_attention("cuda", torch.bfloat16)
+
+
+@torch.no_grad()
+def test_folding_moves_a_trained_networks_logits_by_a_millionth(trained, digits) -> None:
+    before = trained(digits)
+    folded, count = fast.fold_batch_norms(trained, SIZE)
+    assert count == 14 == sum(isinstance(m, nn.BatchNorm2d) for m in trained.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    after = folded(digits)
+    assert not torch.equal(before, after), "nothing was folded"
+    assert (after - before).abs().max() < 5e-6 * before.abs().max()
+    assert torch.equal(trained(digits), before), "the network itself is as it was"
+
+
+@torch.no_grad()
+def test_a_light_teacher_in_bf16_names_the_same_digits(trained, digits) -> None:
+    light, _ = fast.lighten(copy.deepcopy(trained), torch.bfloat16, SIZE, CPU)
+    assert light.fc.weight.dtype == torch.bfloat16
+    with torch.autocast(CPU, torch.bfloat16):
+        said = light(digits.contiguous(memory_format=torch.channels_last)).float()
+    exact = trained(digits)
+    assert (said.argmax(1) == exact.argmax(1)).float().mean() > 0.99
+    assert (said - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+class UsedTwice(nn.Module):
+    """A network in which BatchNorm is not the only one to see its convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        nn.init.constant_(self.norm.bias, 1.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = self.conv(images)
+        return (self.norm(seen) * seen).mean((2, 3))
+
+
+def test_what_folding_would_change_is_left_as_it_was() -> None:
+    network = UsedTwice().eval()
+    assert fast.fold_batch_norms(network, (8, 8)) == (network, 0)
+
+
+def test_checkpointed_blocks_give_the_same_loss_and_gradients_bit_for_bit() -> None:
+    images, found = torch.randn(3, 3, 32, 32), []
+    for checkpointed in (False, True):
+        network, calls = vit(drop_path=0.5).train(), []
+        if checkpointed:
+            fast.checkpoint_blocks(network)
+        network.blocks[1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(1)
+        seen = FeatureTaps(network, [Tap("hidden", 2)]).forward(network, images)
+        loss = sum(logits.square().mean() for logits in seen.logits)
+        loss = loss + seen.states[Tap("hidden", 2)].square().mean()
+        loss.backward()
+        assert len(calls) == 1 + checkpointed, "computed again in the backward pass"
+        found.append([loss.detach(), *(p.grad for p in network.parameters())])
+    for without, checkpointed in zip(*found):
+        assert torch.equal(without, checkpointed)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"), [("resnet_pico", "BatchNorm"), ("linear", "Linear cannot")]
+)
+def test_a_network_that_cannot_be_checkpointed_is_one_line(network: str, words: str) -> None:
+    made = nn.Linear(2, 2) if network == "linear" else models.create_model(network)
+    with pytest.raises(UserError, match=words):
+        fast.checkpoint_blocks(made)

@@ -1,0 +1,182 @@
+"""What goes wrong around a run, through the whole program: as docs/troubleshooting.md says."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_main import assert_one_line
+
+import cache
+import checkpoint
+import metrics
+import resume
+
+pytestmark = pytest.mark.slow
+
+
+def taught_by(path: Path) -> list[str]:
+    return ["--distillation-type", "soft", "--teacher-model", "resnet_pico", "--teacher-path",
+            str(path), "--no-teacher-check"]  # fmt: skip
+
+
+# ---- the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB, in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Write until nothing more goes in."""
+    handle = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    try:
+        while True:
+            os.write(handle, bytes(4096))
+    except OSError:
+        os.close(handle)
+
+
+@pytest.mark.parametrize(
+    ("name", "room", "method"),
+    [
+        ("out/config.yaml", metrics.RunLog, "config"),
+        ("out/log.txt", metrics.RunLog, "epoch"),
+        ("out/tensorboard", metrics.RunLog, "picture"),
+        ("out/checkpoint.pth", resume.Keeper, "after_update"),
+        ("--teacher-cache", cache.Store, "_create"),
+    ],
+)
+def test_a_disk_that_fills_up_is_one_line_and_the_checkpoint_before_loads(
+    name: str, room: type, method: str, small_disk: Path, small_run, small_teacher: Path,
+    run_inside, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder, flags = small_run
+    out = small_disk / "out"
+    shutil.copytree(folder, out)
+    (out / "log.txt").unlink()  # so that its next line needs a block of its own
+    flags = [*flags, "--output_dir", str(out)]
+    if method != "after_update":
+        flags += ["--checkpoint-steps", "0"]
+    if name == "--teacher-cache":
+        flags += [*taught_by(small_teacher), "--teacher-cache", str(small_disk / "cache")]
+    original = getattr(room, method)
+
+    def fill_first(*args, **options):
+        fill(small_disk)
+        return original(*args, **options)
+
+    monkeypatch.setattr(room, method, fill_first)
+    assert_one_line(run_inside(*flags), name, "cannot be written (No space left on device)")
+    (small_disk / "filler").unlink()
+    monkeypatch.undo()
+    again = run_inside(*flags, "--resume-anyway")
+    assert again.returncode == 0, again.stderr
+    assert "checkpoint.pth, epoch 1, step 0 of 6" in again.stderr
+
+
+# ---- the teacher's file
+
+
+def test_a_teacher_that_vanishes_or_changes_between_two_starts_is_refused(
+    run_inside, folder_flags: list[str], small_teacher: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(small_teacher, tmp_path / "teacher.pth"))
+    own = [*folder_flags, "--num_workers", "0", "--output_dir", str(tmp_path / "out")]
+    flags = [*own, *taught_by(path)]
+    assert run_inside(*flags, "--epochs", "1").returncode == 0
+    path.rename(tmp_path / "elsewhere.pth")
+    assert_one_line(run_inside(*flags), "teacher.pth: not there")
+    moved = run_inside(*own, *taught_by(tmp_path / "elsewhere.pth"), "--check")
+    assert moved.returncode == 0, moved.stderr
+    content = torch.load(small_teacher, weights_only=True)
+    content["model"]["fc.bias"][0] += 1
+    torch.save({"model": content["model"]}, path)
+    assert_one_line(run_inside(*flags), "teacher: was [", checkpoint.fingerprint(str(path)))
+    anyway = run_inside(*flags, "--resume-anyway", "--check")
+    assert anyway.returncode == 0 and "resumed anyway: teacher" in anyway.stderr
+
+
+# ---- the data
+
+
+@pytest.mark.parametrize(
+    ("listing", "words"),
+    [
+        ('{"images": [', "not readable as JSON"),
+        ('{"images": [{"id": 1, "file_name": "a.png"}], "annotations": []}', "do not fit"),
+    ],
+)
+def test_a_bad_label_file_is_one_line(
+    listing: str, words: str, run_inside, folder_flags: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "train2018.json").write_text(listing)
+    (tmp_path / "categories.json").write_text('[{"id": 0, "name": "one"}]')
+    flags = [*folder_flags, "--data-set", "INAT", "--data-path", str(tmp_path), "--resume", ""]
+    assert_one_line(run_inside(*flags), words, str(tmp_path))
+
+
+def test_a_worker_that_brings_nothing_ends_the_run_in_one_line(
+    run_inside, folder_flags: list[str], picture_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(picture_folder, tmp_path / "data")
+    picture = tmp_path / "data" / "train" / "one" / "05.png"
+    picture.unlink()
+    os.mkfifo(picture)  # whoever opens it waits for ever, as on a network disk that is gone
+    flags = [*folder_flags, "--data-path", str(tmp_path / "data"), "--no-repeated-aug",
+             "--num_workers", "1", "--loader-timeout", "0.05", "--resume", ""]  # fmt: skip
+    result = run_inside(*flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("error: a DataLoader worker brings nothing") == 1
+    assert "--loader-timeout" in result.stderr
+
+
+# ---- a rank with a NaN
+
+PLUGIN = """
+import distributed, losses
+calls = [0]
+
+def kd_loss(logits_S, logits_T, temperature=1):
+    bad = distributed.rank() == 1 and calls[0] in (1, 3, 4)
+    calls[0] += 1
+    return (logits_S - logits_T).square().mean() * (float("nan") if bad else 1.0)
+
+losses.KD_LOSS_MAP["odd"] = kd_loss
+"""
+
+
+def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(
+    run_torchrun, folder_flags: list[str], small_teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "odd.py").write_text(PLUGIN)
+    out = tmp_path / "out"
+    result = run_torchrun(
+        2, *folder_flags, *taught_by(small_teacher), "--plugin", str(tmp_path / "odd.py"),
+        "--kd-loss-type", "odd", "--model", "resnet_pico", "--batch-size", "2", "--num_workers",
+        "0", "--max-bad-steps", "2", "--output_dir", str(out),
+    )  # fmt: skip
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, result.stderr
+    for words in ("2 updates in a row", "step 4, process 1", "loss nan", "bad_batch.pth"):
+        assert words in errors[0]
+    saved = checkpoint.read_weights_file(out / "bad_batch.pth")
+    assert saved["rank"] == 1 and saved["terms"]["loss"].isnan()
+    content = resume.load_run(out / "checkpoint.pth")
+    assert content["tally"]["bad"].tolist() == [1, 2] and content["tally"]["micro_steps"] == 4
+    for name in ("model", "model_ema"):  # BatchNorm's statistics included
+        assert all(torch.isfinite(value).all() for value in content[name].values())
