@@ -157,13 +157,15 @@ def screenshot() -> Callable[[str, int, Path], dict[tuple, int]]:
 
     Whoever asks is skipped where there is no Chromium.
     """
-    chromium = shutil.which("chromium") or pytest.skip("no chromium to look at the page with")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    chromium = found or pytest.skip("no chromium to look at the page with; apt-get install it")
 
     def look(address: str, width: int, picture: Path) -> dict[tuple, int]:
         command = [chromium, "--headless", "--no-sandbox", "--disable-gpu",
                    "--blink-settings=preferredColorScheme=1", "--virtual-time-budget=15000",
                    f"--window-size={width},2000", f"--screenshot={picture}", address]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
         colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
         return defaultdict(int, {colour: count for count, colour in colours})
 

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import checkpoint
 import models
 from errors import UserError
 from models import released
+from models.deit import VITS
 from models.released import NETWORKS, RELEASED
 
 FIRST = {name: next(key for key in RELEASED if key.startswith(f"{name}.")) for name in NETWORKS}
@@ -73,6 +76,20 @@ def test_an_original_file_gives_timms_logits(name: str, tmp_path: Path) -> None:
     torch.save(original(same), tmp_path / "file.pth")
     models.load_weights(network, str(tmp_path / "file.pth"))
     images = torch.randn(1, 3, *network.pretrained_cfg["input_size"][1:])
+    torch.testing.assert_close(network(images), same(images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, vit in VITS.items() if vit.file])
+@torch.no_grad()
+def test_an_original_deit_file_gives_the_logits_of_timms_class(name: str, tmp_path: Path) -> None:
+    """DeiT's eight names are timm's too, so timm's classes are taken themselves."""
+    theirs = VisionTransformerDistilled if "distilled" in name else VisionTransformer
+    vit, network = VITS[name], shallow(name)
+    same = theirs(img_size=vit.pixels, embed_dim=vit.width, depth=2, num_heads=vit.heads,
+                  num_classes=7).eval()  # fmt: skip
+    torch.save(original(same), tmp_path / "file.pth")
+    models.load_weights(network, str(tmp_path / "file.pth"))
+    images = torch.randn(1, 3, vit.pixels, vit.pixels)
     torch.testing.assert_close(network(images), same(images), rtol=0, atol=1e-5)
 
 

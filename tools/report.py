@@ -185,7 +185,7 @@ def page(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = [[row[0][0], *(value for _, value in row)] for row in zip(*map(summary, runs))]
     parts = [
         "<h1>Student and teacher</h1>",
-        f"<p>{text(runs[0]['pictures'])} pictures each: {text(runs[0]['data'])}. The student is "
+        f"<p>On {text(runs[0]['pictures'])} pictures of {text(runs[0]['data'])}. The student is "
         "evaluated as it is used: with two heads, on the mean of both.</p>",
         table(["", *(run["run"] for run in runs)], rows),
     ]
@@ -291,8 +291,8 @@ def chart(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> st
     legend = "".join(f"<span class=c{i % 6}>{text(n)}</span> " for i, n in enumerate(series))
     return (
         f"<figure class=chart><figcaption>{text(title)}</figcaption>{svg(title)}{axes()}"
-        f"{label(LEFT - 4, 14, f'{y1:.3g}', 'end')}"
-        f"{label(LEFT - 4, HEIGHT - BOTTOM, f'{y0:.3g}', 'end')}"
+        f"{label(LEFT - 4, 14, f'{y1:.4g}', 'end')}"
+        f"{label(LEFT - 4, HEIGHT - BOTTOM, f'{y0:.4g}', 'end')}"
         f"{label(LEFT, HEIGHT - 8, f'{x0:g}', 'start')}"
         f"{label(WIDTH - 8, HEIGHT - 8, f'{x1:g}', 'end')}"
         f"{lines}</svg><div class=legend>{legend if len(series) > 1 else ''}</div></figure>"
