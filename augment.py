@@ -5,10 +5,11 @@ Shapes: B batch, H height, W width, C classes. Sizes are (height, width) in pixe
 
 import random
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import Mixup, create_transform
@@ -19,10 +20,12 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+import pixels
 from errors import UserError
+from pixels import Picture
 
 SMALL = 32  # pixels; up to here DeiT neither crops at evaluation nor zooms in at training
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Picture], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def interpolation_mode(name: str) -> InterpolationMode:
 def build_transform(
     is_train: bool, args: Namespace, inputs: InputConfig, *, hflip: float = 0.5
 ) -> Transform:
-    """Return what turns a PIL picture (RGB) into a normalised tensor (3, H, W), float32.
+    """Return what turns a picture (RGB) into a normalised tensor (3, H, W), float32.
 
     hflip: probability of a mirrored picture; 0 for data in which left and right mean something.
     Raises UserError for an augmentation policy that timm does not know.
@@ -115,7 +118,7 @@ def eval_transform(inputs: InputConfig) -> Transform:
         steps = [ResizeTo(inputs.input_size, mode)]
     else:
         steps = [Cover(inputs.resize_size, mode), transforms.CenterCrop(inputs.input_size)]
-    return transforms.Compose([*steps, *_to_tensor(inputs)])
+    return transforms.Compose([pixels.as_image, *steps, Normalize(inputs.mean, inputs.std)])
 
 
 def train_transform(
@@ -129,8 +132,9 @@ def train_transform(
     erase_count: int = 1,
     hflip: float = 0.5,
 ) -> Transform:
-    """Return DeiT's training transform, timm's `create_transform`.
+    """Return DeiT's training transform: timm's `create_transform`, its draws and its pixels.
 
+    Above 32 pixels cropping, shearing and shifting are done by `pixels`, which says how near.
     policy: timm's AutoAugment, RandAugment or AugMix string; None, '' or 'none' for none.
         color_jitter (strength) acts only without a policy, as in timm.
     erase_prob: of random erasing. Up to 32 pixels the random resized crop gives way to a random
@@ -160,14 +164,25 @@ def train_transform(
             f"--aa {policy}: not a policy timm knows ({str(error) or 'unreadable'}); "
             "for example rand-m9-mstd0.5-inc1, original, augmix-m3-w3, or none"
         ) from error
+    steps = transform.transforms
+    at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
+    steps[at - 1 : at + 1] = [Normalize(inputs.mean, inputs.std)]  # and timm's MaybeToTensor
     if inputs.is_small:
-        transform.transforms[0:1] = [
+        steps[0:1] = [
+            pixels.as_image,
             ResizeTo(inputs.input_size, interpolation_mode(inputs.interpolation)),
             transforms.RandomCrop(inputs.input_size, padding=4),
         ]
+    else:
+        steps[0] = RandomResizedCrop(steps[0])
+        flipped = 1 + isinstance(steps[1], transforms.RandomHorizontalFlip)
+        if not isinstance(steps[flipped], Normalize):
+            steps.insert(flipped, pixels.as_image)
     for op in augment_ops(transform):
         if op.name.startswith("Posterize"):
             op.aug_fn = posterize
+        elif op.name in SHIFTS and not inputs.is_small:
+            op.aug_fn = Shift(op.aug_fn, op.name)
     return transform
 
 
@@ -203,20 +218,76 @@ def three_augment(
     size = inputs.input_size
     if simple_crop:
         crop = [
+            pixels.as_image,
             Cover(size, InterpolationMode.BICUBIC),
             transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
         ]
     else:
-        crop = [RandomResizedCropAndInterpolation(size, scale=(0.08, 1.0), interpolation="bicubic")]
-    steps: list[Callable] = [*crop, transforms.RandomHorizontalFlip(hflip)]
+        zoom = RandomResizedCropAndInterpolation(size, scale=(0.08, 1.0), interpolation="bicubic")
+        crop = [RandomResizedCrop(zoom)]
+    steps: list[Callable] = [*crop, transforms.RandomHorizontalFlip(hflip), pixels.as_image]
     steps.append(transforms.RandomChoice([transforms.Grayscale(3), Solarize(), Blur()]))
     if color_jitter:
         steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
-    return transforms.Compose([*steps, *_to_tensor(inputs)])
+    return transforms.Compose([*steps, Normalize(inputs.mean, inputs.std)])
 
 
-def _to_tensor(inputs: InputConfig) -> list[Callable]:
-    return [transforms.ToTensor(), transforms.Normalize(inputs.mean, inputs.std)]
+class RandomResizedCrop:
+    """timm's random resized crop of a picture, with its draws, to a tensor (3, H, W) uint8."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
+        self.scale, self.ratio, self.size = crop.scale, crop.ratio, crop.size
+        self.interpolation = crop.interpolation
+
+    def __call__(self, picture: Picture) -> Tensor:
+        size = torch.empty(()).expand(*pixels.size_of(picture))  # all that is asked of a picture
+        box = RandomResizedCropAndInterpolation.get_params(size, self.scale, self.ratio)
+        mode = self.interpolation
+        if isinstance(mode, tuple | list):
+            mode = random.choice(mode)
+        return pixels.crop_and_resize(picture, box, tuple(self.size), mode.value)
+
+
+class Normalize:
+    """A picture, or its pixels (3, H, W) uint8, to (3, H, W) float32, normalised."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+
+    def __call__(self, picture: Picture | Tensor) -> Tensor:
+        return pixels.normalize(picture, self.mean, self.std)
+
+
+# Which of timm's operations shift whole rows or columns: by how many pixels, from the operation's
+# argument and the picture's (height, width)
+SHIFTS: dict[str, tuple[str, Callable[[float, int, int], np.ndarray]]] = {
+    "ShearX": ("rows", lambda level, height, width: level * (np.arange(height) + 0.5)),
+    "ShearY": ("columns", lambda level, height, width: level * (np.arange(width) + 0.5)),
+    "TranslateXRel": ("rows", lambda level, height, width: np.full(height, level * width)),
+    "TranslateYRel": ("columns", lambda level, height, width: np.full(width, level * height)),
+}
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One of timm's operations in `SHIFTS`, done row by row where it is bicubic."""
+
+    exact: Callable[..., Image.Image]
+    name: str
+
+    def __call__(self, image: Image.Image, level: float, **options: Any) -> Image.Image:
+        mode = options["resample"]
+        if isinstance(mode, tuple | list):
+            mode = random.choice(mode)
+        if mode != Image.Resampling.BICUBIC:
+            return self.exact(image, level, **(options | {"resample": mode}))
+        along, shifts = SHIFTS[self.name]
+        pixels_by = shifts(level, image.height, image.width)
+        if along == "rows":
+            return pixels.shift_rows(image, pixels_by, options["fillcolor"])
+        turned = image.transpose(Image.Transpose.TRANSPOSE)
+        turned = pixels.shift_rows(turned, pixels_by, options["fillcolor"])
+        return turned.transpose(Image.Transpose.TRANSPOSE)
 
 
 @dataclass(frozen=True)

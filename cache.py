@@ -42,6 +42,22 @@ def read_topk(text: str, num_classes: int) -> str | int:
     return int(text)
 
 
+def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
+    """Return the files of a store by name, but the done marks: type and columns."""
+    if keep == ALL:
+        return {"logits.f32": ("<f4", num_classes)}
+    suffix, kind = ("u32", "<u4") if num_classes > 2**16 else ("u16", "<u2")
+    if keep == HARD:
+        return {f"classes.{suffix}": (kind, 1)}
+    return {f"classes.{suffix}": (kind, keep), "log_probabilities.f16": ("<f2", keep)}
+
+
+def row_bytes(keep: str | int, num_classes: int) -> int:
+    """Return the bytes of a row on disk, its done mark included."""
+    columns = layout(keep, num_classes).values()
+    return sum(np.dtype(kind).itemsize * count for kind, count in columns) + 1
+
+
 class Store:
     """Rows of a teacher's logits in `folder`, `rows` of them, for `num_classes` classes.
 
@@ -73,22 +89,14 @@ class Store:
         self._files = {name: self._map(name) for name in [*self._layout(), MARKS]}
 
     def _layout(self) -> dict[str, tuple[str, int]]:
-        """Return the files by name: type and columns."""
-        if self.keep == ALL:
-            return {"logits.f32": ("<f4", self.num_classes)}
-        wide = self.num_classes > 2**16
-        suffix, kind = ("u32", "<u4") if wide else ("u16", "<u2")
-        if self.keep == HARD:
-            return {f"classes.{suffix}": (kind, 1)}
-        return {f"classes.{suffix}": (kind, self.keep), "log_probabilities.f16": ("<f2", self.keep)}
+        return layout(self.keep, self.num_classes)
 
     def _columns(self, name: str) -> tuple[str, int]:
         return ("u1", 1) if name == MARKS else self._layout()[name]
 
     def size(self) -> int:
         """Return the bytes of all rows on disk, the marks included."""
-        widths = [np.dtype(kind).itemsize * n for kind, n in self._layout().values()]
-        return self.rows * (sum(widths) + 1)
+        return self.rows * row_bytes(self.keep, self.num_classes)
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
         if (self.folder / MANIFEST).exists():

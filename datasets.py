@@ -1,13 +1,6 @@
-"""Which index gives which picture and label, and the loaders that bring them in batches.
+"""Labelled pictures as tensors, and the loaders that bring them in batches."""
 
-A source knows pictures: `len(source)`, `source.load(index) -> (RGB picture, label)`,
-`source.name(index)` and `source.classes`. To add a data set, write a function that opens a source
-and name it in `DATA_SETS`. timm's names (`wds/...`, `tfds/...`, `torch/...`, `folder`) go to timm.
-"""
-
-import difflib
 import hashlib
-import json
 import logging
 import numbers
 import os
@@ -15,25 +8,23 @@ import re
 import struct
 import zlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from augment import InputConfig, Transform, build_transform
+from device_augment import Recorded
 from distributed import Processes, leave_signals_to_parent
 from errors import UserError
+from pixels import to_rgb
 from samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
+from sources import WITHOUT_FLIP, Part, Shards, Source, open_source, some
 
 _logger = logging.getLogger(__name__)
 
@@ -45,70 +36,10 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.err
               Image.DecompressionBombError)  # fmt: skip
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture in RGB, 8 bits; those of 16 bits are scaled, where Pillow would clip."""
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        raise ValueError(
-            f"mode {picture.mode}, whose white nobody knows; save it with 8 or 16 bits"
-        )
-    return picture.convert("RGB")
-
-
-class Source(Protocol):
-    """Labelled pictures by index. `classes` holds their names, or is None where nobody knows."""
-
-    classes: list[str] | None
-    what: str
-
-    def __len__(self) -> int: ...
-    def load(self, index: int) -> tuple[Image.Image, int]: ...
-    def name(self, index: int) -> str: ...
-
-
-class Files:
-    """Picture files below `root`, held as arrays so that worker processes share the memory."""
-
-    def __init__(
-        self, root: str, names: Sequence[str], labels: Sequence[int], classes: list[str] | None
-    ) -> None:
-        self.root, self.classes, self.what = root, classes, f"pictures in {root}"
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        with open(self.name(index), "rb") as file:
-            return to_rgb(Image.open(file)), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[index].item()))
-
-
-class Pairs:
-    """Anything that has pairs of a picture and a label, such as a torchvision data set."""
-
-    def __init__(
-        self, pairs: Sequence[tuple[Image.Image, int]], classes: list[str] | None, what: str
-    ) -> None:
-        self.pairs, self.classes, self.what = pairs, classes, what
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        picture, label = self.pairs[index]
-        return to_rgb(picture), label
-
-    def name(self, index: int) -> str:
-        return f"{index} of the {self.what}"
-
-
 class Pictures(Dataset):
     """A source and a transform: index to (tensor (3, H, W) float32, label).
+
+    With --augment-on device, to ((pixels (3, H, W) uint8, program (S, 8)), label).
 
     bad_pictures: "fail" raises UserError naming the file; "replace" takes the next readable
     picture of the source instead; "leave out" returns None, so that evaluation counts no picture
@@ -123,6 +54,7 @@ class Pictures(Dataset):
         self.classes = source.classes
         self.description = f"{len(source)} {source.what}, {num_classes} classes"
         marks = len(source) if bad_pictures != "fail" else 0
+        self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of a picture come in a row
         self._unreadable = torch.zeros(marks, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -133,7 +65,7 @@ class Pictures(Dataset):
         for step in range(tries):
             here = (index + step) % len(self)
             try:
-                picture, label = self.source.load(here)
+                picture, label = self._load(here)
             except UNREADABLE as error:
                 self._report(here, error)
                 if self.bad_pictures == "leave out":
@@ -144,6 +76,12 @@ class Pictures(Dataset):
             f"{tries} pictures in a row cannot be read, from {self.source.name(index)} on; "
             "is the disk still there?"
         )
+
+    def _load(self, index: int) -> tuple[Any, int]:
+        """Return a picture and its label; the same one again is not decoded again."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self.source.load(index)
+        return self._last[1]
 
     def skipped(self) -> int:
         """Return how many different pictures could not be read so far, in all workers."""
@@ -183,17 +121,12 @@ class Stream(IterableDataset):
     leaves out bad pictures, with a warning, whatever --on-bad-image says.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        transform: Transform,
-        num_classes: int,
-        classes: list[str] | None,
-        what: str,
-    ) -> None:
-        self.dataset, self.transform = dataset, transform
-        self.num_classes, self.classes = num_classes, classes
-        self.description = f"{len(dataset)} pictures streamed from {what}, {num_classes} classes"
+    def __init__(self, shards: Shards, transform: Transform, num_classes: int) -> None:
+        self.dataset, self.classes = shards.dataset, shards.classes
+        self.transform, self.num_classes = transform, num_classes
+        self.description = (
+            f"{len(self.dataset)} pictures streamed from {shards.what}, {num_classes} classes"
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -214,250 +147,6 @@ class Stream(IterableDataset):
         return 0
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which part of a data set to open, in the words of all data sets.
-
-    val_split: of the digits, `test` or `dev`. seed, batch_size: hints for readers of shards.
-    """
-
-    is_train: bool
-    inat_category: str = "name"
-    val_split: str = "test"
-    seed: int = 0
-    batch_size: int = 1
-
-
-# The digits' rows come grouped by writer, so splitting them in order splits the writers.
-DIGITS_ROWS = {"train": (0, 897), "dev": (897, 1197), "test": (1197, 1797)}
-
-
-def open_digits(root: str, part: Part) -> Pairs:
-    """Open scikit-learn's 8x8 handwritten digits: 897 to train, 300 to tune, 600 to test."""
-    from sklearn.datasets import load_digits
-
-    split = "train" if part.is_train else part.val_split
-    rows = slice(*DIGITS_ROWS[split])
-    digits = load_digits()
-    images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
-    pairs = list(zip(map(Image.fromarray, images), digits.target[rows]))
-    return Pairs(pairs, [str(digit) for digit in range(10)], f"digits ({split})")
-
-
-def open_imagenet(root: str, part: Part) -> Files:
-    """Open `root`/train or `root`/val, folders with a folder of pictures for every class."""
-    return open_folder(_split_folder(root, ["train"] if part.is_train else ["val"]))
-
-
-def open_cifar(root: str, part: Part, *, num_classes: int) -> Source:
-    """Open CIFAR-10 or CIFAR-100, as unpacked from its archive or as folders of pictures."""
-    _check_folder(root)
-    reader = {10: CIFAR10, 100: CIFAR100}[num_classes]
-    base = Path(root).absolute()
-    if base.name == reader.base_folder:
-        base = base.parent
-    if (base / reader.base_folder).is_dir():
-        try:
-            data = reader(str(base), train=part.is_train)
-        except (RuntimeError, OSError, EOFError, KeyError) as error:
-            raise UserError(
-                f"{base / reader.base_folder}: incomplete or damaged; unpack {reader.url} again"
-            ) from error
-        what = f"CIFAR-{num_classes} pictures ({'train' if part.is_train else 'test'})"
-        return Pairs(data, data.classes, what)
-    if not any(os.path.isdir(os.path.join(root, name)) for name in ("train", "test", "val")):
-        raise UserError(
-            f"--data-path {root}: holds neither {reader.base_folder}/ nor folders train/ and "
-            f"test/; fetch {reader.url} and unpack it there"
-        )
-    source = open_folder(_split_folder(root, ["train"] if part.is_train else ["test", "val"]))
-    if len(source.classes) != num_classes:
-        raise UserError(
-            f"{source.root}: {len(source.classes)} classes, CIFAR-{num_classes} has {num_classes}; "
-            "--data-set CIFAR10 and CIFAR (100 classes) are these two, IMNET takes any folders"
-        )
-    return source
-
-
-def open_inat(root: str, part: Part, *, year: int) -> Files:
-    """Open iNaturalist: `train<year>.json` or `val<year>.json`, and categories.json, in `root`.
-
-    Classes are the values of one field of the categories (species `name`, `genus`, ...), in order
-    of the category ids. Differs from DeiT, where they come in the order of the train listing and
-    a category is found by its place in the file, which fails where ids have gaps.
-    Pictures lie where the listing says, or without its second folder (DeiT's layout).
-    """
-    _check_folder(root)
-    listing = _read_json(os.path.join(root, f"{'train' if part.is_train else 'val'}{year}.json"))
-    categories = _read_json(os.path.join(root, "categories.json"))
-    try:
-        categories = sorted(categories, key=lambda category: category["id"])
-        value_of = {c["id"]: str(c[part.inat_category]) for c in categories}
-        category_of = {a["image_id"]: a["category_id"] for a in listing["annotations"]}
-        names = [image["file_name"] for image in listing["images"]]
-        values = [value_of[category_of[image["id"]]] for image in listing["images"]]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{root}: the {year} listing and categories.json do not fit "
-            f"(--inat-category {part.inat_category}; {type(error).__name__}: {error}); "
-            "fetch the JSON files of one release"
-        ) from error
-    if not names:
-        raise UserError(f"{root}: the {year} listing names no picture")
-    first = names[0]
-    if not os.path.exists(os.path.join(root, first)):
-        names = ["/".join(name.split("/")[:1] + name.split("/")[2:]) for name in names]
-        if not os.path.exists(os.path.join(root, names[0])):
-            raise UserError(
-                f"{os.path.join(root, first)}: not there; unpack the pictures in {root}"
-            )
-    classes = list(dict.fromkeys(value_of.values()))
-    label_of = {value: label for label, value in enumerate(classes)}
-    return Files(root, names, [label_of[value] for value in values], classes)
-
-
-def _read_json(path: str) -> Any:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; iNaturalist's JSON is needed") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
-
-
-DATA_SETS: dict[str, Callable[[str, Part], Source]] = {
-    "DIGITS": open_digits,
-    "CIFAR10": partial(open_cifar, num_classes=10),
-    "CIFAR": partial(open_cifar, num_classes=100),
-    "IMNET": open_imagenet,
-    "INAT": partial(open_inat, year=2018),
-    "INAT19": partial(open_inat, year=2019),
-}
-WITHOUT_FLIP = {"DIGITS"}  # a mirrored digit is another sign, or none
-
-
-def open_folder(folder: str) -> Files:
-    """List the pictures of `folder`, one class a subfolder, in sorted order; no file is opened.
-
-    Hidden files and folders are no pictures and no classes. Raises UserError for a class without
-    pictures, and for a folder without classes.
-    """
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    if not classes:
-        raise UserError(f"{folder}: no folders of pictures in it; one folder a class is needed")
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(_pictures_below(os.path.join(folder, name)))
-        names += [os.path.relpath(path, folder) for path in found]
-        labels += [label] * len(found)
-    present = set(labels)
-    empty = [name for label, name in enumerate(classes) if label not in present]
-    if empty:
-        raise UserError(
-            f"{folder}: {len(empty)} of {len(classes)} classes without pictures "
-            f"({_some(empty)}); fill or remove the folders"
-        )
-    return Files(folder, names, labels, classes)
-
-
-def _pictures_below(folder: str) -> Iterator[str]:
-    for where, _, files in os.walk(folder, followlinks=True):
-        for name in files:
-            if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
-                yield os.path.join(where, name)
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def _check_folder(root: str) -> None:
-    if not os.path.isdir(root):
-        what = "not a folder" if os.path.exists(root) else "not there"
-        raise UserError(f"--data-path {root or '(empty)'}: {what}; give the data's folder")
-
-
-def _split_folder(root: str, names: Sequence[str]) -> str:
-    """Return the first folder `root`/name that is there."""
-    _check_folder(root)
-    for name in names:
-        if os.path.isdir(os.path.join(root, name)):
-            return os.path.join(root, name)
-    found = sorted(e.name + "/" for e in os.scandir(root) if e.is_dir())
-    raise UserError(
-        f"{os.path.join(root, names[0])}: not there; --data-path needs train/ and val/, "
-        f"{root} has {_some(found) or 'no folders'}"
-    )
-
-
-TIMM_PREFIXES = ("torch", "wds", "tfds")
-TIMM_FOLDERS = ("folder", "image_folder")
-HUGGING_FACE = ("hfds", "hfids")  # their package has the name of this file
-TRAIN_SPLITS, VAL_SPLITS = ("train", "training"), ("validation", "val", "valid", "eval", "test")
-TIMM_FAILS = (AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError,
-              TypeError, ValueError)  # fmt: skip
-
-
-def open_timm(name: str, root: str, part: Part) -> tuple[Any, str]:
-    """Return timm's data set of that name, and what it is in words.
-
-    Raises UserError for an unknown name, and with timm's reason where timm cannot open it.
-    """
-    check_name(name)
-    prefix, _, rest = name.lower().partition("/")
-    if not root and prefix != "tfds":
-        raise UserError(f"--data-set {name}: give its folder with --data-path")
-    splits: Sequence[str] = TRAIN_SPLITS if part.is_train else VAL_SPLITS
-    if prefix in TIMM_FOLDERS or rest in TIMM_FOLDERS:
-        # without such a folder timm would take `root` itself, for training and for evaluation
-        splits = [os.path.basename(_split_folder(root, splits))]
-    reasons = []
-    for split in splits:
-        try:
-            dataset = timm.data.create_dataset(
-                name,
-                root=root or None,
-                split=split,
-                is_training=part.is_train,
-                batch_size=part.batch_size,
-                seed=part.seed,
-            )
-        except TIMM_FAILS as error:
-            reasons.append(" ".join(str(error).split()) or type(error).__name__)
-            continue
-        return dataset, f"{name} ({split}{f' of {root}' if root else ''})"
-    raise UserError(f"--data-set {name}: timm cannot open its {splits[0]} part: {reasons[0]}")
-
-
-def check_name(name: str) -> None:
-    """Raise UserError for a data set that neither we nor timm can open."""
-    prefix, _, rest = name.lower().partition("/")
-    if prefix in HUGGING_FACE:
-        raise UserError(
-            f"--data-set {name}: Hugging Face data sets are not read; save their pictures as "
-            "train/<class>/<picture> and val/<class>/<picture> (--data-set IMNET), or as shards "
-            "(wds/)"
-        )
-    if prefix in TIMM_FOLDERS or (prefix in TIMM_PREFIXES and rest):
-        return
-    known = [*DATA_SETS, *TIMM_FOLDERS, *(f"{p}/NAME" for p in TIMM_PREFIXES)]
-    spelled = {word.lower(): word for word in known}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
-    hint = f"did you mean {spelled[close[0]]}? " if close else ""
-    raise UserError(f"--data-set {name}: unknown; {hint}known are {', '.join(known)}")
-
-
-def _class_names(dataset: Any) -> list[str] | None:
-    """Return the class names by label, where torchvision or a timm reader tells them."""
-    names = getattr(dataset, "classes", None)
-    if names:
-        return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
-    numbered = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
-    return sorted(numbered, key=numbered.__getitem__) if numbered else None
-
-
 def build_dataset(
     is_train: bool, args: Namespace, inputs: InputConfig
 ) -> tuple[Pictures | Stream, int]:
@@ -476,26 +165,17 @@ def build_dataset(
         batch_size=args.batch_size,
     )
     name, root = str(args.data_set), str(args.data_path)
-    hflip = 0.0 if name in WITHOUT_FLIP else 0.5
-    transform = build_transform(is_train, args, inputs, hflip=hflip)
     bad_pictures = "fail"
     if args.on_bad_image == "skip":
         bad_pictures = "replace" if is_train else "leave out"
-    if name in DATA_SETS:
-        source: Source = DATA_SETS[name](root, part)
-    else:
-        dataset, what = open_timm(name, root, part)
-        classes = _class_names(dataset)
-        if isinstance(dataset, IterableDataset):
-            num_classes = count_classes(classes, args.nb_classes, what)
-            return Stream(dataset, transform, num_classes, classes, what), num_classes
-        samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
-        if samples:  # paths and labels, as in our folders: then a bad picture can be named
-            paths, labels = zip(*samples)
-            source = Files(root, [os.path.abspath(path) for path in paths], labels, classes)
-            source.what = f"pictures of {what}"
-        else:
-            source = Pairs(dataset, classes, f"pictures of {what}")
+    source = open_source(name, root, part)
+    flips = getattr(source, "flips", name not in WITHOUT_FLIP)
+    transform = build_transform(is_train, args, inputs, hflip=0.5 if flips else 0.0)
+    if is_train and args.augment_on == "device":
+        transform = Recorded(transform)
+    if isinstance(source, Shards):
+        num_classes = count_classes(source.classes, args.nb_classes, source.what)
+        return Stream(source, transform, num_classes), num_classes
     num_classes = count_classes(source.classes, args.nb_classes, source.what)
     return Pictures(source, transform, num_classes, bad_pictures), num_classes
 
@@ -541,9 +221,8 @@ class Loaders:
         digest = hashlib.sha256()
         for data in self.data:
             digest.update(repr((len(data), data.num_classes, data.classes)).encode())
-            source = getattr(data, "source", None)
-            if isinstance(source, Files):
-                digest.update(source.names.tobytes() + source.labels.tobytes())
+            identity = getattr(getattr(data, "source", None), "identity", None)
+            digest.update(identity() if identity is not None else b"")
         counts = " + ".join(str(len(data)) for data in self.data)
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
 
@@ -576,6 +255,20 @@ class EvalLoader(DataLoader):
         return (batch for batch in super().__iter__() if batch is not None)
 
 
+class DeviceLoader(DataLoader):
+    """A loader whose workers crop and draw, and whose batches are augmented on `device`."""
+
+    def __init__(
+        self, dataset: Dataset, *, recorded: Recorded, device: torch.device, **options: Any
+    ):
+        super().__init__(dataset, **options)
+        self.carry_out, self.device = recorded.carry_out, device
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for (images, programs), labels in super().__iter__():
+            yield self.carry_out(images, programs, self.device), labels
+
+
 def collate_present(samples: list[Any]) -> Any:
     """Stack the samples that are not None; None if there is none."""
     present = [sample for sample in samples if sample is not None]
@@ -600,6 +293,7 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         timeout_min=args.loader_timeout,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         rank=processes.rank,
+        device=processes.device,
     )
     train_data = train = sampler = None
     if not args.eval:
@@ -653,6 +347,7 @@ def _build_loader(
     timeout_min: float,
     pin_memory: bool,
     rank: int,
+    device: torch.device,
 ) -> DataLoader:
     dataset: Dataset = data
     if isinstance(data, Stream):
@@ -660,7 +355,10 @@ def _build_loader(
     else:
         dataset = SeededViews(data, seed)
         workers = min(workers, -(-len(sampler) // batch_size))  # type: ignore[arg-type]
-    return (DataLoader if is_train else EvalLoader)(
+    kind: Callable[..., DataLoader] = DataLoader if is_train else EvalLoader
+    if isinstance(data.transform, Recorded):
+        kind = partial(DeviceLoader, recorded=data.transform, device=device)
+    return kind(
         dataset,
         sampler=sampler,
         batch_size=batch_size,
@@ -680,7 +378,7 @@ def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     parts = [
-        f"{len(only)} only in {where} ({_some(only)})"
+        f"{len(only)} only in {where} ({some(only)})"
         for only, where in ((only_train, "train"), (only_val, "evaluation"))
         if only
     ]

@@ -197,7 +197,7 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
                 store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
         if time.monotonic() > end:
             raise Lost(f"{len(missing)} have not come, number {missing[0]} among them")
-        time.sleep(0.01)
+        time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 

@@ -136,6 +136,13 @@ class DistillationLoss(nn.Module):
         self.logit_standardization = logit_standardization
         self.terms: dict[str, Tensor] = {}
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """What each of `terms` counts in the loss: their products with `terms` add up to it."""
+        if self.distillation_type == "none":
+            return {"base": 1.0}
+        return dict(zip(("base", "distillation"), self.weights))
+
     def forward(
         self,
         inputs: Tensor | None,
@@ -343,6 +350,8 @@ class CosubLoss(nn.Module):
     outputs: (2B,C), the batch and then the batch again, each with its own stochastic depth.
     labels: (B,) or (B,C). After a call `terms` holds {"base"}.
     """
+
+    term_weights = {"base": 1.0}
 
     def __init__(self) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     log.config(vars(args))
     if log.has_board:
         loaders.set_epoch(0)
-        log.scalars("val_teacher", {k: v for k, v in teacher_stats.items() if k != "count"}, 0)
+        log.scalars("val_teacher", teacher_stats, 0)
         shown = pictures.train_batch(
             loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=answers
         )
@@ -145,8 +145,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
             set_training_mode=args.train_mode, seed=args.seed, views=views,
             max_bad_steps=args.max_bad_steps, log_interval=args.log_interval,
             header=f"Epoch: [{epoch + 1}/{args.epochs}]",
-            on_log=lambda update, shown, seen=seen: log.scalars(
-                "train", shown, (seen + update + 1) * effective
+            on_log=lambda update, shown, seen=seen: log.train(
+                shown, criterion.term_weights, (seen + update + 1) * effective
             ),
             on_update=keeper.after_update, on_bad_batch=keeper.save_bad_batch, tally=tally,
         )  # fmt: skip
@@ -162,13 +162,14 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                 interrupt=keeper,
             )  # fmt: skip
         schedule.end_epoch(epoch, stats["acc1"])
-        log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(),
-                  (epoch + 1) * updates_per_epoch * effective)  # fmt: skip
+        images_seen = (epoch + 1) * updates_per_epoch * effective
+        log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(), images_seen)
         if log.has_board:
+            log.scalars("val_teacher", teacher_stats, images_seen)  # a level line beside val
             looks = pictures.attention(
                 student.network, preflight.sample(loaders.val, 4)[0].to(device), inputs
             )
-            log.picture("val/attention", looks, (epoch + 1) * updates_per_epoch * effective)
+            log.picture("val/attention", looks, images_seen)
         keeper.end_epoch(stats["acc1"])  # after the log, from which a resumed run drops doubles
         report(stats)
         tell(None, f"Max accuracy: {keeper.best:.2f}%")

@@ -23,6 +23,11 @@ import distributed
 from errors import UserError
 
 _logger = logging.getLogger(__name__)
+# Settings in TensorBoard's table of runs; all of them are in its text.
+COMPARED = ("model", "input_size", "epochs", "batch_size", "grad_accum_steps", "lr", "opt",
+            "weight_decay", "drop_path", "aa", "reprob", "mixup", "cutmix", "smoothing",
+            "distillation_type", "distillation_alpha", "distillation_tau", "distillation_reduction",
+            "teacher_model", "match", "seed")  # fmt: skip
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
@@ -201,11 +206,11 @@ class RunLog:
                 self._hparams(settings)
 
     def _hparams(self, settings: Mapping[str, Any]) -> None:
-        """Give the settings to TensorBoard's table, with the accuracy that `epoch` will log."""
+        """Give what runs are compared by to TensorBoard's table, beside their last accuracy."""
         from torch.utils.tensorboard.summary import hparams
 
         kept = {k: v if isinstance(v, bool | int | float | str) else str(v)
-                for k, v in settings.items()}  # fmt: skip
+                for k, v in settings.items() if k in COMPARED}  # fmt: skip
         for summary in hparams(kept, {"val/acc1": 0.0, "val_ema/acc1": 0.0})[:2]:
             self._board.file_writer.add_summary(summary)
 
@@ -222,10 +227,22 @@ class RunLog:
 
     @_writes("tensorboard")
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
-        """Put `values` under `prefix/name` in TensorBoard."""
+        """Put `values` under `prefix/name` in TensorBoard; a count of pictures is no curve."""
         if self._board is not None:
             for name, value in values.items():
-                self._board.add_scalar(f"{prefix}/{name}", value, images_seen)
+                if name != "count":
+                    self._board.add_scalar(f"{prefix}/{name}", value, images_seen)
+
+    def train(
+        self, values: Mapping[str, float], weights: Mapping[str, float], images_seen: int
+    ) -> None:
+        """Put averages under train/, and under train_weighted/ what each term adds to the loss.
+
+        weights: of the loss's terms, by name. While they are constant, the parts add up to loss.
+        """
+        self.scalars("train", values, images_seen)
+        parts = {name: weight * values[name] for name, weight in weights.items() if name in values}
+        self.scalars("train_weighted", parts, images_seen)
 
     @_writes("log.txt")
     def epoch(
@@ -240,8 +257,8 @@ class RunLog:
         """Add the line of an epoch: train_*, test_*, epoch, n_parameters, ema_*."""
         if self._folder is None:
             return
-        self.scalars("val", {k: v for k, v in val.items() if k != "count"}, images_seen)
-        self.scalars("val_ema", {k: v for k, v in ema.items() if k != "count"}, images_seen)
+        self.scalars("val", val, images_seen)
+        self.scalars("val_ema", ema, images_seen)
         line = {f"train_{name}": value for name, value in train.items()}
         line |= {f"test_{name}": value for name, value in val.items()}
         line |= {"epoch": epoch, "n_parameters": n_parameters}

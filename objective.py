@@ -157,6 +157,13 @@ class Objective(nn.Module):
         self.terms: dict[str, Tensor] = {}
         self.at_update(0)
 
+    @property
+    def term_weights(self) -> dict[str, float]:
+        """What each of `terms` counts in the loss: their products with `terms` add up to it."""
+        base = self.criterion.weights[0]
+        extra = {name: term.weight for name, term in self.extra.items()}
+        return self.criterion.term_weights | {"base": base, "own": base} | extra
+
     def at_update(self, update: int) -> None:
         """Set the weights for an update, counted from 0 over the whole run."""
         progress = update / self.total_updates

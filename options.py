@@ -24,7 +24,7 @@ from distributed import find_launcher
 from errors import UserError
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
-DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19")
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")
 INAT_CATEGORIES = [
     "kingdom",
     "phylum",
@@ -282,6 +282,8 @@ def _add_augmentation_flags(group: Any) -> None:
     add = group.add_argument
     add("--color-jitter", default=0.3, type=float)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy; '' or none: off")
+    add("--augment-on", default="worker", choices=("worker", "device"),
+        help="where pictures are augmented after crop and flip")  # fmt: skip
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     _switch(group, "repeated-aug", True, "three views of a picture in an epoch")
@@ -546,6 +548,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
         "reprob": (three, "--ThreeAugment has no erasing"),
         "remode": (three or args.reprob == 0, "nothing is erased"),
         "recount": (three or args.reprob == 0, "nothing is erased"),
+        "augment_on": (args.eval, "nothing trains"),
         "train_interpolation": (three, "--ThreeAugment is bicubic"),
         "color_jitter": (randaugment and not three, "timm leaves it out while --aa is set"),
         "mixup_prob": (not mixes, "nothing is mixed"),

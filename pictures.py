@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from augment import InputConfig
 from errors import UserError
 from models.features import FeatureTaps, Tap, layout_of
 
-SIDE, LINE = 160, 12  # pixels of a tile, and of a line of its caption
+SIDE, LINE, LETTERS = 192, 19, 15  # pixels of a tile, of a line of its caption, and of its letters
+HEAT = (255, 140, 0)  # colour of attention
 
 
 def to_uint8(images: Tensor, inputs: InputConfig) -> Tensor:
@@ -32,13 +33,15 @@ def grid(pictures: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) 
     rows = -(-len(pictures) // columns)
     tall = high + LINE * max(len(lines) for lines in captions) + 6
     sheet = Image.new("RGB", (columns * (SIDE + 4), rows * tall), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LETTERS)
     for i, (picture, lines) in enumerate(zip(pictures, captions)):
         x, y = i % columns * (SIDE + 4), i // columns * tall
         tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((SIDE, high))
         sheet.paste(tile, (x, y))
         for n, line in enumerate(lines):
-            draw.text((x, y + high + n * LINE), line[:28], fill="black")
+            while draw.textlength(line, font) > SIDE:
+                line = line.removesuffix("…")[:-1] + "…"
+            draw.text((x, y + high + n * LINE), line, fill="black", font=font)
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
@@ -46,7 +49,7 @@ def opinion(shares: Tensor, classes: Sequence[str] | None, most: int = 2) -> str
     """Return the classes of one distribution (C,) that weigh most, with their percentages."""
     values, places = shares.topk(min(most, len(shares)))
     return ", ".join(
-        f"{classes[place] if classes else place} {100 * value:.0f}%"
+        f"{classes[place] if classes else place} ({100 * value:.0f}%)"
         for value, place in zip(values.tolist(), places.tolist())
         if value >= 0.05
     )
@@ -119,6 +122,7 @@ def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor
         tiles.append(picture)
         captions.append(["picture"])
         for name, look in zip(("class token", "distillation token"), own):
-            tiles.append((picture * (0.15 + 0.85 * look)).byte())
+            heat = look * torch.tensor(HEAT)[:, None, None]
+            tiles.append((0.5 * picture + 0.5 * heat).byte())  # seen on black pictures too
             captions.append([name])
     return grid(torch.stack(tiles), captions, columns=2 * (1 + min(2, maps.shape[1])))

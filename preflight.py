@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import cache
 import checkpoint
 import datasets
 import models
@@ -91,9 +92,12 @@ def build_plan(
         side = models.data_config(args.teacher_model)["input_size"][1:]
         sizes.append(measure(teacher, *side))
         lines.append(f"teacher: {args.teacher_model}, {sizes[1].describe()} of {side[0]}x{side[1]}")
-        each = pictures * args.epochs * num_classes * 2
+        rows = pictures * (args.teacher_cache_views or args.epochs)
+        kept = {keep: rows * cache.row_bytes(keep, num_classes) / GIB
+                for keep in (cache.ALL, cache.HARD)}  # fmt: skip
         lines.append(
-            f"cache: {each / GIB:.1f} GiB for all its logits in float16, if they were kept"
+            f"cache: {kept[cache.ALL]:.1f} GiB with --teacher-cache-topk all, "
+            f"{kept[cache.HARD]:.2f} GiB with hard, {rows} answers"
         )
     lines.append(f"memory: {_build_memory(args, sizes, amp_dtype)}")
     batch = args.batch_size

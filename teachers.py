@@ -289,7 +289,7 @@ def build_cached_teacher(
 
 
 TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
-             "recount", "on_bad_image")  # fmt: skip
+             "recount", "on_bad_image", "augment_on")  # fmt: skip
 MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
           "batch_size")  # fmt: skip
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")

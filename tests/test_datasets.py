@@ -21,6 +21,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
+import pixels
+import sources
 from augment import InputConfig
 from datasets import Loaders, auto_workers, build_dataset, build_loaders
 from distributed import Processes
@@ -514,6 +516,22 @@ def test_skipped_pictures_are_replaced_in_training_left_out_of_evaluation_and_co
     assert told.count("class0/3.png cannot be read: not a picture; skipped") >= 1
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_views_of_a_picture_that_come_in_a_row_are_decoded_once(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    decoded = []
+    decode = sources.decode
+    monkeypatch.setattr(sources, "decode", lambda data: decoded.append(1) or decode(data))
+    for rank in range(world):
+        data = loaders("IMNET", folders, "--batch-size", "4", rank=rank, world=world)
+        keys = list(data.train_sampler)
+        pictures = 1 + sum(one[0] != other[0] for one, other in zip(keys, keys[1:]))
+        decoded.clear()
+        assert sum(len(labels) for _, labels in data.train) == len(keys) == 8 // world
+        assert len(decoded) == pictures < len(keys)
+
+
 def test_a_replacement_is_the_next_readable_picture(folders: Path) -> None:
     for picture in ("2.png", "3.png"):
         spoil(folders / "train" / "class0" / picture)
@@ -533,6 +551,7 @@ def test_the_first_picture_follows_the_last_and_a_lost_disk_is_no_bad_picture(
     data, _ = build_dataset(True, args, INPUTS)
     spoil(folders / "train" / "class1" / "3.png")
     assert data[7][1] == 0
+    data, _ = build_dataset(True, args, INPUTS)
     shutil.rmtree(folders / "train")
     with pytest.raises(UserError, match="8 pictures in a row cannot be read, .*is the disk"):
         data[2]
@@ -662,11 +681,11 @@ def test_the_cores_of_a_node_are_shared_by_its_processes(
 
 def test_pictures_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
     values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    assert np.asarray(datasets.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
+    assert np.asarray(pixels.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
         0,
         1,
         128,
         255,
     ]
     with pytest.raises(ValueError, match="mode F"):
-        datasets.to_rgb(Image.fromarray(values.astype(np.float32)))
+        pixels.to_rgb(Image.fromarray(values.astype(np.float32)))

@@ -21,6 +21,8 @@ def test_a_stray_slurm_procid_does_not_make_a_group() -> None:
     assert distributed.find_launcher({"SLURM_PROCID": "0"})[0] == "single"
     interactive = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     assert distributed.find_launcher(interactive)[0] == "single"
+    shell_of_salloc = interactive | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    assert distributed.find_launcher(shell_of_salloc)[0] == "single"
 
 
 def test_a_slurm_step_of_two_tasks_makes_a_group() -> None:

@@ -116,6 +116,22 @@ def test_the_loss_is_the_sum_of_weighted_terms() -> None:
     assert "0.7 base + 0.3 hard" in table and "tanh 12 to 18" in table and "0+2, 0+3" in table
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--distillation-type", "soft", "--distillation-alpha", "0.2"],
+        ["--hard-label-weight", "0.4"],
+        ["--distillation-type", "hard", "--kd-loss-weight", "2", *matches(*MATCH_ALL)],
+    ],
+)
+def test_the_terms_times_their_weights_add_up_to_the_loss(flags: list[str]) -> None:
+    student, teacher, criterion, _ = build(*flags)
+    loss = loss_of(student, teacher, criterion)
+    parts = [criterion.term_weights[name] * value for name, value in criterion.terms.items()]
+    torch.testing.assert_close(loss.detach(), sum(parts))
+
+
 def test_gradients_reach_the_student_and_projections_and_not_the_teacher() -> None:
     student, teacher, criterion, _ = build(*matches(*MATCH_ALL), "--distillation-type", "hard")
     student.train()

@@ -21,20 +21,25 @@ def test_a_picture_looks_as_before_it_was_normalised() -> None:
 
 def test_an_opinion_names_what_weighs_most() -> None:
     shares = torch.tensor([0.04, 0.26, 0.7])
-    assert pictures.opinion(shares, ["a", "b", "c"]) == "c 70%, b 26%"
-    assert pictures.opinion(torch.tensor([0.0, 1.0]), None) == "1 100%"
+    assert pictures.opinion(shares, ["a", "b", "c"]) == "c (70%), b (26%)"
+    assert pictures.opinion(torch.tensor([0.0, 1.0]), None) == "1 (100%)"
 
 
 def test_a_grid_has_room_for_every_picture_and_caption() -> None:
     sheet = pictures.grid(torch.zeros(5, 3, 32, 48, dtype=torch.uint8), [["x", "y"]] * 5)
-    assert sheet.shape == (3, 2 * (107 + 24 + 6), 4 * 164) and sheet.dtype == torch.uint8
-    assert sheet.float().mean() > 0 and (sheet[:, :107, :160] == 0).all()
+    assert sheet.shape == (3, 2 * (128 + 2 * 19 + 6), 4 * 196) and sheet.dtype == torch.uint8
+    assert sheet.float().mean() > 0 and (sheet[:, :128, :192] == 0).all()
+
+
+def test_a_long_caption_stays_within_its_picture() -> None:
+    sheet = pictures.grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [["m" * 60], ["m"]])
+    assert (sheet[:, 192:, 192:196] == 255).all() and (sheet[:, 192:, :192] < 255).any()
 
 
 def test_attention_is_shown_for_each_prefix_token_and_leaves_no_hook() -> None:
     network = models.create_model("deit_pico_distilled_patch8_32", img_size=(32, 48)).train()
     sheet = pictures.attention(network, torch.randn(2, 3, 32, 48), INPUTS)
-    assert sheet.shape[2] == 6 * 164 and network.training
+    assert sheet.shape[2] == 6 * 196 and network.training
     assert not any(module._forward_hooks for module in network.modules())
     assert pictures.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32),
                               INPUTS) is None  # fmt: skip
@@ -44,15 +49,32 @@ def test_attention_is_shown_for_each_prefix_token_and_leaves_no_hook() -> None:
 def test_tensorboard_gets_numbers_pictures_text_and_settings(run_inside, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run_inside("--distillation-type", "hard", "--epochs", "1", "--mixup", "0.8",
-                        "--output_dir", str(tmp_path))  # fmt: skip
+    result = run_inside("--distillation-type", "hard", "--epochs", "2", "--mixup", "0.8",
+                        "--distillation-alpha", "0.3", "--output_dir", str(tmp_path))  # fmt: skip
     assert result.returncode == 0, result.stderr
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = board.Tags()
-    assert {"train/loss", "train/lr", "train/grad_norm", "train/images_per_s", "train/data_wait",
-            "val/acc1", "val_ema/acc1", "val_teacher/acc1"} <= set(tags["scalars"])  # fmt: skip
+    accuracies = {f"{of}/{name}" for of in ("val", "val_ema", "val_teacher")
+                  for name in ("loss", "acc1", "acc5")}  # fmt: skip
+    assert set(tags["scalars"]) == accuracies | {
+        "train/loss", "train/base", "train/distillation", "train_weighted/base",
+        "train_weighted/distillation", "train/lr", "train/grad_norm", "train/images_per_s",
+        "train/data_wait",
+    }  # fmt: skip
     assert set(tags["images"]) == {"train/batch", "val/attention"}
     assert "config/text_summary" in tags["tensors"]
-    assert "_hparams_/experiment" in str(board.summary_metadata.keys())
-    last = board.Scalars("val/acc1")[-1]
-    assert last.step % 64 == 0 and last.step > 500, "pictures seen, not epochs"
+    hparams = str(board.summary_metadata["_hparams_/session_start_info"])
+    assert "distillation_alpha" in hparams and "checkpoint_minutes" not in hparams
+
+    def curve(tag: str) -> list[tuple[int, float]]:
+        return [(event.step, event.value) for event in board.Scalars(tag)]
+
+    updates = [640, 896, 1536, 1792]  # 14 of 64 pictures an epoch, a line every 10 and at the end
+    assert [images for images, _ in curve("train/loss")] == updates, "pictures seen, not updates"
+    assert [images for images, _ in curve("val/acc1")] == [896, 1792]
+    assert [images for images, _ in curve("val_teacher/acc1")] == [0, 896, 1792]
+    rows = zip(curve("train/loss"), curve("train/base"), curve("train_weighted/base"),
+               curve("train_weighted/distillation"))  # fmt: skip
+    for (_, loss), (_, base), (_, weighted), (_, distillation) in rows:
+        assert weighted == pytest.approx(0.7 * base)
+        assert weighted + distillation == pytest.approx(loss, rel=1e-5)

@@ -50,7 +50,8 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run_inside, tmp_pa
     result = run_inside("--dry-run", "--distillation-type", "hard", "--output_dir", str(out))
     assert result.returncode == 0, result.stderr
     for word in ("model: deit_pico", "student: ", "teacher: resnet_pico", "GFLOPs", "memory: about",
-                 "cache: ", "images/s", "30 epochs"):  # fmt: skip
+                 "cache: 0.0 GiB with --teacher-cache-topk all", "26880 answers", "images/s",
+                 "30 epochs"):  # fmt: skip
         assert word in result.stdout, word
     assert not out.exists()
 

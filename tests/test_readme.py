@@ -9,13 +9,18 @@ import torch.distributed.run
 
 import options
 import run_with_submitit
-from tools import export, report
+from tools import benchmark, export, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"objectives.md"}  # its commands name files that tests/test_docs.py writes
-PROGRAM = re.compile(r"\b(main|run_with_submitit|report|export)\.py\b")
-TOOLS = {"report.py": report, "export.py": export}
+PROGRAM = re.compile(r"\b(main|run_with_submitit|report|export|prepare_data|benchmark)\.py\b")
+TOOLS = {
+    "report.py": report,
+    "export.py": export,
+    "prepare_data.py": prepare_data,
+    "benchmark.py": benchmark,
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -63,8 +68,8 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     if page.name == "coming-from-timm.md":
         text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
-    known = [options.get_args_parser(), run_with_submitit.get_submitit_parser(), report._parser(),
-             export._parser()]  # fmt: skip
+    known = [options.get_args_parser(), run_with_submitit.get_submitit_parser(),
+             *(tool._parser() for tool in TOOLS.values())]  # fmt: skip
     known.append(torch.distributed.run.get_args_parser())
     names = {
         name for parser in known for action in parser._actions for name in action.option_strings
@@ -72,6 +77,11 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
     for flag in re.findall(r"`(--[\w-]+)", text):
         known_by = [name for name in names if name.startswith(options._dashed(flag))]
         assert known_by or flag == "--help", flag
+
+
+def test_the_readme_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []
 
 
 def test_the_readme_has_commands() -> None:

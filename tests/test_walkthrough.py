@@ -67,5 +67,5 @@ def test_every_recipe_runs_on_a_few_pictures(
     result = run_inside("--recipe", name, *flags, *SMALL, "--output_dir", "")
     assert result.returncode == 0, result.stderr
     assert "2 updates" in result.stdout
-    if name != "quickstart":
+    if recipe.find(name).acc1 is not None:
         assert f"{name} expects" in result.stdout and "outside" in result.stdout

@@ -40,6 +40,7 @@ TOLERANCE = 1e-5  # largest difference of logits (of their size, where that is a
 CARD_FLAGS = ("model", "data_set", "epochs", "batch_size", "grad_accum_steps", "lr", "opt",
               "distillation_type", "distillation_alpha", "distillation_tau", "teacher_model",
               "teacher_path", "finetune", "seed")  # fmt: skip
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that requirements.txt lacks
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         student = build_student(args)
         args.out.mkdir(parents=True, exist_ok=True)
-        done = [line for name in args.formats if (line := FORMATS[name](student, args.out))]
+        left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
+        wanted = [name for name in args.formats or FORMATS if name not in left_out]
+        done = [FORMATS[name](student, args.out) for name in wanted]
         (args.out / "README.md").write_text(card(student, done))
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
-    print("\n".join([*done, f"{args.out / 'README.md'}: the card"]))
+    print("\n  ".join([f"{args.out}:", *done, "README.md: the card"]))
+    for name in left_out:
+        print(f"{name}: left out; it needs pip install {' '.join(missing(name))}")
     return 0
 
 
@@ -80,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, help="output folder of a run, or a checkpoint file")
     add("out", type=Path, help="folder, or a .safetensors file")
-    add("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    add("--formats", nargs="+", choices=list(FORMATS),
+        help="default: all whose packages are installed")  # fmt: skip
     add("--model", help="its name, for a file that does not say")
     add("--key", help="model (default) or model_ema")
     add("--half", action="store_true", help="round the weights to float16")
@@ -154,7 +160,14 @@ def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> 
             f"{path}: its logits differ from the student's by {worst:.1e} (at most {TOLERANCE:g} "
             "is allowed), so it was not kept"
         )
-    return f"{path}: {path.stat().st_size / 1024:.0f} KiB, logits differ by at most {worst:.1e}"
+    size = path.stat().st_size / 1024
+    return f"{path.name}: {size:.0f} KiB, logits differ by at most {worst:.1e}"
+
+
+def timm_name(name: str) -> str:
+    """Return what timm calls an architecture that here has its name in DeiT's code."""
+    found = models.released.find(name)
+    return (found.timm if found else name).partition(".")[0]
 
 
 def to_safetensors(student: Student, folder: Path) -> str:
@@ -162,9 +175,10 @@ def to_safetensors(student: Student, folder: Path) -> str:
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(weights, path, metadata={"format": "pt"})
     inputs = student.inputs
-    sized = {"img_size": list(inputs.input_size)} if hasattr(network, "pos_embed") else {}
+    embed = getattr(network, "patch_embed", getattr(network, "stem", None))
+    sized = {"img_size": list(inputs.input_size)} if hasattr(embed, "img_size") else {}
     config = {
-        "architecture": student.name.partition(".")[0],
+        "architecture": timm_name(student.name),
         "num_classes": network.num_classes,
         "num_features": network.num_features,
         "model_args": sized,
@@ -181,11 +195,14 @@ def to_safetensors(student: Student, folder: Path) -> str:
     return verify(student, path, loaded)
 
 
+def missing(form: str) -> list[str]:
+    """Return the packages that a format needs and that are not installed."""
+    return [name for name in NEEDS.get(form, ()) if importlib.util.find_spec(name) is None]
+
+
 def to_onnx(student: Student, folder: Path) -> str:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime")
-               if importlib.util.find_spec(name) is None]  # fmt: skip
-    if missing:
-        return f"onnx: left out; pip install {' '.join(missing)}"
+    if absent := missing("onnx"):
+        raise UserError(f"--formats onnx: needs pip install {' '.join(absent)}")
     import onnxruntime
 
     path = folder / "model.onnx"
@@ -239,8 +256,8 @@ def card(student: Student, done: Sequence[str]) -> str:
         "## Loading", "", "```python", "import timm, torch",
         'network = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
         'network = torch.export.load("FOLDER/model.pt2").module()', "```", "",
-        "timm has all of DeiT's names; a model that only this repository knows needs "
-        "`import models` before it.", "",
+        "A model that only this repository knows (the quick start's) needs `import models` before "
+        "it.", "",
     ])  # fmt: skip
 
 

@@ -34,11 +34,12 @@ sys.path.insert(0, str(ROOT))
 
 from resume import MAY_CHANGE  # noqa: E402
 
-FLAGS = ["--distillation-type", "hard", "--epochs", "2", "--batch-size", "64", "--drop-path", "0.2",
-         "--warmup-epochs", "0", "--log-interval", "1", "--no-teacher-check", "--resume", "auto",
-         "--checkpoint-steps", "1", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
-         "--repeated-aug", "--match", "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,"
-         "tokens=patch,resize=bilinear,proj=linear"]  # fmt: skip
+PLAIN = ["--epochs", "2", "--batch-size", "64", "--drop-path", "0.2", "--warmup-epochs", "0",
+         "--log-interval", "1", "--resume", "auto", "--checkpoint-steps", "1", "--mixup", "0.8",
+         "--cutmix", "1", "--reprob", "0.25", "--repeated-aug"]  # fmt: skip
+FLAGS = [*PLAIN, "--distillation-type", "hard", "--no-teacher-check", "--match",
+         "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=bilinear,"
+         "proj=linear"]  # fmt: skip
 SETTINGS = list(itertools.product((0, 2), (1, 2), (1, 2)))  # workers, accumulation, processes
 MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
     "start of an epoch": lambda out, said, dice: "Epoch: [2/2] [1/" in said or (
@@ -53,15 +54,16 @@ MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
 
 
 def start(
-    flags: list[str], out: Path, processes: int = 1, launch: Sequence[str] = ("--standalone",)
+    flags: list[str], out: Path, processes: int = 1, launch: Sequence[str] = ()
 ) -> subprocess.Popen:
     """Start a run into `out`, in a process group of its own; what it says goes to `out`.log.
 
-    launch: torchrun's flags, where there are several processes.
+    launch: torchrun's flags; without any, it starts several processes, and no single one.
     """
     launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *launch]
+    if processes > 1 or launch:
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+                     *(launch or ["--standalone"])]  # fmt: skip
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environ["OMP_NUM_THREADS"] = "1"
     with open(f"{out}.log", "a") as log:

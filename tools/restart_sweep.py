@@ -1,6 +1,6 @@
 """Kill one of two processes under `torchrun --max-restarts`, and compare with a run left alone.
 
-    python tools/restart_sweep.py --points 10 --write docs/restart_sweep.md
+    python tools/restart_sweep.py --points 10 5 --write docs/restart_sweep.md
 
 The process, the moment (start-up, the start and the middle of an epoch, evaluation, the writing of
 a checkpoint) and the second within it are drawn. Nobody starts the run again: torchrun must, and
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from tools import kill_sweep  # noqa: E402
 
-FLAGS = [*kill_sweep.FLAGS, "--batch-size", "32", "--dist-timeout", "2"]
+FLAGS = [*kill_sweep.PLAIN, "--distillation-type", "none", "--dist-timeout", "2"]
 NODES = {
     1: ["--max-restarts=3"],
     2: ["--max-restarts=3", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run",
@@ -63,7 +63,8 @@ def restart(point: int, nodes: int, flags: list[str], whole: Path, out: Path) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--points", type=int, default=10, help="kills, on one and on two nodes")
+    parser.add_argument("--points", type=int, nargs=2, default=(10, 5),
+                        help="kills, on one node and on two")  # fmt: skip
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     request = parser.parse_args()
     rows = []
@@ -71,18 +72,27 @@ def main() -> int:
         wholes = {workers: Path(place, f"whole{workers}") for workers in (0, 2)}
         for workers, whole in wholes.items():
             kill_sweep.finish([*FLAGS, "--num_workers", str(workers)], whole, 2)
-        for nodes in NODES:
-            for point in range(request.points):
+        for nodes, points in zip(NODES, request.points):
+            for point in range(points):
                 workers = (0, 2)[point // 5 % 2]
                 found = restart(point, nodes, [*FLAGS, "--num_workers", str(workers)],
                                 wholes[workers], Path(place, f"killed{nodes}-{point}"))  # fmt: skip
                 rows.append([nodes, point + 1, workers, *found])
                 print(*rows[-1], sep=" | ", flush=True)
+                if request.write:  # each time, should somebody not wait for the rest
+                    request.write.write_text(report(rows, sum(request.points)))
+    print(report(rows, sum(request.points)).splitlines()[2])
+    return int(any(row[-1] != "identical" for row in rows))
+
+
+def report(rows: list[list[object]], points: int) -> str:
+    """Return the Markdown page of the sweep, of which `points` kills were asked for."""
     good = sum(row[-1] == "identical" for row in rows)
-    text = "\n".join([
+    return "\n".join([
         "# One of two processes killed under torchrun", "",
         f"{good} of {len(rows)} runs went on by themselves and are identical to the uninterrupted "
-        "one: weights, average, optimizer, counters and log.txt, to the bit.", "",
+        "one: weights, average, optimizer, counters and log.txt, to the bit."
+        + f" ({points} were asked for.)" * (len(rows) < points), "",
         kill_sweep.provenance(),
         "Two nodes are two torchruns on this machine. torchrun's flags:", "",
         *(f"- {nodes}: `torchrun --nproc_per_node={2 // nodes} {shlex.join(launch)}`"
@@ -92,10 +102,6 @@ def main() -> int:
         "|---|---|---|---|---|---|---|---|",
         *(f"| {' | '.join(map(str, row))} |" for row in rows), "",
     ])  # fmt: skip
-    if request.write:
-        request.write.write_text(text)
-    print(text.splitlines()[2])
-    return int(good < len(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,265 @@
+"""A data set in a few large files: pictures once shrunk, read at random places of a memory map.
+
+A folder has `manifest.json` and, for each split (`train`, `val`), the pictures one after another in
+`<split>.bin` and a row about each in `<split>.table`. Raw pictures are uint8 (height, width, 3);
+JPEG ones are whole files. `tools/prepare_data.py` writes them, `--data-set PREPARED` reads them.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from errors import UserError
+from pixels import Picture, as_image, decode
+
+FORMAT = 1
+MANIFEST, PLAN = "manifest.json", "unfinished.json"
+RAW, JPEG = "raw", "jpeg"
+# place: the picture's index in the data set it comes from; crc: of its bytes
+ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("height", "<u4"), ("width", "<u4"),
+                ("label", "<u4"), ("place", "<u4"), ("crc", "<u4")])  # fmt: skip
+SYNC_ROWS = 1024  # rows between two moments at which all that was written is safe
+AGAIN = "python tools/prepare_data.py makes it again"
+
+
+def shrink(picture: Image.Image, short_side: int) -> Image.Image:
+    """Return the picture with its shorter side at `short_side` pixels, bicubic; never enlarged."""
+    width, height = picture.size
+    if min(width, height) <= short_side:
+        return picture
+    scale = short_side / min(width, height)
+    size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def encode(picture: Picture, kind: str, short_side: int, quality: int) -> tuple[bytes, int, int]:
+    """Return a picture's bytes as they are kept, and its height and width in pixels."""
+    image = shrink(as_image(picture), short_side)
+    if kind == RAW:
+        return image.tobytes(), image.height, image.width
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue(), image.height, image.width
+
+
+class Writer:
+    """Writes one split of `folder`, from where an earlier, interrupted one stopped.
+
+    Pictures come before their rows, and both are safe on the disk every `SYNC_ROWS` rows; of what
+    is found, the last rows are checked, and what is not whole is dropped.
+    """
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._pictures, self._table = _open(folder, split, "bin"), _open(folder, split, "table")
+        try:
+            fcntl.flock(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: another process is writing there; wait for it") from error
+        written = self._table.read()
+        keep = len(written) // ROW.itemsize
+        rows = np.frombuffer(written, ROW, count=keep)
+        size = os.fstat(self._pictures.fileno()).st_size
+        for number in range(max(0, keep - SYNC_ROWS), keep):
+            if not self._is_whole(rows[number], size):
+                keep = number
+                break
+        self.rows = keep
+        self.next_place = int(rows["place"][keep - 1]) + 1 if keep else 0
+        self._end = int(rows["offset"][keep - 1]) + int(rows["size"][keep - 1]) if keep else 0
+        self._table.truncate(keep * ROW.itemsize)
+        self._pictures.truncate(self._end)
+        self._table.seek(0, os.SEEK_END)
+        self._pictures.seek(0, os.SEEK_END)
+        self._waiting: list[tuple] = []
+
+    def _is_whole(self, row: np.void, size: int) -> bool:
+        if int(row["offset"]) + int(row["size"]) > size:
+            return False
+        self._pictures.seek(int(row["offset"]))
+        return zlib.crc32(self._pictures.read(int(row["size"]))) == row["crc"]
+
+    def append(self, data: bytes, height: int, width: int, label: int, place: int) -> None:
+        self._pictures.write(data)
+        row = (self._end, len(data), height, width, label, place, zlib.crc32(data))
+        self._waiting.append(row)
+        self._end += len(data)
+        self.rows += 1
+        if len(self._waiting) == SYNC_ROWS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring all to the disk, the pictures before their rows."""
+        rows = np.array(self._waiting, ROW).tobytes()
+        for file, data in ((self._pictures, b""), (self._table, rows)):
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._waiting.clear()
+
+    def close(self) -> dict[str, Any]:
+        """Finish the split; return what the manifest says about it."""
+        self.sync()
+        self._table.seek(0)
+        digest = hashlib.sha256(self._table.read()).hexdigest()
+        self._pictures.close()
+        self._table.close()
+        return {"pictures": self.rows, "bytes": self._end, "table": digest}
+
+
+def _open(folder: Path, split: str, ending: str) -> BinaryIO:
+    path = folder / f"{split}.{ending}"
+    path.touch()
+    return open(path, "r+b")
+
+
+def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
+    """Make or find `folder` for a data set made by `plan`; return whether it is finished already.
+
+    plan: plain values that determine every byte. Raises UserError for a folder that holds something
+    else, or a data set made by another plan, naming what differs.
+    """
+    plan = json.loads(json.dumps(plan))
+    found = None
+    for name in (MANIFEST, PLAN):
+        if (folder / name).is_file():
+            found = _read(folder / name).get("plan", {})
+            break
+    if found is not None:
+        differ = [
+            f"{name} was {found.get(name)!r} and is {plan.get(name)!r}"
+            for name in sorted({*found, *plan})
+            if found.get(name) != plan.get(name)
+        ]
+        if differ:
+            raise UserError(f"{folder}: begun otherwise: {'; '.join(differ)}; give a new folder")
+        return (folder / MANIFEST).is_file()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds other files; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / PLAN, {"plan": plan})
+    return False
+
+
+def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest, with which the data set is there."""
+    _write(folder / MANIFEST, {"format": FORMAT, **manifest})
+    (folder / PLAN).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    shadow = path.with_name(path.name + ".tmp")
+    with open(shadow, "w") as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(shadow, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable; {AGAIN}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: no manifest of a prepared data set; {AGAIN}")
+    return content
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest. Raises UserError where there is none, or one of another format."""
+    if not (folder / MANIFEST).is_file():
+        reason = "not finished; start tools/prepare_data.py again, it goes on"
+        if not (folder / PLAN).is_file():
+            reason = "no prepared data set there; make one with tools/prepare_data.py"
+        raise UserError(f"{folder}: {reason}")
+    manifest = _read(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder}: format {manifest.get('format')}, this program reads {FORMAT}; {AGAIN}"
+        )
+    return manifest
+
+
+class Prepared:
+    """One split of a prepared data set, as a source (see `sources.Source`).
+
+    Opening it checks the sizes of both files and the table's checksum. A picture's own checksum is
+    looked at whenever a JPEG is read; of a raw picture, of which a crop touches only a part, by
+    `damaged`. Workers share the memory.
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        self.folder, self.split = Path(folder), split
+        manifest = read_manifest(self.folder)
+        facts = manifest["splits"].get(split)
+        if facts is None:
+            raise UserError(
+                f"{folder}: has no {split} part, only {', '.join(manifest['splits'])}; {AGAIN}"
+            )
+        self.kind, self.classes, self.flips = (
+            manifest["kind"],
+            manifest["classes"],
+            manifest["flips"],
+        )
+        self.what = f"pictures prepared in {folder} ({split})"
+        self._digest = facts["table"]
+        self._bytes = self._map("bin", facts["bytes"], np.dtype("u1"))
+        self._rows = self._map("table", facts["pictures"], ROW)
+        if hashlib.sha256(self._rows).hexdigest() != self._digest:
+            raise UserError(f"{self.folder / split}.table: damaged (checksum); {AGAIN}")
+
+    def _map(self, ending: str, count: int, kind: np.dtype) -> np.ndarray:
+        path = self.folder / f"{self.split}.{ending}"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != count * kind.itemsize:
+            raise UserError(f"{path}: {size} bytes, {count * kind.itemsize} expected; {AGAIN}")
+        if not count:
+            return np.empty(0, kind)
+        return np.memmap(path, kind, "r").view(np.ndarray)
+
+    def __reduce__(self) -> tuple:
+        return Prepared, (self.folder, self.split)  # a pickled map would be the whole file
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        return f"{index} ({self.split}) of {self.folder}"
+
+    def identity(self) -> bytes:
+        """Return what says which pictures these are, to the last bit, wherever they lie."""
+        return self._digest.encode()
+
+    def load(self, index: int) -> tuple[Picture, int]:
+        """Return picture and label. Raises ValueError for a JPEG whose checksum is wrong."""
+        row = self._rows[index]
+        data = self._data(row)
+        if self.kind == RAW:
+            return data.reshape(row["height"], row["width"], 3), int(row["label"])
+        data = data.tobytes()
+        if zlib.crc32(data) != row["crc"]:
+            raise ValueError("damaged (checksum)")
+        return decode(data), int(row["label"])
+
+    def damaged(self) -> Iterator[int | None]:
+        """Read every picture; yield its index if its checksum is wrong, else None."""
+        for index, row in enumerate(self._rows):
+            yield index if zlib.crc32(self._data(row)) != row["crc"] else None
+
+    def _data(self, row: np.void) -> np.ndarray:
+        start = int(row["offset"])
+        return self._bytes[start : start + int(row["size"])]
+
+
+def open_prepared(root: str, part: Any) -> Prepared:
+    """Open the train or val part of the prepared data set in `root`."""
+    return Prepared(root, "train" if part.is_train else "val")

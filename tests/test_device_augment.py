@@ -1,0 +1,257 @@
+"""Augmentation on the device, held against Pillow and timm: by operation, by sample, by batch."""
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from timm.data import auto_augment
+from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
+from torch import Tensor
+
+import augment
+import device_augment
+from augment import InputConfig, build_transform
+from datasets import build_loaders
+from device_augment import Recorded, Tape
+from distributed import Processes
+from errors import UserError
+from options import get_args_parser
+from tests.test_pixels import scene
+
+CPU = torch.device("cpu")
+DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+INPUTS = InputConfig((40, 56), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+FILL = (124, 116, 104)
+# Levels (of 10) that reach every argument: the middle, both ends, and what mstd makes of 9
+LEVELS = (0.0, 4.7, 9.0, 10.0)
+# Greatest and mean difference from Pillow in steps of 255, by operation; 0 and 0 where not named.
+# Rounding in float32 moves single values of a warp by one.
+WARP = (1, 4e-3)
+TOLERANCE = {
+    "Rotate": WARP, "ShearX": WARP, "ShearY": WARP, "TranslateX": WARP, "TranslateY": WARP,
+    "TranslateXRel": WARP, "TranslateYRel": WARP,
+}  # fmt: skip
+
+
+def settings(*flags: str, name: str = "DIGITS"):
+    return get_args_parser().parse_args(["--data-set", name, "--num-workers", "0", *flags])
+
+
+@pytest.fixture(scope="module", params=["made", "real"])
+def photographs(request: pytest.FixtureRequest) -> list[Image.Image]:
+    if request.param == "made":
+        flat = Image.new("RGB", (56, 40), (17, 200, 90))
+        dark = Image.fromarray((np.asarray(scene(56, 40, 3)) // 4 + 30).astype(np.uint8))
+        return [scene(56, 40), scene(56, 40, 1), flat, dark]
+    folder = request.getfixturevalue("imagenet_sample") / "val"
+    paths = sorted(folder.glob("*/*"))[::250]
+    return [Image.open(path).convert("RGB").resize((112, 96)) for path in paths]
+
+
+def batch_of(pictures: list[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+
+
+def carry_out(images: Tensor, tapes: list[Tape], device: torch.device = CPU) -> np.ndarray:
+    """Return what the device makes of pictures by their tapes, (B, H, W, 3) in steps of 255."""
+    zero, one = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    doing = device_augment.Augment(zero, one, fill=FILL)
+    length = max(1, *(len(tape.rows) for tape in tapes))
+    rows = [tape.rows + [[0.0] * 8] * (length - len(tape.rows)) for tape in tapes]
+    found = doing(images, torch.tensor(rows, dtype=torch.float64), device)
+    return (found * 255).round().cpu().int().permute(0, 2, 3, 1).numpy()
+
+
+def compare(
+    pictures: list[Image.Image], name: str, levels: tuple, resample: Image.Resampling
+) -> None:
+    options = {"resample": resample, "fillcolor": FILL}
+    base = name.removesuffix("Increasing").removesuffix("Original")
+    exact = augment.posterize if base == "Posterize" else NAME_TO_OP[name]
+    tapes, theirs = [], []
+    for picture in pictures:
+        tape = Tape(picture.height, picture.width)
+        random.seed(3)
+        device_augment._Operation(name)(tape, *levels, **options)
+        random.seed(3)
+        theirs.append(np.asarray(exact(picture, *levels, **options)).astype(int))
+        tapes.append(tape)
+    greatest, mean = TOLERANCE.get(name, (0, 0))
+    for device in DEVICES:
+        ours = carry_out(batch_of(pictures), tapes, device)
+        for one, other in zip(ours, theirs):
+            far = np.abs(one - other)
+            assert far.max() <= greatest and far.mean() <= mean, (name, levels, far.max())
+
+
+@pytest.mark.parametrize("name", sorted(NAME_TO_OP))
+def test_every_operation_of_timm_is_pillows_at_every_level(
+    photographs: list[Image.Image], name: str
+) -> None:
+    hparams = {"translate_const": 20, "translate_pct": 0.45}
+    for level in LEVELS:
+        for sign in (0.1, 0.9):  # which way timm's random negation goes
+            arguments = LEVEL_TO_ARG[name]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(auto_augment.random, "random", lambda sign=sign: sign)
+                levels = tuple(arguments(level, hparams)) if arguments else ()
+            compare(photographs, name, levels, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("name", ["Rotate", "ShearX", "TranslateYRel"])
+def test_bilinear_warps_are_pillows_too(photographs: list[Image.Image], name: str) -> None:
+    level = 17.0 if name == "Rotate" else 0.2137
+    compare(photographs, name, (level,), Image.Resampling.BILINEAR)
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.5, 1.3, 2.0, 3.0])
+def test_blurs_are_pillows(photographs: list[Image.Image], radius: float) -> None:
+    tapes = [Tape(p.height, p.width).add(device_augment.BLUR, radius) for p in photographs]
+    ours = carry_out(batch_of(photographs), tapes)
+    for one, picture in zip(ours, photographs):
+        theirs = np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))).astype(int)
+        assert not np.abs(one - theirs).any()
+
+
+# ---- whole transforms ----
+
+TRANSFORMS: dict[str, list[str]] = {
+    "DeiT": [],
+    "no policy": ["--aa", "none", "--color-jitter", "0.4"],
+    "AutoAugment": ["--aa", "original-mstd0.5"],
+    "3-Augment": ["--ThreeAugment"],
+    "simple crop": ["--ThreeAugment", "--src", "--color-jitter", "0"],
+    "random interpolation": ["--train-interpolation", "random"],
+    "coloured boxes": ["--reprob", "1", "--remode", "rand", "--recount", "3"],
+    "black boxes": ["--reprob", "1", "--remode", "const"],
+    "weighted": ["--aa", "rand-m9-n3-tweights-mstd0.5-inc1"],
+}
+
+
+def both(*flags: str) -> tuple[Callable, Recorded]:
+    args = settings(*flags)
+    return build_transform(True, args, INPUTS), Recorded(build_transform(True, args, INPUTS))
+
+
+def seeded(transform: Callable, picture: Image.Image, seed: int):
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    return transform(picture)
+
+
+def samples(recorded: Recorded, picture: Image.Image, seeds: range) -> tuple[Tensor, Tensor]:
+    images, programs = zip(*(seeded(recorded, picture, seed) for seed in seeds))
+    return torch.stack(images), torch.stack(programs)
+
+
+@pytest.mark.parametrize("case", TRANSFORMS)
+def test_the_device_makes_the_sample_that_the_worker_would_make(case: str) -> None:
+    flags = TRANSFORMS[case]
+    flags = flags if "--reprob" in flags else [*flags, "--reprob", "0"]
+    worker, recorded = both(*flags)
+    picture, seeds = scene(90, 70), range(40)
+    images, programs = samples(recorded, picture, seeds)
+    before = images.clone()
+    ours = recorded.carry_out(images, programs, CPU)
+    assert ours.dtype == torch.float32 and ours.shape == (40, 3, 40, 56)
+    std = torch.tensor(INPUTS.std).view(3, 1, 1)
+    changed = 0
+    for seed, one, crop in zip(seeds, ours, before):
+        far = (one - seeded(worker, picture, seed)).abs() * std * 255
+        # a step before a contrast or an equalization may become several
+        assert far.mean() < 0.1 and (far > 2.5).float().mean() < 0.01, seed
+        changed += not one.equal(augment.Normalize(INPUTS.mean, INPUTS.std)(crop))
+    assert changed > 10, "something was done at all"
+
+
+def test_noise_is_normal_fills_timms_boxes_and_follows_from_its_key() -> None:
+    worker, recorded = both("--reprob", "1", "--aa", "none", "--color-jitter", "0")
+    picture, seeds = Image.new("RGB", (90, 70), FILL), range(40)
+    images, programs = samples(recorded, picture, seeds)
+    ours = recorded.carry_out(images, programs, CPU)
+    even = ours[0, :, 0, 0] * 0 + augment.Normalize(INPUTS.mean, INPUTS.std)(images[0])[:, 0, 0]
+    erased = (ours - even.view(3, 1, 1)).abs().amax(1) > 1e-6
+    for seed, box in zip(seeds, erased):
+        theirs = (seeded(worker, picture, seed) - even.view(3, 1, 1)).abs().amax(0) > 1e-6
+        assert box.equal(theirs)
+    values = ours.movedim(1, 3)[erased]
+    assert len(values) > 5000
+    assert abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.03
+    assert abs((values < -1.2816).float().mean() - 0.1) < 0.01
+    assert not ours[0].equal(ours[1])
+    again = recorded.carry_out(*samples(recorded, picture, seeds), CPU)
+    assert again.equal(ours)
+
+
+@pytest.mark.parametrize("case", ["DeiT", "3-Augment"])
+def test_no_sample_depends_on_its_neighbours(case: str) -> None:
+    _, recorded = both(*TRANSFORMS[case])
+    images, programs = samples(recorded, scene(90, 70), range(23))
+    together = recorded.carry_out(images.clone(), programs, CPU)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0))[:11]
+    apart = recorded.carry_out(images[order], programs[order], CPU)
+    assert apart.equal(together[order])
+
+
+@pytest.mark.skipif(len(DEVICES) < 2, reason="no GPU here")
+def test_the_gpu_makes_what_the_cpu_makes() -> None:
+    _, recorded = both("--reprob", "0.5")
+    images, programs = samples(recorded, scene(90, 70), range(200))
+    one, other = (recorded.carry_out(images.clone(), programs, d).cpu() for d in DEVICES)
+    far = (one - other).abs() * 0.225 * 255
+    assert far.mean() < 1e-2 and (far > 1.5).float().mean() < 1e-3
+
+
+def test_what_only_workers_can_do_is_refused() -> None:
+    with pytest.raises(UserError, match="--augment-on device: cannot do AugMix"):
+        both("--aa", "augmix-m3-w3")
+
+
+# ---- loaders ----
+
+
+def load(*flags: str, rank: int = 0, world: int = 1):
+    inputs = InputConfig((40, 40), INPUTS.mean, INPUTS.std)
+    place = Processes(rank, rank, world, CPU, "single")
+    return build_loaders(settings("--augment-on", "device", *flags), inputs, place)
+
+
+def test_neither_workers_nor_processes_nor_a_resume_change_a_sample() -> None:
+    flags = ["--reprob", "0.5"]
+    data = load(*flags, "--batch-size", "12")
+    data.set_epoch(1)
+    alone = [batch for _, batch in zip(range(3), data.train)]
+    assert alone[0][0].dtype == torch.float32 and alone[0][0].shape == (12, 3, 40, 40)
+    workers = load(*flags, "--batch-size", "12", "--num-workers", "2")
+    workers.set_epoch(1, 1)
+    for (ours, label), (theirs, wanted) in zip(alone[1:], workers.train):
+        assert ours.equal(theirs) and label.equal(wanted)
+    ranks = [load(*flags, "--batch-size", "6", rank=rank, world=2) for rank in (0, 1)]
+    for rank in ranks:
+        rank.set_epoch(1)
+    for (ours, _), *parts in zip(alone, *(rank.train for rank in ranks)):
+        assert torch.stack([images for images, _ in parts], 1).flatten(0, 1).equal(ours)
+
+
+def test_evaluation_stays_as_it_is() -> None:
+    (ours, _), (theirs, _) = (
+        next(iter(make("--batch-size", "4").val))
+        for make in (load, partial(load, "--augment-on", "worker"))
+    )
+    assert ours.equal(theirs)
+
+
+@pytest.mark.slow
+def test_a_run_augments_on_the_device_with_a_cached_teacher(run_inside, tmp_path) -> None:
+    flags = ["--distillation-type", "hard", "--epochs", "1", "--batch-size", "256", "--num-workers",
+             "0", "--teacher-cache", str(tmp_path / "cache"), "--no-teacher-check"]  # fmt: skip
+    written = run_inside(*flags, "--augment-on", "device", "--teacher-cache-mode", "write")
+    assert written.returncode == 0, written.stderr
+    found = run_inside(*flags, "--augment-on", "device", "--teacher-cache-mode", "verify")
+    assert found.returncode == 0, found.stderr
+    refused = run_inside(*flags, "--teacher-cache-mode", "read")
+    assert refused.returncode == 2
+    assert "augment_on: written with 'device', now 'worker'" in refused.stderr

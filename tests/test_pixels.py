@@ -1,0 +1,119 @@
+"""What is done in less time than Pillow takes, held against Pillow."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import auto_augment
+from torchvision.transforms import functional as F
+
+import augment
+import pixels
+
+
+def scene(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Edges, areas and noise: worse for an interpolation than most photographs."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8))
+    picture = np.array(coarse.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+    picture[: height // 3, : width // 2] = (250, 3, 128)
+    picture += rng.integers(-20, 20, picture.shape)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(params=["made", "real"])
+def photographs(request: pytest.FixtureRequest) -> list[Image.Image]:
+    if request.param == "made":
+        return [scene(120, 90), scene(70, 110, 1)]
+    folder = request.getfixturevalue("imagenet_sample") / "val"
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*"))[::200]]
+
+
+def steps(ours: object, theirs: Image.Image) -> np.ndarray:
+    """Return how far each value is from Pillow's, in steps of 255."""
+    return np.abs(np.asarray(pixels.as_image(ours)).astype(int) - np.asarray(theirs).astype(int))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_crops_are_resized_as_by_pillow_within_two_steps(
+    photographs: list[Image.Image], mode: str
+) -> None:
+    for picture in photographs:
+        width, height = picture.size
+        for box in ((0, 0, height, width), (9, 5, 31, 47), (3, 2, height - 8, width // 2)):
+            directly = F.resized_crop(picture, *box, [64, 80], augment.interpolation_mode(mode))
+            filter_ = Image.Resampling[mode.upper()]
+            part = F.crop(picture, *box)
+            rows_first = part.resize((80, part.height), filter_).resize((80, 64), filter_)
+            for form in (picture, np.asarray(picture)):
+                ours = pixels.crop_and_resize(form, box, (64, 80), mode)
+                assert steps(ours, rows_first).max() <= 2
+                assert steps(ours, rows_first).mean() < 0.01
+                assert steps(ours, directly).mean() < 0.3
+
+
+@pytest.mark.parametrize("name", sorted(augment.SHIFTS))
+def test_shears_and_shifts_are_pillows_within_a_step(
+    photographs: list[Image.Image], name: str
+) -> None:
+    exact = auto_augment.NAME_TO_OP[name]
+    ours = augment.Shift(exact, name)
+    options = {"resample": Image.Resampling.BICUBIC, "fillcolor": (128, 9, 200)}
+    for picture in photographs:
+        for level in (-0.45, 0.0, 0.0312):
+            far = steps(ours(picture, level, **options), exact(picture, level, **options))
+            assert far.max() <= 1 and (far > 0).mean() < 2e-3
+
+
+def test_only_bicubic_shifts_are_ours() -> None:
+    exact = auto_augment.NAME_TO_OP["ShearX"]
+    options = {"resample": Image.Resampling.BILINEAR, "fillcolor": (128, 9, 200)}
+    picture = scene(40, 30)
+    assert not steps(augment.Shift(exact, "ShearX")(picture, 0.2, **options),
+                     exact(picture, 0.2, **options)).any()  # fmt: skip
+
+
+def test_normalising_is_torchvisions_bit_for_bit() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    picture = scene(48, 36)
+    theirs = F.normalize(F.to_tensor(picture), mean, std)
+    normalize = augment.Normalize(mean, std)
+    array = np.asarray(picture)
+    for form in (picture, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        assert normalize(form).equal(theirs)
+
+
+def encoded(picture: Image.Image, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, **{"format": "JPEG", **options})
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpeg_decodes_to_pillows_pixels(mode: str) -> None:
+    for options in ({}, {"quality": 30, "progressive": True}, {"subsampling": 0}):
+        data = encoded(scene(61, 45).convert(mode), **options)
+        theirs = Image.open(io.BytesIO(data)).convert("RGB")
+        assert not steps(pixels.decode(data), theirs).any()
+
+
+def test_real_jpeg_decodes_to_pillows_pixels(imagenet_sample: Path) -> None:
+    for path in sorted((imagenet_sample / "val").glob("*/*"))[::37]:
+        assert not steps(pixels.decode(path.read_bytes()), Image.open(path).convert("RGB")).any()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+def test_half_a_picture_is_none(kind: str) -> None:
+    data = encoded(scene(61, 45), format=kind)
+    for part in (data[: len(data) // 2], data[:10], b""):
+        with pytest.raises((OSError, SyntaxError)):
+            pixels.decode(part)
+
+
+def test_without_simplejpeg_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "simplejpeg", None)
+    data = encoded(scene(61, 45))
+    assert isinstance(pixels.decode(data), Image.Image)

@@ -1,0 +1,251 @@
+"""Turn a data set into a few large files that training reads many times as fast.
+
+    python tools/prepare_data.py /data/imagenet prepared
+    python tools/prepare_data.py /data/imagenet prepared --format jpeg --short-side 256
+    python tools/prepare_data.py cifar prepared --data-set CIFAR10
+    python tools/prepare_data.py prepared --verify
+
+Then train with `--data-set PREPARED --data-path prepared`. Pictures whose shorter side is above
+`--short-side` are shrunk to it, bicubic, and keep their shape; none is enlarged. `raw` keeps their
+pixels (ImageNet at 288: about 420 GB), `jpeg` encodes them again (about 50 GB), except JPEG files
+that need no shrinking, which stay as they are. Interrupted or killed, the same command goes on
+where it stopped, and the files are the same in every bit. `--verify` compares every picture with
+its checksum.
+"""
+
+import argparse
+import hashlib
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL
+from torch.utils.data import DataLoader, Dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import datasets  # noqa: E402
+import options  # noqa: E402
+import pixels  # noqa: E402
+import prepared  # noqa: E402
+import sources  # noqa: E402
+from errors import UserError  # noqa: E402
+from metrics import clock  # noqa: E402
+
+_logger = logging.getLogger("prepare_data")
+SPLITS = {"train": True, "val": False}
+Entry = tuple[int, bytes, int, int, int] | tuple[int, str]  # place, bytes, height, width, label
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", help='the data set\'s folder ("" for the digits); with --verify the prepared one')
+    add("target", nargs="?", help="new folder, or one that was begun")
+    add("--data-set", default="IMNET", help="as for main.py: IMNET, CIFAR10, wds/..., ...")
+    add("--format", default=prepared.RAW, choices=(prepared.RAW, prepared.JPEG))
+    add("--short-side", default=288, type=int, help="pixels")
+    add("--quality", default=90, type=int, help="of JPEG, 1 to 95")
+    add("--splits", default=list(SPLITS), nargs="+", choices=list(SPLITS))
+    add("--on-bad-image", default="fail", choices=("fail", "skip"))
+    add("--num-workers", default=datasets.cores_here(), type=int)
+    add("--inat-category", default="name", choices=options.INAT_CATEGORIES)
+    add("--val-split", default="test", choices=("test", "dev"), help="of the embedded digits")
+    add("--verify", action="store_true", help="read every picture and compare its checksum")
+    return parser
+
+
+class Encoded(Dataset):
+    """The pictures of a source from `first` on, as they are to be kept (`Entry`)."""
+
+    def __init__(self, source: sources.Source, first: int, args: argparse.Namespace) -> None:
+        self.source, self.first = source, first
+        self.how = (args.format, args.short_side, args.quality)
+
+    def __len__(self) -> int:
+        return len(self.source) - self.first
+
+    def __getitem__(self, index: int) -> Entry:
+        place = self.first + index
+        try:
+            return place, *encode(self.source, place, *self.how)
+        except datasets.UNREADABLE as error:
+            return place, f"{self.source.name(place)}: {' '.join(str(error).split())}"
+
+
+def encode(
+    source: sources.Source, place: int, kind: str, short_side: int, quality: int
+) -> tuple[bytes, int, int, int]:
+    """Return bytes, height, width and label of a picture; a JPEG file that fits stays as it is."""
+    if kind == prepared.JPEG and isinstance(source, sources.Files):
+        data = Path(source.name(place)).read_bytes()
+        if data.startswith(pixels.JPEG_START):
+            height, width = pixels.size_of(pixels.decode(data))
+            if min(height, width) <= short_side:
+                return data, height, width, int(source.labels[place])
+    picture, label = source.load(place)
+    return *prepared.encode(picture, kind, short_side, quality), int(label)
+
+
+def entries(
+    source: sources.Source | sources.Shards, first: int, args: argparse.Namespace
+) -> Iterator[Entry]:
+    """Yield what is to be kept of each picture, in the source's order, from place `first` on."""
+    if not isinstance(source, sources.Shards):
+        yield from DataLoader(
+            Encoded(source, first, args), batch_size=None, num_workers=args.num_workers
+        )
+        return
+    how = (args.format, args.short_side, args.quality)
+    stream = itertools.islice(source.dataset, first, None)
+    for place, (picture, label) in enumerate(stream, start=first):
+        yield place, *prepared.encode(pixels.to_rgb(picture), *how), int(label)
+
+
+def open_all(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the source of each split. Raises UserError where their classes differ."""
+    opened = {}
+    for split in args.splits:
+        part = sources.Part(
+            is_train=SPLITS[split], inat_category=args.inat_category, val_split=args.val_split,
+            in_order=True,
+        )  # fmt: skip
+        opened[split] = sources.open_source(args.data_set, args.source, part)
+    first, *others = opened.values()
+    for other in others:
+        datasets.check_same_classes(first.classes, other.classes)
+    return opened
+
+
+def plan_of(opened: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return all that determines the bytes of the prepared data set."""
+    pictures = {}
+    for split, source in opened.items():
+        identity = getattr(source, "identity", lambda: b"")()
+        length = len(source.dataset if isinstance(source, sources.Shards) else source)
+        pictures[split] = f"{length}, {hashlib.sha256(identity).hexdigest()[:12]}"
+    plan = {
+        "data set": args.data_set,
+        "pictures": pictures,
+        "classes": hashlib.sha256(repr(next(iter(opened.values())).classes).encode()).hexdigest(),
+        "format": args.format,
+        "short side": args.short_side,
+        "bad pictures": args.on_bad_image,
+        "Pillow": PIL.__version__,
+    }
+    return plan | ({"quality": args.quality} if args.format == prepared.JPEG else {})
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write the prepared data set, or what is missing of it."""
+    folder = Path(args.target)
+    opened = open_all(args)
+    plan = plan_of(opened, args)
+    if prepared.begin(folder, plan):
+        print(f"{folder}: complete already")
+        return
+    facts = {}
+    for split, source in opened.items():
+        writer = prepared.Writer(folder, split)
+        total = len(source.dataset if isinstance(source, sources.Shards) else source)
+        if writer.next_place:
+            print(f"{split}: goes on after {writer.next_place} of {total}")
+        bar = Bar(split, total, writer.next_place)
+        for place, *entry in entries(source, writer.next_place, args):
+            if len(entry) == 1:
+                if args.on_bad_image == "fail":
+                    raise UserError(
+                        f"picture {entry[0]}; mend or remove it, or use --on-bad-image skip"
+                    )
+                _logger.warning("picture %s; left out", entry[0])
+                continue
+            data, height, width, label = entry
+            if source.classes is not None:
+                datasets.check_label(label, len(source.classes))
+            writer.append(data, height, width, label, place)
+            bar.show(place + 1)
+        facts[split] = writer.close()
+        bar.close()
+        if not facts[split]["pictures"]:
+            raise UserError(f"{args.source}: no picture for {split}")
+        print(f"{split}: {facts[split]['pictures']} pictures, {facts[split]['bytes'] / 1e9:.3f} GB")
+    classes = next(iter(opened.values())).classes
+    flips = args.data_set not in sources.WITHOUT_FLIP
+    manifest = {"plan": plan, "kind": args.format, "classes": classes, "flips": flips}
+    prepared.finish(folder, manifest | {"splits": facts})
+    print(f"ready: --data-set PREPARED --data-path {folder}")
+
+
+class Bar:
+    """How far it is, on a line of its own where someone looks, else a line now and then."""
+
+    def __init__(self, name: str, total: int, done: int) -> None:
+        self.name, self.total, self.first = name, total, done
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.live else 30):
+            return
+        self.shown = now
+        rate = (done - self.first) / (now - self.started)
+        bar = "#" * (30 * done // self.total)
+        print(f"{self.name} [{bar:<30}] {done}/{self.total}, {rate:.0f} pictures/s, "
+              f"{clock((self.total - done) / rate)} left",
+              end="\r" if self.live else "\n", file=sys.stderr, flush=True)  # fmt: skip
+
+    def close(self) -> None:
+        if self.live:
+            print("\033[K", end="", file=sys.stderr, flush=True)
+
+
+def verify(folder: str) -> None:
+    """Compare every picture with its checksum. Raises UserError naming the first damaged ones."""
+    bad = []
+    for split in prepared.read_manifest(Path(folder))["splits"]:
+        source = prepared.Prepared(folder, split)
+        bar = Bar(split, len(source), 0)
+        for number, damaged in enumerate(source.damaged(), start=1):
+            bar.show(number)
+            if damaged is not None:
+                bad.append(source.name(damaged))
+        bar.close()
+        print(f"{split}: {len(source)} pictures read")
+    if bad:
+        raise UserError(
+            f"{folder}: {len(bad)} pictures are damaged ({sources.some(bad)}); remove the folder "
+            "and prepare it again"
+        )
+    print("all pictures are as they were written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        if args.short_side < 1 or not 1 <= args.quality <= 95:
+            raise UserError("--short-side must be at least 1, --quality from 1 to 95")
+        if args.verify:
+            verify(args.source)
+        elif args.target is None:
+            raise UserError("give the data set's folder and a new folder")
+        else:
+            prepare(args)
+    except UserError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}; start again when it is mended, it goes on", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
