@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,15 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch) -> Non
     epoch(log, 0)
     log.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_tensorboards_thread_meets_is_told_by_the_next_call_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    log = metrics.RunLog(str(tmp_path))
+    writer = next(t for t in threading.enumerate() if "tensorboard" in type(t).__module__)
+    for thread, speaks in ((writer, False), (threading.main_thread(), True)):
+        error = OSError(28, "No space left on device")
+        threading.excepthook(threading.ExceptHookArgs((OSError, error, None, thread)))
+        assert bool(capsys.readouterr().err) == speaks
+    log.close()
