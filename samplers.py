@@ -136,11 +136,11 @@ class SeededViews(Dataset):
         index, view = key
         seed = derive_seed(self.seed, "view", view, index)
         if get_worker_info() is not None:
-            _seed_cpu(seed)
+            seed_cpu(seed)
             return self.dataset[index]
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         try:
-            _seed_cpu(seed)
+            seed_cpu(seed)
             return self.dataset[index]
         finally:
             random.setstate(before[0])
@@ -148,7 +148,8 @@ class SeededViews(Dataset):
             torch.set_rng_state(before[2])
 
 
-def _seed_cpu(seed: int) -> None:
+def seed_cpu(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too

@@ -1,0 +1,291 @@
+"""How many pictures one core brings, against DeiT's default transform by timm and Pillow.
+
+    python tools/bench_loader.py --data /data/imagenet_sample --json loader.json
+
+All rows are measured in turn, the order rotated by one in every round, on one thread and in CPU
+seconds, so that other work on the machine moves a ratio little. "timm again" is the first row once
+more: what is as near to 1 as that is no difference. The pictures lie in the page cache. Ours
+include the seeding of every sample; timm's transform has none. The growth rows read a table of so
+many entries, whose pictures are those of the sample, from a new process each.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import augment  # noqa: E402
+import datasets  # noqa: E402
+import pixels  # noqa: E402
+import prepared  # noqa: E402
+import samplers  # noqa: E402
+import sources  # noqa: E402
+from device_augment import Recorded  # noqa: E402
+from distributed import Processes  # noqa: E402
+from options import get_args_parser  # noqa: E402
+from tools import prepare_data  # noqa: E402
+
+SIDE = 224
+INPUTS = augment.InputConfig((SIDE, SIDE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FULL, CROP = "timm, whole recipe", "timm, up to the crop"
+# Rows by name: the least ratio to the whole recipe by timm that is asked for
+TARGETS = {
+    "prepared raw, up to the crop": 20.0, "prepared JPEG, up to the crop": 5.0,
+    "prepared raw, whole recipe": 3.0, "JPEG files, up to the crop": 2.0,
+    "JPEG files, whole recipe": 1.5,
+}  # fmt: skip
+GROWTH = (10**4, 10**5, 10**6)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="", help="folder with val/<class>/*.jpg; empty: made-up pictures")
+    add("--pictures", default=150, type=int, help="of a round")
+    add("--rounds", default=7, type=int, help="after two that do not count")
+    add("--json", default="", metavar="FILE", help="write all numbers there")
+    add("--grown", default="", help=argparse.SUPPRESS)  # a growth row, in a process of its own
+    return parser
+
+
+def make_up(folder: Path, count: int) -> Path:
+    """Write JPEG files of coarse noise, 256 by 340 pixels."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        path = folder / "val" / f"class{number % 10}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (64, 85, 3), dtype=np.uint8))
+        coarse.resize((340, 256), Image.Resampling.BICUBIC).save(path, quality=90)
+    return folder
+
+
+def settings(name: str, folder: Path, *flags: str) -> argparse.Namespace:
+    return get_args_parser().parse_args(
+        ["--data-set", name, "--data-path", str(folder), "--num-workers", "0", *flags]
+    )
+
+
+def timms() -> Any:
+    """Return DeiT's default training transform by timm, with the one repair that it needs."""
+    transform = create_transform(
+        SIDE, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1,
+    )  # fmt: skip
+    for operation in augment.augment_ops(transform):
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = augment.posterize
+    return transform
+
+
+def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]]:
+    """Return what is measured: by name, a function of a place from 0 to `count` - 1."""
+    opened: dict[str, sources.Source] = {}
+    for form in (prepared.RAW, prepared.JPEG):
+        if prepare_data.main([str(folder), str(work / form), "--splits", "val", "--format", form]):
+            raise SystemExit(2)
+        opened[form] = prepared.Prepared(work / form, "val")
+    opened["files"] = files = sources.open_folder(str(folder / "val"))
+    whole = augment.build_transform(True, settings("IMNET", folder), INPUTS)
+    recorded = Recorded(augment.build_transform(True, settings("IMNET", folder), INPUTS))
+    crop = whole.transforms[:2]
+    full = timms()
+    place_of = np.random.default_rng(0).permutation(len(files))[:count].tolist()
+
+    def by_timm(steps: Sequence[Callable]) -> Callable[[int], Any]:
+        def one(number: int) -> Any:
+            with open(files.name(place_of[number]), "rb") as file:
+                picture = Image.open(file).convert("RGB")
+            for step in steps:
+                picture = step(picture)
+            return picture
+
+        return one
+
+    def ours(source: sources.Source, transform: Callable, repeats: int = 1) -> Callable[[int], Any]:
+        data = datasets.Pictures(source, transform, len(source.classes))
+
+        def one(number: int) -> Any:
+            index = place_of[number // repeats]
+            samplers.seed_cpu(samplers.derive_seed(0, "view", number % repeats, index))
+            return data[index]
+
+        return one
+
+    def cropped(picture: pixels.Picture) -> Any:
+        for step in crop:
+            picture = step(picture)
+        return picture
+
+    found = {
+        FULL: by_timm(full.transforms),
+        "timm again": by_timm(full.transforms),
+        CROP: by_timm(full.transforms[:2]),
+        "JPEG files, up to the crop": ours(files, cropped),
+        "JPEG files, whole recipe": ours(files, whole),
+        "JPEG files, whole recipe, 3 views of a picture": ours(files, whole, repeats=3),
+    }
+    for form, name in ((prepared.JPEG, "JPEG"), (prepared.RAW, "raw")):
+        found[f"prepared {name}, up to the crop"] = ours(opened[form], cropped)
+        found[f"prepared {name}, whole recipe"] = ours(opened[form], whole)
+        found[f"prepared {name}, --augment-on device"] = ours(opened[form], recorded)
+    return found
+
+
+def measure(
+    functions: dict[str, Callable[[int], Any]], count: int, rounds: int
+) -> dict[str, list[float]]:
+    """Return the CPU seconds a picture of every round, by row; the order rotates."""
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 2):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            random.seed(number), np.random.seed(number), torch.manual_seed(number)
+            started = time.process_time()
+            for place in range(count):
+                functions[name](place)
+            if number >= 2:
+                seconds[name].append((time.process_time() - started) / count)
+    return seconds
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Return, by row, pictures a second, and the median and the ends of the rounds' ratios."""
+    found = {}
+    for name, values in seconds.items():
+        ratios = [base / value for base, value in zip(seconds[FULL], values)]
+        to_crop = [base / value for base, value in zip(seconds[CROP], values)]
+        found[name] = {
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+            "ratio_to_crop": statistics.median(to_crop),
+            "pictures_per_second": 1 / statistics.median(values),
+        }  # fmt: skip
+    return found
+
+
+def grow(base: Path, work: Path, entries: int) -> Path:
+    """Make a prepared data set of so many entries, whose pictures are those of `base`, again."""
+    folder = work / f"entries{entries}"
+    folder.mkdir()
+    manifest = json.loads((base / prepared.MANIFEST).read_text())
+    table = np.resize(np.fromfile(base / "val.table", prepared.ROW), entries)
+    facts = manifest["splits"]["val"] | {
+        "pictures": entries, "table": prepared.hashlib.sha256(table.tobytes()).hexdigest()
+    }  # fmt: skip
+    for split in ("train", "val"):
+        table.tofile(folder / f"{split}.table")
+        os.link(base / "val.bin", folder / f"{split}.bin")
+    prepared.finish(folder, manifest | {"splits": {"train": facts, "val": facts}})
+    return folder
+
+
+def anonymous_mib() -> float:
+    """Return this process's own memory: not the page cache that a memory map shows."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def read_grown(folder: str, count: int, rounds: int) -> dict[str, float]:
+    """Return start-up, throughput and memory with a grown data set."""
+    args = settings(
+        "PREPARED", Path(folder), "--aa", "none", "--color-jitter", "0", "--reprob", "0"
+    )
+    before, started = anonymous_mib(), time.perf_counter()
+    here = Processes(0, 0, 1, torch.device("cpu"), "single")
+    loaders = datasets.build_loaders(args, INPUTS, here)
+    loaders.set_epoch(0)
+    next(iter(loaders.train_sampler))
+    start_up = time.perf_counter() - started
+    data = loaders.data[0]
+    data.transform.transforms.pop()  # up to the crop
+    order = np.random.default_rng(1).integers(0, len(data), (rounds + 2) * count).tolist()
+    seconds, memory = [], []
+    for number in range(rounds + 2):
+        started = time.process_time()
+        for index in order[number * count : (number + 1) * count]:
+            samplers.seed_cpu(samplers.derive_seed(0, "view", number, index))
+            data[index]
+        seconds.append((time.process_time() - started) / count)
+        memory.append(anonymous_mib())
+    return {
+        "start_up_s": start_up, "pictures_per_second": 1 / statistics.median(seconds[2:]),
+        "own_mib": memory[-1] - before, "growth_mib": memory[-1] - memory[1],
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    torch.set_num_threads(1)
+    if args.grown:
+        print(json.dumps(read_grown(args.grown, 10 * args.pictures, args.rounds)))
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        folder = Path(args.data) if args.data else make_up(work / "made", args.pictures)
+        functions = rows(folder, work, args.pictures)
+        found = summary(measure(functions, args.pictures, args.rounds))
+        grown: dict[int, dict[str, float]] = {}
+        for entries in GROWTH:
+            target = grow(work / prepared.RAW, work, entries)
+            command = [sys.executable, str(Path(__file__).resolve()), "--grown", str(target),
+                       "--pictures", str(args.pictures), "--rounds", str(args.rounds)]  # fmt: skip
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            grown[entries] = json.loads(done.stdout)
+            shutil.rmtree(target)
+        sizes = [path.stat().st_size for path in (folder / "val").glob("*/*")]
+    facts = {
+        "pictures": len(sizes), "mean_kB": statistics.mean(sizes) / 1e3, "torch": torch.__version__,
+        "timm": timm.__version__, "Pillow": PIL.__version__,
+        "simplejpeg": getattr(pixels.simplejpeg, "__version__", "none"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }  # fmt: skip
+    print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    print(f"\n{'one core, ratio to the whole recipe by timm':50} {'ratio':>6} {'rounds':>13} "
+          f"{'asked':>6} {'to crop':>8} {'1/s':>8}")  # fmt: skip
+    for name, row in found.items():
+        asked = f">={TARGETS[name]:g}" if name in TARGETS else ""
+        spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
+        print(
+            f"{name:50} {row['ratio']:6.2f} {spread:>13} {asked:>6} {row['ratio_to_crop']:8.2f} "
+            f"{row['pictures_per_second']:8.0f}"
+        )
+    print(f"\n{'prepared raw, up to the crop':30} {'ratio':>6} {'1/s':>8} {'start-up, s':>12} "
+          f"{'memory, MiB':>12} {'its growth':>11}")  # fmt: skip
+    for entries, row in grown.items():
+        ratio = row["pictures_per_second"] / grown[GROWTH[0]]["pictures_per_second"]
+        print(
+            f"{entries:22} entries {ratio:6.2f} {row['pictures_per_second']:8.0f} "
+            f"{row['start_up_s']:12.2f} {row['own_mib']:12.1f} {row['growth_mib']:11.1f}"
+        )
+    if args.json:
+        content = {"facts": facts, "rows": found, "growth": grown, "targets": TARGETS}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
