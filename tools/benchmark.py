@@ -498,11 +498,10 @@ def measure_agreement(args: argparse.Namespace, device: torch.device) -> dict[st
 
 def measure_loader(args: argparse.Namespace) -> dict[str, Any]:
     """Run tools/bench_loader.py, which measures the input pipeline."""
-    script = ROOT / "tools" / "bench_loader.py"
-    if not script.exists():
-        return {"lines": ["### Loader", "", "Not measured: tools/bench_loader.py is not there."]}
-    answer = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    return {"lines": ["### Loader", "", answer.stdout.strip()]}
+    command = [sys.executable, str(ROOT / "tools" / "bench_loader.py"), "--data", args.loader_data,
+               "--rounds", str(args.rounds)]  # fmt: skip
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {"lines": ["### Loader", "", "```", answer.stdout.strip(), "```"]}
 
 
 def measure_gpu(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -652,6 +651,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--agreement-teacher", default="resnet_pico")
     add("--agreement-path", default=str(SHIPPED), help="its trained weights")
     add("--agreement-data", default="", help="folder with val/; default: the embedded digits")
+    add("--loader-data", default="", help="folder with val/; default: made-up pictures")
     add("--growth-steps", type=int, default=2000)
     add("--growth-batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     add("--json", type=Path, metavar="FILE", help="all seconds, for machines")
