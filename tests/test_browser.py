@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import datasets
+import sources
 
 pytestmark = pytest.mark.slow
 LINE = (255, 112, 67)  # TensorBoard's colour of the first run
@@ -20,7 +20,7 @@ INK = (0, 0, 0)  # around the digits of our pictures; TensorBoard's own letters 
 @pytest.fixture
 def board(tmp_path: Path, screenshot, run_inside, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a TensorBoard that shows the quick start, on few of its pictures."""
-    monkeypatch.setattr(datasets, "DIGITS_ROWS", {"train": (0, 64), "test": (1197, 1229)})
+    monkeypatch.setattr(sources, "DIGITS_ROWS", {"train": (0, 64), "test": (1197, 1229)})
     run = run_inside("--distillation-type", "hard", "--epochs", "4", "--batch-size", "16",
                      "--log-interval", "1", "--output_dir", str(tmp_path))  # fmt: skip
     assert run.returncode == 0, run.stderr

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import datasets
 import losses
 import matching
 import models
 import options
 import schedules
+import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "objectives.md").read_text()
@@ -52,7 +52,7 @@ def test_every_command_of_the_objectives_parses(command: str, as_a_reader) -> No
 def test_every_command_on_the_embedded_digits_runs(
     command: str, as_a_reader, run_inside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "DIGITS_ROWS", {"train": (0, 32), "test": (1197, 1213)})
+    monkeypatch.setattr(sources, "DIGITS_ROWS", {"train": (0, 32), "test": (1197, 1213)})
     for name, model in TEACHERS.items():
         if name in command:
             torch.save({"model": models.create_model(model).state_dict()}, name)

@@ -59,7 +59,7 @@ def test_tensorboard_gets_numbers_pictures_text_and_settings(run_inside, tmp_pat
     assert set(tags["scalars"]) == accuracies | {
         "train/loss", "train/base", "train/distillation", "train_weighted/base",
         "train_weighted/distillation", "train/lr", "train/grad_norm", "train/images_per_s",
-        "train/data_wait",
+        "train/data_wait", "train/memory_mib",
     }  # fmt: skip
     assert set(tags["images"]) == {"train/batch", "val/attention"}
     assert "config/text_summary" in tags["tensors"]
