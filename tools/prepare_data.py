@@ -1,4 +1,4 @@
-"""Turn a data set into a few large files that training reads many times as fast.
+"""Turn a data set into a few large files that training reads several times as fast.
 
     python tools/prepare_data.py /data/imagenet prepared
     python tools/prepare_data.py /data/imagenet prepared --format jpeg --short-side 256
