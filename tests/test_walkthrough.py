@@ -8,10 +8,12 @@ import torch
 
 import models
 import recipe
-from tools import export, report
+from tools import export, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"
+TOOLS = {"tools/report.py": report, "tools/export.py": export,
+         "tools/prepare_data.py": prepare_data}  # fmt: skip
 SMALL = ["--epochs", "1", "--batch-size", "12", "--num_workers", "0", "--warmup-epochs", "0"]
 
 pytestmark = pytest.mark.slow
@@ -27,7 +29,8 @@ def test_the_commands_for_own_pictures_work_in_their_order(
 ) -> None:
     small = {"my_pictures": str(picture_folder), "resnet50": TEACHER,
              "deit_tiny_distilled_patch16_224": STUDENT, "exported": str(tmp_path / "exported"),
-             "report.html": str(tmp_path / "report.html")}  # fmt: skip
+             "report.html": str(tmp_path / "report.html"),
+             "prepared": str(tmp_path / "prepared")}  # fmt: skip
     done = []
     for words in commands(ROOT / "docs" / "own-data.md"):
         words = [small.get(word, word.replace("runs/", f"{tmp_path}/")) for word in words]
@@ -38,14 +41,16 @@ def test_the_commands_for_own_pictures_work_in_their_order(
         program, flags = words[1], words[2:]
         done.append(program)
         if program == "main.py":
-            result = run_inside(*flags, *SMALL)
+            model = [] if "--model" in flags else ["--model", STUDENT]
+            result = run_inside(*flags, *model, *SMALL)
             assert result.returncode == 0, (words, result.stderr)
         else:
-            tool = {"tools/report.py": report, "tools/export.py": export}[program]
+            tool = TOOLS[program]
             if tool is export:
                 flags += ["--formats", "safetensors", "torch_export"]
             assert tool.main(flags) == 0, capsys.readouterr().err
-    assert done == ["main.py"] * 5 + ["tools/report.py", "tools/export.py"]
+    assert done == ["main.py"] * 5 + ["tools/report.py", "tools/export.py"] + [
+        "tools/prepare_data.py"] * 2 + ["main.py"]  # fmt: skip
     assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
 
 
