@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +21,6 @@ except ImportError:  # only faster, by a half
 
 Picture = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
-BLOCK = 32  # rows at a time: what a core's nearest cache holds
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -107,22 +107,18 @@ def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any) -> Image.Image
     wide = np.empty((height, width + 2 * margin, 3), np.uint8)  # the border pixels go on outside
     wide[:, :margin], wide[:, -margin:] = pixels[:, :1], pixels[:, -1:]
     wide[:, margin:-margin] = pixels
-    taps = np.empty((height, width + 3, 3), np.uint8)
-    for row, start in enumerate((first + margin - 1).tolist()):
-        taps[row] = wide[row, start : start + width + 3]
+    starts = np.arange(height) * (width + 2 * margin) + first + margin - 1
+    taps = sliding_window_view(wide.reshape(-1), 3 * (width + 3))[3 * starts]
     part = torch.from_numpy(shifts - first)[:, None]  # (H, 1)
     # The cubic with a = -1 through four pixels, as the second plus shares of the three steps, which
     # leaves an even area exactly as it is.
     shares = torch.stack([part * (1 - part) ** 2, part, part**2 * (part - 1)]).float()
-    found = np.empty((height, width, 3), np.uint8)
-    for top in range(0, height, BLOCK):
-        block = slice(top, top + BLOCK)
-        values = torch.from_numpy(taps[block]).flatten(1).float()  # (rows, 3 (W + 3))
-        steps = values[:, 3:] - values[:, :-3]  # from each pixel to the next
-        mixed = values[:, 3 : 3 * (width + 1)]
-        for i, share in enumerate(shares[:, block]):
-            mixed.addcmul_(steps[:, 3 * i : 3 * (i + width)], share)
-        torch.from_numpy(found[block]).flatten(1).copy_(mixed.clamp_(0, 255))
+    values = torch.from_numpy(taps).float()  # (H, 3 (W + 3))
+    steps = values[:, 3:] - values[:, :-3]  # from each pixel to the next
+    mixed = values[:, 3 : 3 * (width + 1)]
+    for i, share in enumerate(shares):
+        mixed.addcmul_(steps[:, 3 * i : 3 * (i + width)], share)
+    found = mixed.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, 3)
     inside = np.clip(np.ceil([-0.5 - shifts, width - 0.5 - shifts]), 0, width).astype(np.int64)
     for row, (start, end) in enumerate(inside.T.tolist()):
         if start > 0:
