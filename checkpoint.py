@@ -24,7 +24,7 @@ from urllib.parse import urlparse
 import torch
 
 import distributed
-from errors import UserError
+from errors import Damaged, UserError
 
 _logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
@@ -54,11 +54,11 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{source}: not there; give a checkpoint file or URL")
     if path.is_dir():
-        raise UserError(f"{source}: is a folder; give a checkpoint file in it")
+        raise Damaged(f"{source}: is a folder; give a checkpoint file in it")
     if not path.is_file():
-        raise UserError(f"{source}: is no file (a pipe or device); give a checkpoint file")
+        raise Damaged(f"{source}: is no file (a pipe or device); give a checkpoint file")
     if path.stat().st_size == 0:
-        raise UserError(f"{source}: is empty; copy or download it again")
+        raise Damaged(f"{source}: is empty; copy or download it again")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, Mapping):
         raise UserError(f"{source}: holds a {type(content).__name__}, not a dict of weights")
@@ -80,7 +80,9 @@ def _read_pickle(path: Path) -> Any:
         _check_archive(path)
         with torch.serialization.safe_globals(LEGACY_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old storage classes, which the user cannot mend
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            _check_tensors(content)
+            return content
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UNREADABLE as error:
@@ -88,12 +90,12 @@ def _read_pickle(path: Path) -> Any:
             r"(?:class|function|type) (?:<class ')?([\w]+(?:\.[\w]+)+)", str(error)
         )
         if wanted:
-            raise UserError(
+            raise Damaged(
                 f"{path}: refused, because reading it would run {wanted.group(1)}; only tensors "
                 "and plain values are read. If you trust its source, save it again as safetensors"
             ) from error
         reason = "not a file of torch.save" if "Weights only" in str(error) else _brief(error)
-        raise UserError(
+        raise Damaged(
             f"{path}: not a readable checkpoint ({reason}); it may be cut short or no "
             "checkpoint at all"
         ) from error
@@ -119,6 +121,32 @@ def _check_archive(path: Path) -> None:
         damaged = archive.testzip()
     if damaged:
         raise ValueError(f"the checksum of {damaged} differs")
+
+
+def _check_tensors(content: Any) -> None:
+    """Raise ValueError for a tensor that is larger than its numbers, sparse or without any.
+
+    A few bytes can be spread over terabytes by strides of 0.
+    """
+    left, seen = [content], set()
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu":
+                raise ValueError(f"a tensor in it is {item.layout}, on {item.device}")
+            if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise ValueError("a tensor in it is larger than its numbers")
+        elif isinstance(item, Mapping):
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 def _brief(error: BaseException) -> str:

@@ -185,9 +185,15 @@ def train_one_epoch(
         tally.add({"grad_norm": norm})
         due = progress.due(micro, in_update)
         if bad.too_many(max_bad_steps, look=due):
-            place = {"epoch": epoch, "seed": seed, "model": network.network.state_dict()}
+            place = {
+                "epoch": epoch,
+                "seed": seed,
+                "model": network.network.state_dict(),
+                "projections": getattr(network, "projections", nn.Module()).state_dict(),
+            }
             overflows = partial(_gradient_overflows, network, loss_of)
             bad.stop(place, max_bad_steps, on_bad_batch, overflows)
+        bad.forget()
         if model_ema is not None:
             model_ema.update(network.network, epoch * updates + update)
         if due:
@@ -338,7 +344,6 @@ class _BadSteps:
         self.counts = torch.zeros(2, dtype=torch.long, device=device)
         self._now = torch.zeros((), dtype=torch.bool, device=device)
         self._batches: list[dict[str, Any]] = []  # of this update
-        self._decided = True
 
     def start_epoch(self) -> None:
         """Count the epoch's from 0; a streak goes on, also over epochs shorter than the limit."""
@@ -347,8 +352,6 @@ class _BadSteps:
 
     def watch(self, loss: Tensor, batch: dict[str, Any]) -> None:
         """Remember a micro-step of this update, and whether its loss was not finite."""
-        if self._decided:
-            self._batches, self._decided = [], False
         self._batches.append(batch)
         self._now |= ~torch.isfinite(loss.detach())
 
@@ -366,8 +369,11 @@ class _BadSteps:
         streak = (self.counts[0] + 1) * skip
         self.counts = torch.stack([streak, self.counts[1] + skip])
         self._now = torch.zeros_like(self._now)
-        self._decided = True
         return skip
+
+    def forget(self) -> None:
+        """Let go of the pictures of this update."""
+        self._batches = []
 
     @property
     def total(self) -> int:

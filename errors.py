@@ -20,6 +20,10 @@ class UserError(ValueError):
         return " ".join(message.split())
 
 
+class Damaged(UserError):
+    """A file that is not what was written: whoever looks for a good one may take another."""
+
+
 EXIT_FAULT = 1  # a process or a DataLoader worker has died or hangs; --resume auto goes on
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 

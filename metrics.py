@@ -6,6 +6,7 @@ Shapes: B batch, C classes. Nothing here waits for the device but what a printed
 import functools
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -264,7 +265,8 @@ class RunLog:
         line |= {"epoch": epoch, "n_parameters": n_parameters}
         line |= {f"ema_{name}": value for name, value in ema.items() if name != "count"}
         with (self._folder / "log.txt").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            known = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            file.write(json.dumps(known) + "\n")  # JSON has no NaN
             file.flush()
             os.fsync(file.fileno())
 

@@ -22,6 +22,7 @@ import recipe
 from augment import is_mixing
 from distributed import find_launcher
 from errors import UserError
+from resume import is_auto
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")
@@ -519,7 +520,7 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         )
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
-    if args.resume.partition(":")[0] == "auto" and not args.output_dir:
+    if is_auto(args.resume) and not args.output_dir:
         raise UserError("--resume auto looks in --output_dir, which is not given")
     if args.sched == "plateau" and args.sched_on_updates and "sched_on_updates" in explicit:
         raise UserError("--sched plateau looks at epochs: use --no-sched-on-updates")

@@ -4,8 +4,9 @@ All randomness is a function of names (see `samplers.py`), so a run is its weigh
 scaler and average, the place in the epoch with the sums of its means, and its settings.
 """
 
-import contextlib
+import dataclasses
 import logging
+import math
 import os
 import re
 import reprlib
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import checkpoint
 import distributed
-from errors import Stopped, UserError
+from errors import Damaged, Stopped, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ REQUIRED = {"model": dict, "optimizer": dict, "epoch": int}
 OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dict,
         "global_step": int, "best_acc1": float}  # fmt: skip
 WEIGHTS = ("model", "model_ema", "projections")
+MOST_EPOCHS = 2**31
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
 # free because names and labels of the pictures are compared, --teacher-path because the file's hash
@@ -160,7 +162,9 @@ class Keeper:
 
     def _write(self, tally: dict[str, Any], is_best: bool) -> None:
         groups = self.parts["optimizer"].param_groups  # type: ignore[attr-defined]
-        if not all(is_finite(parameter) for group in groups for parameter in group["params"]):
+        if not all(
+            checkpoint.is_finite(parameter) for group in groups for parameter in group["params"]
+        ):
             raise UserError(
                 f"after update {self.global_step} the weights are not finite and not saved; "
                 f"{self.folder / NEWEST} is as it was; lower --lr, set --clip-grad 1, or use "
@@ -189,7 +193,7 @@ class Keeper:
             return "no file, for want of --output_dir"
         path = self.folder / "bad_batch.pth"
         try:
-            checkpoint.save_atomically({**batch, "args": self.settings}, path)
+            checkpoint.save_atomically({**plain(batch), "args": self.settings}, path)
         except UserError as error:  # why it was written is more to the point
             return f"no file ({error.line()})"
         return str(path)
@@ -213,7 +217,7 @@ class Keeper:
             found.update(saved)
 
         def look() -> str:
-            path = resolve(source, self.folder, usable)
+            path = resolve(source, self.folder, usable, aside=not self.settings.get("check"))
             if path and not found and not checkpoint.is_url(path):  # which all processes fetch
                 found.update(load_run(path))
             return path
@@ -276,7 +280,7 @@ class Keeper:
             self._restore_tally(saved)
         except checkpoint.UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
+            raise Damaged(
                 f"--resume {path}: damaged, or of another model or optimizer ({reason}); use the "
                 "flags it was made with, or --finetune to take its weights alone"
             ) from error
@@ -311,16 +315,16 @@ def load_run(source: str | Path) -> dict[str, Any]:
         check_whole(source, content)
         kinds |= OURS
     if missing := [key for key in kinds if key not in content]:
-        raise UserError(
+        raise Damaged(
             f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
             "its weights use --finetune"
         )
     for key, kind in kinds.items():
         if not isinstance(content[key], kind):
             found = type(content[key]).__name__
-            raise UserError(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
-    if content["epoch"] < -1:
-        raise UserError(f"{source}: epoch {content['epoch']}: damaged")
+            raise Damaged(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
+    if not -1 <= content["epoch"] < MOST_EPOCHS:
+        raise Damaged(f"{source}: epoch {content['epoch']}: damaged")
     return content
 
 
@@ -338,26 +342,39 @@ def check_whole(source: str | Path, content: Mapping[str, Any]) -> None:
     except checkpoint.UNREADABLE:
         whole = False
     if not whole:
-        raise UserError(
+        raise Damaged(
             f"{source}: does not hold what was written, something is missing or of another kind: "
             "damaged or changed; take one from before, or its weights alone with --finetune"
         )
 
 
-def resolve(source: str, folder: Path | None, usable: Callable[[Path], Any] = load_run) -> str:
+def is_auto(source: str) -> bool:
+    """Return whether a --resume looks for the newest checkpoint: `auto`, or `auto:OTHERWISE`."""
+    return source.partition(":")[0] == "auto"
+
+
+def resolve(
+    source: str,
+    folder: Path | None,
+    usable: Callable[[Path], Any] = load_run,
+    *,
+    aside: bool = False,
+) -> str:
     """Return the file or URL that `source` (see `Keeper.resume`) means, or "" for none."""
-    auto, _, otherwise = source.partition(":")
-    if auto != "auto":
+    if not is_auto(source):
         return source
-    return str((folder and find_newest(folder, usable)) or otherwise)
+    found = find_newest(folder, usable, aside=aside) if folder else None
+    return str(found or source.partition(":")[2])
 
 
-def find_newest(folder: Path, usable: Callable[[Path], Any] = load_run) -> Path | None:
+def find_newest(
+    folder: Path, usable: Callable[[Path], Any] = load_run, *, aside: bool = False
+) -> Path | None:
     """Return the newest checkpoint in `folder` that is whole, or None where there is none.
 
-    usable: raises UserError for a checkpoint that is damaged. Such newer ones are put aside as
-    NAME.damaged, with a warning. Raises UserError if all are damaged: beginning again would throw
-    work away.
+    usable: raises Damaged for a checkpoint that is; what else it raises is not caught. aside: put
+    such newer ones aside as NAME.damaged, so that they do not take the place of a good one.
+    Raises UserError if all are damaged: beginning again would throw work away.
     """
     older = {
         int(match[1]): path
@@ -369,13 +386,12 @@ def find_newest(folder: Path, usable: Callable[[Path], Any] = load_run) -> Path 
     for path in filter(os.path.lexists, names):
         try:
             usable(path)
-        except UserError as error:
+        except Damaged as error:
             _logger.warning("%s; taking the one before", error.line())
             damaged.append(path)
             continue
-        for bad in damaged:  # so that it does not take the place of a good one
-            with contextlib.suppress(OSError):  # who only evaluates need not have the right to
-                os.replace(bad, bad.with_name(bad.name + ".damaged"))
+        for bad in damaged if aside else ():
+            put_aside(bad)
         return path
     if damaged:
         raise UserError(
@@ -385,16 +401,25 @@ def find_newest(folder: Path, usable: Callable[[Path], Any] = load_run) -> Path 
     return None
 
 
+def put_aside(path: Path) -> None:
+    """Rename a damaged file to NAME.damaged, NAME.damaged-2, ... Raises UserError if it cannot."""
+    number, target = 1, path.with_name(f"{path.name}.damaged")
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}.damaged-{number}")
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        raise UserError(f"{path}: damaged, and cannot be renamed ({error.strerror}): do it, or "
+                        "remove it") from error  # fmt: skip
+
+
 def differ(one: Any, other: Any) -> bool:
     """Return whether two settings differ; what cannot be compared does."""
     try:
         return bool(one != other)
     except (RuntimeError, TypeError, ValueError):
         return True
-
-
-def is_finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
 def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -408,8 +433,22 @@ def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
             continue
         if found.dtype != value.dtype:
             raise ValueError(f"{name} is {found.dtype}, not {value.dtype}")
-        if found.shape == value.shape and not is_finite(found) and is_finite(value):
+        finite = checkpoint.is_finite
+        if found.shape == value.shape and not finite(found) and finite(value):
             raise ValueError(f"{name} holds values that are not finite")
+
+
+def alike(found: Any, ours: Any) -> bool:
+    """Return whether a setting of an optimizer can stand for ours: switches, numbers, pairs."""
+    if ours is None or isinstance(ours, bool):
+        return found is None or isinstance(found, bool)  # which older torch did not have
+    if isinstance(ours, int | float):
+        number = isinstance(found, int | float) and not isinstance(found, bool)
+        return number and math.isfinite(found)
+    if isinstance(ours, list | tuple):
+        pair = isinstance(found, list | tuple) and len(found) == len(ours)
+        return pair and all(alike(x, y) for x, y in zip(found, ours))
+    return isinstance(found, type(ours))
 
 
 def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
@@ -418,10 +457,7 @@ def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
     shapes = [parameter.shape for group in ours for parameter in group["params"]]
     for group, our in zip(groups, ours):
         for key, value in our.items():
-            number = isinstance(value, int | float)
-            if key != "params" and (
-                key not in group or isinstance(group[key], int | float) != number
-            ):
+            if key != "params" and not alike(group.get(key), value):
                 raise ValueError(f"{key} of a parameter group is {reprlib.repr(group.get(key))}")
     states = saved["state"].items()
     keys = {frozenset(state) for _, state in states}
@@ -460,6 +496,18 @@ def build_keeper(
         where = keeper.resume(args.resume, anyway=args.resume_anyway)
         _logger.info("resume: %s", where)
     return keeper
+
+
+def plain(value: Any) -> Any:
+    """Return `value` in types that are read again without running code: dataclasses as dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, str | int) else str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    known = isinstance(value, Tensor | str | int | float | None)
+    return value if known else str(value)
 
 
 def set_aside(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import options
 from errors import UserError
+from resume import is_auto
 
 ROOT = Path(__file__).resolve().parent
 LAST_WORDS_S = 60  # how long the other tasks wait for the first one to have the job requeued
@@ -144,7 +145,7 @@ def submit(argv: Sequence[str] | None = None) -> str:
     if "output_dir" in settings.explicit:
         output_dir = Path(settings.args.output_dir).expanduser().absolute()
     resume = settings.args.resume
-    if not settings.args.eval and not resume.startswith("auto"):
+    if not settings.args.eval and not is_auto(resume):
         resume = f"auto:{resume}" if resume else "auto"
 
     import submitit

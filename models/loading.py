@@ -3,11 +3,12 @@
 Shapes: D width, N tokens, C classes. Reading the file safely is `checkpoint.py`'s business.
 """
 
+import contextlib
 import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,11 @@ def load_weights(
     without_head: the network has no classifier (0 classes), and the file's is left out.
     Raises UserError saying what the file seems to be, if it is not for this network.
     """
-    weights = read_weights(source, key)
+    with _in_one_line(source):
+        _load(network, source, read_weights(source, key), without_head)
+
+
+def _load(network: nn.Module, source: str, weights: Weights, without_head: bool) -> None:
     wanted = network.state_dict()
     if set(weights) != set(wanted):
         weights = _in_timms_names(weights, network)
@@ -57,7 +62,35 @@ def load_weights(
     ]
     if set(weights) != set(wanted) or wrong:
         raise UserError(f"{source}: {_why_not(weights, wanted, wrong, network)}")
+    check_numbers(weights, wanted)
     network.load_state_dict(weights)
+
+
+@contextlib.contextmanager
+def _in_one_line(source: str) -> Iterator[None]:
+    """Let whatever a strange file leads to end as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except checkpoint.UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source}: its weights do not fit the model ({reason})") from error
+
+
+def check_numbers(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where torch would round, cut or take in what is no number, in silence.
+
+    Floating point of any precision may stand for any other.
+    """
+    for name, own in wanted.items():
+        value = weights.get(name)
+        if value is None:
+            continue
+        if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+            raise ValueError(f"{name} is {value.dtype}, not {own.dtype}")
+        if not checkpoint.is_finite(value) and checkpoint.is_finite(own):
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 def read_weights(source: str, key: str | None = None) -> Weights:
@@ -72,7 +105,7 @@ def read_weights(source: str, key: str | None = None) -> Weights:
         weights = held[0] if held else content
     if not _is_weights(weights):
         raise UserError(f"{source}: holds no weights, only {_some(content)}")
-    weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    weights = {name: value for name, value in weights.items() if _is_entry(name, value)}
     for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in weights):
             weights = {name[len(prefix) :]: value for name, value in weights.items()}
@@ -80,7 +113,11 @@ def read_weights(source: str, key: str | None = None) -> Weights:
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, Mapping) and any(_is_entry(*item) for item in value.items())
+
+
+def _is_entry(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _some(names: Any, limit: int = 5) -> str:
@@ -197,9 +234,14 @@ def finetune(network: nn.Module, source: str) -> FinetuneReport:
 
     The position embedding is resampled (bicubic) to the network's patch grid, square or not; the
     class and distillation entries are kept. A tensor whose name or shape fits nowhere is dropped.
-    Raises UserError if less than half of the network's parameters come from the file.
+    Raises UserError if less than half of the network's parameters come from the file, and for what
+    is no number.
     """
-    weights = read_weights(source)
+    with _in_one_line(f"--finetune {source}"):
+        return _finetune(network, source, read_weights(source))
+
+
+def _finetune(network: nn.Module, source: str, weights: Weights) -> FinetuneReport:
     wanted = network.state_dict()
     if not set(weights) & set(wanted):
         weights = _in_timms_names(weights, network)
@@ -221,6 +263,7 @@ def finetune(network: nn.Module, source: str) -> FinetuneReport:
             f"--finetune {source}: only {100 * share:.0f}% of the parameters fit; it looks like "
             f"{seems_to_be(weights)}, the model is {seems_to_be(wanted)}"
         )
+    check_numbers(taken, wanted)
     network.load_state_dict(taken, strict=False)
     return FinetuneReport(
         kept=[name for name in taken if name not in resampled],
@@ -249,6 +292,8 @@ def _resample(positions: Tensor, weights: Weights, network: nn.Module) -> Tensor
     grid = network.patch_embed.grid_size
     prefix_own = own.shape[1] - grid[0] * grid[1]
     prefix = _prefix_tokens(weights) if prefix_own else 0
+    if positions.dim() != 3 or len(positions) != 1 or positions.shape[1] <= prefix:
+        raise UserError(f"the file's position embedding has shape {tuple(positions.shape)}")
     side = math.isqrt(positions.shape[1] - prefix)
     old = (side, side)
     if side * side != positions.shape[1] - prefix:

@@ -301,3 +301,35 @@ def test_a_distilled_network_of_timm_hands_over_both_heads_too() -> None:
     cls, dist = module(torch.randn(2, 3, 224, 224))
     assert cls.shape == dist.shape == (2, 5)
     assert models.Student(network).train()(torch.randn(2, 3, 224, 224)).shape == (2, 5)
+
+
+def positions(value: torch.Tensor):
+    return lambda weights: weights | {"pos_embed": value}
+
+
+STRANGE = {
+    "numbers for names": lambda weights: {1: torch.ones(1)},
+    "flat positions": positions(torch.zeros(5)),
+    "no positions": positions(torch.zeros(1, 0, 8)),
+    "positions without numbers": positions(torch.empty(1, 17, 8, device="meta")),
+    "sparse positions": positions(torch.ones(1, 17, 8).to_sparse()),
+    "positions of terabytes": positions(torch.zeros(1, 1, 1).expand(1, 10**10 + 1, 8)),
+    "no numbers": positions(torch.full((1, 17, 8), torch.nan)),
+    "small integers": lambda weights: {k: (100 * v).to(torch.int8) for k, v in weights.items()},
+    "complex numbers": positions(torch.zeros(1, 17, 8, dtype=torch.complex64)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("door", [models.load_weights, models.finetune])
+def test_strange_weights_are_one_line_and_change_nothing(door, kind: str, tmp_path: Path) -> None:
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, embed_dim=8, depth=1, num_heads=2, num_classes=3
+    )
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    path = save(tmp_path / "weights.pth", {"model": STRANGE[kind](dict(before))})
+    with pytest.raises(UserError, match="weights.pth|position embedding"):
+        door(network, path)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -1,6 +1,7 @@
 """A run that is killed ends as if nothing had happened; a damaged or foreign file does no harm."""
 
 import copy
+import math
 import os
 import pickle
 import random
@@ -26,6 +27,7 @@ import engine
 import resume
 from errors import EXIT_STOPPED, Stopped, UserError
 from losses import DistillationLoss
+from models.features import Observed, Tap
 from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
 
 CPU = torch.device("cpu")
@@ -237,6 +239,39 @@ def test_auto_does_not_begin_again_over_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(b"PK\x03\x04, once upon a time")
     with pytest.raises(UserError, match="no checkpoint in .* can be read"):
         keeper(tmp_path).resume("auto")
+
+
+def test_what_is_not_damaged_is_not_put_aside(tmp_path: Path) -> None:
+    first = keeper(tmp_path)
+    first.end_epoch(1.0)
+    first.end_epoch(2.0)
+    rewrite(tmp_path / "checkpoint.pth", lambda content: content.update(format=2))
+    with pytest.raises(UserError, match="has format 2"):
+        keeper(tmp_path).resume("auto")
+    assert not list(tmp_path.glob("*.damaged*"))
+    (tmp_path / "checkpoint.pth").write_bytes(b"torn")
+    assert "checkpoint-1.pth" in keeper(tmp_path, check=True).resume("auto")
+    assert (tmp_path / "checkpoint.pth").exists(), "a check moves nothing"
+    (tmp_path / "checkpoint.pth.damaged").mkdir()
+    assert "checkpoint-1.pth" in keeper(tmp_path).resume("auto")
+    assert (tmp_path / "checkpoint.pth.damaged-2").read_bytes() == b"torn"
+
+
+def test_a_file_whose_name_begins_with_auto_is_a_file() -> None:
+    assert resume.is_auto("auto") and resume.is_auto("auto:run.pth")
+    assert not resume.is_auto("autosaved/run.pth") and not resume.is_auto("")
+
+
+@pytest.mark.parametrize(
+    ("found", "ours", "fits"),
+    [
+        (0.1, 0.2, True), (math.nan, 0.2, False), ("0.1", 0.2, False), (None, 0.2, False),
+        ([0.9, 0.99], (0.9, 0.999), True), ("xy", (0.9, 0.999), False), ((0.9,), (0.9, 0.9), False),
+        (None, True, True), (1.0, None, False),
+    ],
+)  # fmt: skip
+def test_a_setting_of_an_optimizer_is_of_our_kind(found: Any, ours: Any, fits: bool) -> None:
+    assert resume.alike(found, ours) == fits
 
 
 @pytest.mark.parametrize(
@@ -595,6 +630,14 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
     engine.seed_step(saved["seed"], "step", saved["epoch"], saved["micro_step"], saved["rank"])
     loss = nn.functional.cross_entropy(again(saved["images"]), saved["labels"])
     assert not torch.isfinite(loss) and not torch.isfinite(saved["terms"]["loss"])
+
+
+def test_the_file_of_a_bad_batch_is_read_again_also_with_what_a_teacher_saw(tmp_path: Path) -> None:
+    seen = Observed(torch.ones(2, 3), {(0, Tap("hidden", 1)): torch.full((2, 5, 4), torch.inf)})
+    path = keeper(tmp_path).save_bad_batch({"teacher_outputs": seen, "epoch": 1})
+    saved = checkpoint.read_weights_file(path)["teacher_outputs"]
+    assert torch.equal(saved["logits"], seen.logits)
+    assert [torch.equal(x, y) for x, y in zip(saved["states"].values(), seen.states.values())]
 
 
 def one_of_two(rank: int, folder: str) -> None:
