@@ -4,8 +4,8 @@ Shapes: B batch, C classes, K kept classes. A store has one row for every place 
 its cycle: in which epoch of the cycle, and how far down that epoch's order. Order, view, mixing
 partner and strength all follow from that place, so the row is the answer to the mixed picture.
 Rows lie in one or two memory-mapped files; processes write different rows of the same files. A
-mark for each row, of one byte, is 0 until the row is there and then its checksum, so a row that was
-torn by a crash of the machine counts as missing.
+mark for each row, of one byte, is 0 until the row is there and then its checksum: a killed program
+tears no row, and of those that a crash of the machine tears all but one in 255 count as missing.
 """
 
 import contextlib

@@ -253,13 +253,14 @@ def teacher_findings(logits: Tensor, labels: Tensor, published: float | None) ->
     """Return what is wrong with a teacher, from its logits (P, C) of a sample and labels (P,).
 
     published: its known Acc@1 in percent. The floor is MARGIN points below it, else three times
-    chance (half, at most). An accuracy that renaming the answers would mend is a label order: this
-    needs five pictures a class.
+    chance, but at most half way from chance to certainty. An accuracy that renaming the answers
+    would mend is a label order: this needs five pictures a class.
     """
     count, num_classes = logits.shape
     answers = logits.argmax(1)
     acc1 = 100 * float((answers == labels).double().mean())
-    floor = published - MARGIN if published else 100 * min(0.5, 3 / num_classes)
+    chance = 1 / num_classes
+    floor = published - MARGIN if published else 100 * min(3 * chance, (1 + chance) / 2)
     if acc1 >= floor:
         return []
     table = torch.zeros(num_classes, num_classes, dtype=torch.long)

@@ -280,7 +280,8 @@ class Keeper:
             self._restore_tally(saved)
         except checkpoint.UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
-            raise Damaged(
+            kind = Damaged if "facts" in saved else UserError  # DeiT's may be of any model
+            raise kind(
                 f"--resume {path}: damaged, or of another model or optimizer ({reason}); use the "
                 "flags it was made with, or --finetune to take its weights alone"
             ) from error

@@ -369,12 +369,15 @@ def build_teacher(
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     members = []
     for name, path, weight in zip(names, paths, weights):
-        network = _network(name, path, num_classes, classifies and weight > 0)
-        own = models.data_config(name)
+        own, trained = models.data_config(name), _trained_with(name, path)
+        size = tuple(trained.get("input_size") or own["input_size"][1:])
         teacher_inputs = InputConfig(
-            input_size=own["input_size"][1:], mean=tuple(own["mean"]), std=tuple(own["std"]),
+            input_size=(size[0], size[-1]), mean=tuple(trained.get("mean") or own["mean"]),
+            std=tuple(trained.get("std") or own["std"]),
             interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
         )  # fmt: skip
+        img_size = teacher_inputs.input_size if trained.get("input_size") else None
+        network = _network(name, path, num_classes, classifies and weight > 0, img_size)
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
         lean = ""
@@ -391,13 +394,26 @@ def build_teacher(
     return one.to(device)
 
 
-def _network(name: str, path: str, num_classes: int, classifies: bool) -> nn.Module:
+def _trained_with(name: str, path: str) -> dict[str, Any]:
+    """Return the settings of the run that left the file, where this repository's did."""
+    settings = checkpoint.read_weights_file(path).get("args") if path else None
+    ours = isinstance(settings, dict) and settings.get("model") == name
+    return settings if ours else {}
+
+
+def _network(
+    name: str,
+    path: str,
+    num_classes: int,
+    classifies: bool,
+    img_size: tuple[int, int] | None = None,
+) -> nn.Module:
     """Return a teacher's network with its weights, and with a classifier if it is to answer."""
     own_classes = models.data_config(name)["num_classes"]
     if classifies and not path and own_classes not in (None, num_classes):
         raise UserError(_other_classes(name, "timm's weights", own_classes, num_classes))
     classes = num_classes if classifies else 0
-    network = models.create_model(name, num_classes=classes, pretrained=not path)
+    network = models.create_model(name, num_classes=classes, pretrained=not path, img_size=img_size)
     if path:
         try:
             models.load_weights(network, path, without_head=not classifies)

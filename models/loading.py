@@ -245,6 +245,7 @@ def _finetune(network: nn.Module, source: str, weights: Weights) -> FinetuneRepo
     wanted = network.state_dict()
     if not set(weights) & set(wanted):
         weights = _in_timms_names(weights, network)
+    check_numbers(weights, wanted)
     taken: Weights = {}
     resampled: list[str] = []
     for name, value in weights.items():
@@ -263,7 +264,6 @@ def _finetune(network: nn.Module, source: str, weights: Weights) -> FinetuneRepo
             f"--finetune {source}: only {100 * share:.0f}% of the parameters fit; it looks like "
             f"{seems_to_be(weights)}, the model is {seems_to_be(wanted)}"
         )
-    check_numbers(taken, wanted)
     network.load_state_dict(taken, strict=False)
     return FinetuneReport(
         kept=[name for name in taken if name not in resampled],

@@ -316,6 +316,7 @@ STRANGE = {
     "positions of terabytes": positions(torch.zeros(1, 1, 1).expand(1, 10**10 + 1, 8)),
     "no numbers": positions(torch.full((1, 17, 8), torch.nan)),
     "small integers": lambda weights: {k: (100 * v).to(torch.int8) for k, v in weights.items()},
+    "other complex numbers": positions(torch.zeros(1, 10, 8, dtype=torch.complex64)),
     "complex numbers": positions(torch.zeros(1, 17, 8, dtype=torch.complex64)),
 }
 

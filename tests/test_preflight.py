@@ -25,6 +25,8 @@ def test_deit_small_has_twice_the_papers_multiply_adds() -> None:
 def test_a_good_teacher_raises_no_finding() -> None:
     labels = torch.arange(10).repeat(6)
     assert teacher_findings(torch.eye(10)[labels], labels, None) == []
+    coin = teacher_findings(torch.eye(2)[torch.zeros(60, dtype=torch.long)], labels % 2, None)
+    assert "50% right" in coin[0] and "at least 75%" in coin[0]
 
 
 def test_a_shifted_label_order_is_told_from_a_bad_teacher() -> None:

@@ -95,6 +95,17 @@ def test_a_half_precision_teacher_is_folded_and_a_float32_one_is_as_it_is() -> N
     assert (light(images).argmax(1) == exact(images).argmax(1)).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["resnet_pico", "deit_pico_patch4_32"])
+def test_a_teacher_of_ours_sees_what_it_was_trained_with(name: str, tmp_path: Path) -> None:
+    network = models.create_model(name, num_classes=3, img_size=(64, 64))
+    settings = {"model": name, "input_size": [64], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    torch.save({"model": network.state_dict(), "args": settings}, tmp_path / "teacher.pth")
+    flags = ["--teacher-model", name, "--teacher-path", str(tmp_path / "teacher.pth")]
+    teacher = build(3, *flags)
+    assert teacher.adapter.size == (64, 64) and not teacher.adapter.renormalises  # HALF's too
+    assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
 def test_a_compiled_teacher_is_so_in_training_alone_and_says_the_same() -> None:
     plain = teachers.Teacher(Noisy(), teachers.InputAdapter(HALF, IMAGENET))
     compiled = teachers.Teacher(plain.network, plain.adapter, backend="eager")
