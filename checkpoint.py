@@ -251,6 +251,8 @@ def save_atomically(
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         shadow.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # whose death torch reports wherever we are just then
+            raise
         raise UserError(
             f"{path}: cannot be written ({_brief(error)}); the file from before is untouched"
         ) from error

@@ -197,3 +197,15 @@ def test_a_full_disk_is_one_line_and_the_file_before_survives(tmp_path: Path) ->
         assert os.listdir(disk) == ["checkpoint.pth"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_worker_that_dies_while_a_file_is_written_is_not_taken_for_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(content: object, file: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        checkpoint.save_atomically({}, tmp_path / "run.pth")
+    assert not list(tmp_path.iterdir())
