@@ -174,7 +174,7 @@ def test_different_pictures_are_said_and_not_compared() -> None:
     runs = measured("one"), measured("two", data="<flowers>")
     assert report.between(runs) is None
     page = page_of(*runs)
-    assert "different pictures" in page and "two on 90 pictures of &lt;flowers&gt;" in page
+    assert "different pictures" in page and "two on 90 of &lt;flowers&gt;" in page
     assert "different pictures" not in page_of(measured("one"), measured("two"))
 
 

@@ -4,13 +4,13 @@
 ours; a bare state dict says nothing.
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import checkpoint
+import metrics
 import models
 import optim
 import resume
@@ -55,10 +55,9 @@ def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
         return []
     if (content.get("tally") or {}).get("micro_steps"):
         return [("top-1", f"not measured: stopped within epoch {epoch + 2}")]
-    log = path.with_name("log.txt")
     name = "ema_acc1" if key in EMA_KEYS else "test_acc1"
     acc1 = None
-    for line in map(json.loads, log.read_text().splitlines() if log.is_file() else ()):
+    for line in metrics.read_log(path.with_name("log.txt")):
         acc1 = line.get(name) if line.get("epoch") == epoch else acc1
     if acc1 is None and path.name == resume.BEST and key not in EMA_KEYS:
         acc1 = content.get("best_acc1")

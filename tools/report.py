@@ -30,6 +30,7 @@ import checkpoint  # noqa: E402
 import datasets  # noqa: E402
 import distributed  # noqa: E402
 import matching  # noqa: E402
+import metrics  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
 import teachers  # noqa: E402
@@ -165,7 +166,7 @@ def build_run(
         "weights": f"{weights.name}, {args.key}",
         "data": loaders.data[-1].description,
         **numbers(answers, classes),
-        "curves": read_log(folder / "log.txt"),
+        "curves": metrics.read_log(folder / "log.txt"),
     }
     return Run(name, settings, found, answers.said(), strange(answers, classes, inputs.mean,
                inputs.std), classes, loaders.fingerprint())  # fmt: skip
@@ -270,10 +271,6 @@ def checkpoint_of(folder: Path, name: str = "") -> Path:
         if path.is_file():
             return path
     raise UserError(f"{folder}: has no {' and no '.join(names)}")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def strange(

@@ -71,7 +71,7 @@ def page(found: Mapping[str, Any], pictures: Sequence[Sequence[Mapping[str, Any]
 
 def shown_data(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return which pictures the numbers are of, and that they differ where they do."""
-    shown = [(f"{run['pictures']} pictures of {run['data']}") for run in runs]
+    shown = [f"{run['pictures']} of {run['data']}" for run in runs]
     if len(set(shown)) == 1:
         return f"On {text(shown[0])}."
     each = "; ".join(f"{text(run['run'])} on {text(one)}" for run, one in zip(runs, shown))
@@ -179,11 +179,13 @@ def chart(
     points = [point for line in series.values() for point in line]
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
     y0, y1 = ends or (min(y for _, y in points), max(y for _, y in points))
+    if y0 == y1:
+        y0, y1 = y0 - 1, y1 + 1
     left = margin(f"{y0:.4g}", f"{y1:.4g}")
 
     def place(x: float, y: float) -> tuple[str, str]:
         across = left + (x - x0) / ((x1 - x0) or 1) * (WIDTH - left - RIGHT)
-        up = HEIGHT - BOTTOM - (y - y0) / ((y1 - y0) or 1) * (HEIGHT - BOTTOM - TOP)
+        up = HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - BOTTOM - TOP)
         return f"{across:.1f}", f"{up:.1f}"
 
     lines, legend = "", ""
@@ -205,14 +207,15 @@ def reliability(name: str, found: Mapping[str, Any]) -> str:
     """Return the reliability diagram of one network as SVG, bars as wide as their bins."""
     left = margin("100%")
     wide, high = WIDTH - left - RIGHT, HEIGHT - BOTTOM - TOP
-    bars = "".join(
-        f"<rect class=c0 x={left + wide * one['lower']:.1f} "
-        f"y={HEIGHT - BOTTOM - high * one['accuracy']:.1f} "
-        f"width={wide * (one['upper'] - one['lower']) - 1:.1f} "
-        f"height={high * one['accuracy']:.1f}><title>{one['count']} pictures, confidence "
-        f"{100 * one['confidence']:.1f}%, accuracy {100 * one['accuracy']:.1f}%</title></rect>"
-        for one in found["bins"]
-    )
+    bars = ""
+    for one in found["bins"]:
+        tall = max(2.0, high * one["accuracy"])  # 0 is to be seen too
+        bars += (
+            f"<rect class=c0 x={left + wide * one['lower']:.1f} y={HEIGHT - BOTTOM - tall:.1f} "
+            f"width={wide * (one['upper'] - one['lower']) - 1:.1f} height={tall:.1f}>"
+            f"<title>{one['count']} pictures, confidence {100 * one['confidence']:.1f}%, "
+            f"accuracy {100 * one['accuracy']:.1f}%</title></rect>"
+        )
     diagonal = f"<path class=ideal d='M{left} {HEIGHT - BOTTOM}L{left + wide} {TOP}'/>"
     labels = label(left, HEIGHT - 8, "confidence 0", "start")
     labels += label(WIDTH - RIGHT, HEIGHT - 8, "100%", "end")
