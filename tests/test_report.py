@@ -171,16 +171,25 @@ def test_runs_are_compared_with_each_other() -> None:
 
 
 def test_different_pictures_are_said_and_not_compared() -> None:
-    runs = measured("one"), measured("two", data="<flowers>")
+    runs = measured("one"), measured("two", data="<flowers>"), measured("three")
     assert report.between(runs) is None
     page = page_of(*runs)
-    assert "different pictures" in page and "two on 90 of &lt;flowers&gt;" in page
+    assert "different pictures" in page
+    assert "one, three on 90 of digits; two on 90 of &lt;flowers&gt;." in page
     assert "different pictures" not in page_of(measured("one"), measured("two"))
 
 
 def test_a_curve_of_one_epoch_or_with_a_hole_is_drawn() -> None:
     assert page_of(measured("one", epochs=1)).count("<circle") == 3  # accuracy, loss, cosine
     assert "nan" not in page_of(measured("one", epochs=2)).lower().split("</style>")[1]
+
+
+def test_a_run_has_one_colour_in_all_charts() -> None:
+    plain = measured("plain")
+    plain.numbers["token_cosine"] = []
+    page = page_of(plain, measured("two"))
+    assert set(re.findall(r"<span class=(c\d)>two<", page)) == {"c1"}
+    assert page.count("<span class=c0>plain<") == 2, "accuracy and loss"
 
 
 def test_the_pictures_they_disagree_about_most_are_those_of_the_largest_divergence() -> None:

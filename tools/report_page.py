@@ -74,7 +74,8 @@ def shown_data(runs: Sequence[Mapping[str, Any]]) -> str:
     shown = [f"{run['pictures']} of {run['data']}" for run in runs]
     if len(set(shown)) == 1:
         return f"On {text(shown[0])}."
-    each = "; ".join(f"{text(run['run'])} on {text(one)}" for run, one in zip(runs, shown))
+    names = {one: [run["run"] for run, own in zip(runs, shown) if own == one] for one in shown}
+    each = "; ".join(f"{text(', '.join(own))} on {text(one)}" for one, own in names.items())
     return (
         "<strong>The runs were shown different pictures, so their columns do not compare</strong>: "
         f"{each}."
@@ -126,9 +127,8 @@ def agreement_table(found: Mapping[str, Any]) -> str:
 
 def tokens(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the cosine of class and distillation token by layer, of all runs that have both."""
-    series = {run["run"]: list(enumerate(run["token_cosine"])) for run in runs
-              if run["token_cosine"]}  # fmt: skip
-    if not series:
+    series = {run["run"]: list(enumerate(run["token_cosine"])) for run in runs}
+    if not any(series.values()):
         return ""
     low = -1 if min(y for line in series.values() for _, y in line) < 0 else 0
     return (
