@@ -100,6 +100,22 @@ def test_the_teacher_comes_first_in_every_table() -> None:
     assert list(found["accuracy"]) == list(found["calibration"]) == [TEACHER, STUDENT, CLS]
 
 
+def test_the_cosine_of_the_tokens_by_hand() -> None:
+    network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7).eval()
+    images = [(torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2]))] * 2
+
+    def cosines() -> list[float]:
+        return collect(network, None, images, torch.device("cpu")).token_cosine
+
+    with torch.no_grad():
+        network.pos_embed[:, :2] = 0
+        network.cls_token.copy_(torch.eye(network.embed_dim)[0])
+        network.dist_token.copy_(network.cls_token)
+        assert cosines() == pytest.approx([1] * 5), "two tokens that are one"
+        network.dist_token.copy_(torch.eye(network.embed_dim)[1] - network.cls_token)
+        assert cosines()[0] == pytest.approx(-(0.5**0.5))
+
+
 OWN = {"distillation_type": "hard", "match": [], "ranking_kl_weight": 0.0, "teacher_adaptor": "",
        "teacher_model": "cnn", "teacher_path": "cnn.pth", "teacher_weight": None}  # fmt: skip
 LENDER = report.Run("hard", OWN, {}, {}, [], [], "")
@@ -261,6 +277,23 @@ def test_another_file_than_the_one_a_run_learnt_from_is_said(made: Path, capsys)
     (run,) = json.loads((made.parent / "other.json").read_text())["runs"]
     assert run["pictures"] == 5
     assert {row["class"] for row in run["class_gaps"]} == {"one", "two"}, "from all over the data"
+
+
+@pytest.mark.slow
+def test_a_student_may_have_more_classes_than_the_data(
+    run_inside, picture_folder: Path, tmp_path: Path
+) -> None:
+    run = run_inside("--model", "resnet_pico", "--data-path", str(picture_folder), "--nb-classes",
+                     "9", "--epochs", "1", "--batch-size", "4", "--num_workers", "0",
+                     "--warmup-epochs", "0", "--output_dir", str(tmp_path))  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    weights = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    weights["model"]["fc.bias"][8] = 99
+    torch.save(weights, tmp_path / "sure.pth")
+    flags = ["--teacher-model", "resnet_pico", "--teacher-path", str(tmp_path / "sure.pth")]
+    out = tmp_path / "report.html"
+    assert report.main([str(tmp_path), *flags, "--out", str(out)]) == 0
+    assert "teacher 8 100%" in out.read_text()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys) -> None:

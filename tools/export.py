@@ -15,8 +15,10 @@ import argparse
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,9 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
         wanted = [name for name in args.formats or FORMATS if name not in left_out]
-        done = [FORMATS[name](student, args.out) for name in wanted]
-        about = card(student.name, student.describe(), student.rows, student.classes, done)
-        (args.out / "README.md").write_text(about)
+        with tempfile.TemporaryDirectory(dir=args.out) as partial:  # all of it or nothing
+            done = [FORMATS[name](student, Path(partial)) for name in wanted]
+            about = card(student.name, student.describe(), student.rows, student.classes, done)
+            (Path(partial) / "README.md").write_text(about)
+            for file in Path(partial).iterdir():
+                os.replace(file, args.out / file.name)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
@@ -171,7 +176,7 @@ def build_student(args: argparse.Namespace) -> Student:
 def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> str:
     """Return the line that says what was written, once its logits are the student's.
 
-    Raises UserError, and takes the file away, if they differ by more than TOLERANCE.
+    Raises UserError if they differ by more than TOLERANCE.
     """
     worst = 0.0
     for count in (1, 3):
@@ -181,10 +186,9 @@ def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> 
         scale = max(1.0, float(wanted.abs().max()))
         worst = max(worst, float((wanted - found).abs().max()) / scale)
     if not worst <= TOLERANCE:
-        path.unlink()
         raise UserError(
-            f"{path}: its logits differ from the student's by {worst:.1e} (at most {TOLERANCE:g} "
-            "is allowed), so it was not kept"
+            f"{path.name}: its logits differ from the student's by {worst:.1e} (at most "
+            f"{TOLERANCE:g} is allowed), so nothing was written"
         )
     size = path.stat().st_size / 1024
     return f"{path.name}: {size:.0f} KiB, logits differ by at most {worst:.1e}"

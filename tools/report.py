@@ -131,7 +131,8 @@ def build_run(
     processes = distributed.init_processes(args.device)
     inputs = models.build_input_config(wanted)
     loaders = datasets.build_loaders(wanted, inputs, processes)
-    classes = loaders.classes or [str(number) for number in range(loaders.num_classes)]
+    classes = loaders.classes or []
+    classes = classes + [str(number) for number in range(len(classes), loaders.num_classes)]
     student = models.build_student(wanted, loaders.num_classes, inputs).to(processes.device)
     weights = checkpoint_of(folder, args.checkpoint)
     models.load_weights(student.network, str(weights), key=args.key)
