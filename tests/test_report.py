@@ -184,6 +184,8 @@ def test_runs_are_compared_with_each_other() -> None:
     other = report.between([one, measured("three")])
     assert other["names"] == ["label", "teacher of one", "teacher of three", "one", "three"]
     assert report.between([one]) is None
+    called = report.between([measured("teacher", taught=False), one])
+    assert called["names"] == ["label", "teacher", "run teacher", "one"]
 
 
 def test_different_pictures_are_said_and_not_compared() -> None:

@@ -100,16 +100,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def build_runs(args: argparse.Namespace) -> list[Run]:
     """Return all runs of the command line, measured. Raises UserError."""
-    settings = [run_settings(folder) for folder in args.runs]
+    folders = list(dict.fromkeys(args.runs))
+    settings = [run_settings(folder) for folder in folders]
     for plugin in dict.fromkeys(path for each in settings for path in each["plugin"]):
         matching.load_plugin(plugin)
-    short = len({folder.name for folder in args.runs}) == len(args.runs)
-    names = [folder.name if short else str(folder) for folder in args.runs]
+    short = len({folder.name for folder in folders}) == len(folders)
+    names = [folder.name if short else str(folder) for folder in folders]
     distils = [i for i, each in enumerate(settings) if each["distillation_type"] != "none"]
     runs: dict[int, Run] = {}
     for i in dict.fromkeys(distils[:1] + list(range(len(names)))):  # the one that lends goes first
         lender = runs[distils[0]] if runs and distils else None
-        runs[i] = build_run(args, names[i], args.runs[i], settings[i], lender)
+        runs[i] = build_run(args, names[i], folders[i], settings[i], lender)
     return [runs[i] for i in range(len(names))]
 
 
@@ -145,8 +146,7 @@ def build_run(
         asked = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
         taught = argparse.Namespace(**vars(wanted) | flags | asked)
         try:
-            teacher = teachers.build_teacher(
-                taught, loaders.num_classes, inputs, processes.device)  # fmt: skip
+            teacher = teachers.build_teacher(taught, loaders.num_classes, inputs, processes.device)
             note = build_note(taught, whose, lender, settings, weights)
         except UserError as error:  # one that is only looked into may know no classes
             if whose != "own" or settings["distillation_type"] != "none":
@@ -252,7 +252,7 @@ def between(runs: Sequence[Run]) -> dict[str, Any] | None:
         said[TEACHER] = taught[0].said[TEACHER]
     else:
         said |= {f"{TEACHER} of {run.name}": run.said[TEACHER] for run in taught}
-    said |= {run.name: run.said[STUDENT] for run in runs}
+    said |= {f"run {run.name}" if run.name in said else run.name: run.said[STUDENT] for run in runs}
     return {"names": list(said), "matrix": agreement(said)}
 
 
