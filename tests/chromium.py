@@ -97,8 +97,9 @@ class Chromium:
 
     def open(self, address: str, width: int, height: int = 1000) -> None:
         """Show an address in a window of `width` pixels, as a phone or a desktop would."""
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                 deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
+        screen = {"width": width, "height": height, "screenWidth": width, "screenHeight": height}
+        self.ask("Emulation.setDeviceMetricsOverride", **screen, deviceScaleFactor=1,
+                 mobile=width < 600)  # fmt: skip
         self.ask("Page.navigate", url="about:blank")  # another #fragment alone would load nothing
         failed = self.ask("Page.navigate", url=address).get("errorText")
         if failed:

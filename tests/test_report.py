@@ -303,11 +303,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
     assert "config.yaml" in capsys.readouterr().err
 
 
-# What is wider than its box: the page itself, a table outside of a box that scrolls, a label
+# What is wider than its box: the page (a phone's window grows with it, its screen does not), an
+# element outside of a box that scrolls, a label of a chart
 CUT = """[
-    document.documentElement.scrollWidth > innerWidth && 'the page',
+    document.documentElement.scrollWidth > screen.width && 'the page',
     ...deep('body *').filter(one => !one.closest('.scroll table') && !one.closest('svg')
-        && one.getBoundingClientRect().right > innerWidth + 1).map(one => one.outerHTML),
+        && one.getBoundingClientRect().right > screen.width + 1).map(one => one.outerHTML),
     ...deep('svg text').filter(one => {
         const [a, b] = [one, one.closest('svg')].map(each => each.getBoundingClientRect());
         return a.left < b.left || a.right > b.right + 1 || a.top < b.top || a.bottom > b.bottom;
@@ -334,7 +335,7 @@ def test_a_browser_shows_the_whole_page(width: int, made: Path, browser, shots: 
     assert len(lines) == 8 and all(length > 0 for length in lines), "no curves"
     pictures = browser.value("deep('img').map(one => [one.naturalWidth, one.clientWidth])")
     assert len(pictures) == 24 and all(wide == 160 and shown > 90 for wide, shown in pictures)
-    assert browser.value("innerWidth") == width and browser.value(CUT) == []
+    assert browser.value("screen.width") == width and browser.value(CUT) == []
 
 
 @pytest.mark.slow
@@ -359,7 +360,7 @@ def test_nothing_is_cut_in_print(made: Path, browser, shots: Path) -> None:
     try:
         browser.ask("Emulation.setEmulatedMedia", media="print")
         assert browser.value(CUT) == [] and browser.value(LETTERS) >= 11
-        tables = "deep('table').filter(one => one.getBoundingClientRect().right > innerWidth)"
+        tables = "deep('table').filter(one => one.getBoundingClientRect().right > screen.width)"
         assert browser.value(f"{tables}.length") == 0
     finally:
         browser.ask("Emulation.setEmulatedMedia", media="")
