@@ -158,9 +158,12 @@ def build_input_config(args: Namespace) -> InputConfig:
     )
 
 
-def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Student:
+def build_student(
+    args: Namespace, num_classes: int, inputs: InputConfig, *, with_weights: bool = True
+) -> Student:
     """Return the module that trains, with its first weights.
 
+    with_weights: False reads and fetches none, for what only wants the sizes.
     Raises UserError for a model that is unknown or does not suit the kind of distillation.
     """
     network = create_model(
@@ -169,10 +172,10 @@ def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Stu
         img_size=inputs.input_size,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
-        pretrained=args.pretrained,
+        pretrained=args.pretrained and with_weights,
     )
     origin = ""
-    if args.finetune and not args.resume:
+    if args.finetune and not args.resume and with_weights:
         origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
     if args.attn_only:
         freeze_all_but_attention(network)
