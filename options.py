@@ -154,7 +154,7 @@ def _add_run_flags(group: Any) -> None:
     add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate and exit")
     add("--list-models", nargs="?", const="*", metavar="PATTERN",
-        help="print the released checkpoints and exit")  # fmt: skip
+        help="print the released checkpoints and exit: a part of the name, or *, ?")  # fmt: skip
     add("--log-interval", default=10, type=int, help="steps between two printed lines")
     add("--max-bad-steps", default=10, type=int,
         help="updates in a row with a non-finite loss before the run stops")  # fmt: skip
