@@ -11,7 +11,7 @@ from torch import nn
 
 from augment import InputConfig
 from errors import UserError
-from models import fast, released
+from models import fast, hub, released
 from models.deit import DistilledVisionTransformer
 from models.loading import (
     FinetuneReport,
@@ -96,9 +96,11 @@ def create_model(
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
     options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}
+    silence = hub.silence() if pretrained or name.startswith(SOURCES[:2]) else ""
     while True:
         try:
-            return timm.create_model(name, pretrained=pretrained, **options)
+            with hub.kept_files_only(bool(silence)):
+                return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:
             unknown = [key for key in options if f"'{key}'" in str(error)]
             if "unexpected keyword" not in str(error) or not unknown:
@@ -116,7 +118,8 @@ def create_model(
             if pretrained or name.startswith(SOURCES):
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
-                    f"model {name}: its weights cannot be fetched ({reason}); give a local file"
+                    f"model {name}: its weights cannot be fetched ({silence or reason}); give a "
+                    "local file (--finetune, a teacher's --teacher-path), or start without any"
                 ) from error
             if isinstance(error, AssertionError | ValueError | RuntimeError):
                 reason = " ".join(str(error).split())[:200]
