@@ -90,7 +90,10 @@ def create_model(
             drop_path_rate=drop_path_rate,
         )  # fmt: skip
         as_released = num_classes in (None, 1000) and img_size in (None, (file.pixels,) * 2)
-        (load_weights if as_released else finetune)(network, file.url)
+        if as_released:
+            load_weights(network, file.url)
+        else:
+            _logger.info("%s: %s", file.file, finetune(network, file.url).describe())
         return network
     if pretrained and not name.startswith(SOURCES) and not timm.models.is_model_pretrained(name):
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
@@ -177,7 +180,7 @@ def build_student(
         drop_path_rate=args.drop_path,
         pretrained=args.pretrained and with_weights,
     )
-    origin = ""
+    origin = "from its published weights" if args.pretrained and not args.resume else ""
     if args.finetune and not args.resume and with_weights:
         origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
     if args.attn_only:

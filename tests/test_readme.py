@@ -83,5 +83,14 @@ def test_the_readme_names_every_room() -> None:
     assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []
 
 
+def test_the_readme_tells_the_same_story_of_own_pictures_as_their_page() -> None:
+    readme, page = (
+        [shlex.join(shlex.split(command)) for command in commands(path) if "runs/" in command
+         and "my_pictures" in command or "exported" in command]
+        for path in (ROOT / "README.md", ROOT / "docs" / "own-data.md")
+    )  # fmt: skip
+    assert len(readme) >= 6 and set(readme) <= set(page)
+
+
 def test_the_readme_has_commands() -> None:
     assert sum(page == "README.md" for page, _ in CASES) >= 5

@@ -1,5 +1,6 @@
 """What a newcomer does: the commands of docs/own-data.md in order, and every recipe, made small."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -29,29 +30,31 @@ def test_the_commands_for_own_pictures_work_in_their_order(
 ) -> None:
     small = {"my_pictures": str(picture_folder), "resnet50": TEACHER,
              "deit_tiny_distilled_patch16_224": STUDENT, "exported": str(tmp_path / "exported"),
+             "local-dir:exported": f"local-dir:{tmp_path / 'exported'}",
              "report.html": str(tmp_path / "report.html"),
              "prepared": str(tmp_path / "prepared")}  # fmt: skip
-    done = []
+    done, evaluated = [], []
     for words in commands(ROOT / "docs" / "own-data.md"):
         words = [small.get(word, word.replace("runs/", f"{tmp_path}/")) for word in words]
-        words = [word for word in words if word != "--pretrained"]
-        if "--finetune" in words:  # no network here
-            at = words.index("--finetune")
-            words[at : at + 2] = []
+        if "local-dir:" not in " ".join(words):  # no network here
+            words = [word for word in words if word != "--pretrained"]
         program, flags = words[1], words[2:]
         done.append(program)
         if program == "main.py":
             model = [] if "--model" in flags else ["--model", STUDENT]
             result = run_inside(*flags, *model, *SMALL)
             assert result.returncode == 0, (words, result.stderr)
+            if "--eval" in flags:
+                evaluated.append(re.findall(r"^\* Acc@1 .*", result.stdout, re.MULTILINE)[0])
         else:
             tool = TOOLS[program]
             if tool is export:
                 flags += ["--formats", "safetensors", "torch_export"]
             assert tool.main(flags) == 0, capsys.readouterr().err
-    assert done == ["main.py"] * 5 + ["tools/report.py", "tools/export.py"] + [
+    assert done == ["main.py"] * 6 + ["tools/report.py", "tools/export.py", "main.py"] + [
         "tools/prepare_data.py"] * 2 + ["main.py"]  # fmt: skip
     assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
+    assert len(evaluated) == 2 and evaluated[0] == evaluated[1]  # the student, and what it became
 
 
 @pytest.mark.parametrize("name", recipe.names())
