@@ -9,6 +9,7 @@ import torch
 
 import models
 import recipe
+import sources
 from tools import export, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,27 @@ def test_the_commands_for_own_pictures_work_in_their_order(
         "tools/prepare_data.py"] * 2 + ["main.py"]  # fmt: skip
     assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
     assert len(evaluated) == 2 and evaluated[0] == evaluated[1]  # the student, and what it became
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cached-teacher.md"])
+def test_the_commands_on_the_embedded_digits_work_in_their_order(
+    page: str, run_inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "DIGITS_ROWS", {"train": (0, 24), "test": (1197, 1213)})
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for _, program, *flags in commands(ROOT / page):
+        if program == "main.py" and not {"--data-path", "--list-models"} & set(flags):
+            result = run_inside(*flags, *SMALL)
+            assert result.returncode == 0, (flags, result.stderr)
+            ran.append(result.stdout)
+        elif program == "tools/export.py" and flags[0].endswith("teacher/checkpoint.pth"):
+            assert export.main(flags) == 0
+    if page == "README.md":
+        assert len(ran) == 2 and "teacher: resnet_pico" in ran[0] and "quickstart expects" in ran[0]
+        assert (tmp_path / "resnet_pico_digits.safetensors").exists()
+    else:
+        assert len(ran) == 2 and "Training time" in ran[1] and "Training time" not in ran[0]
 
 
 @pytest.mark.parametrize("name", recipe.names())
