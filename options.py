@@ -423,13 +423,23 @@ def argparse_with_help() -> argparse.ArgumentParser:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the flags of a recipe file by destination name. Raises UserError for unknown ones."""
+    """Return the flags of a recipe file by destination name.
+
+    Raises UserError for unknown ones, and for values that they cannot have.
+    """
     flags = dict(recipe.find(str(path)).flags)
-    unknown = sorted(set(flags) - {action.dest for action in get_args_parser()._actions})
-    if unknown:
+    known = {action.dest: action for action in get_args_parser()._actions}
+    if unknown := sorted(set(flags) - set(known)):
         raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
-    if flags.get("teacher_path"):  # relative to the repository, wherever the run was started
-        flags["teacher_path"] = str(path.parents[1] / flags["teacher_path"])
+    for flag, value in flags.items():  # argparse takes defaults as they are
+        if known[flag].choices and value not in known[flag].choices:
+            raise UserError(
+                f"recipe {path.name}: {flag}: {value}; give {', '.join(known[flag].choices)}"
+            )
+        if known[flag].nargs == "+" and not isinstance(value, list):
+            flags[flag] = [value]
+    if flags.get("teacher_path") and path.parent == recipe.FOLDER:  # wherever the run was started
+        flags["teacher_path"] = str(recipe.FOLDER.parent / flags["teacher_path"])
     return flags
 
 

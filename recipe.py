@@ -63,10 +63,16 @@ def find(name: str) -> Recipe:
         close = difflib.get_close_matches(name, names(), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"--recipe {name}: unknown; {hint}known: {', '.join(names())}")
-    content = yaml.safe_load(path.read_text())
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--recipe {name}: not readable as YAML ({reason})") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("flags"), Mapping):
         raise UserError(f"--recipe {name}: {path} has no `flags:`")
-    expected = content.get("expected") or {}
+    expected, needs = content.get("expected") or {}, content.get("needs") or {}
+    if not isinstance(expected, Mapping) or not isinstance(needs, Mapping):
+        raise UserError(f"--recipe {name}: `expected:` and `needs:` are names with values")
     return Recipe(
         name=path.stem,
         source=" ".join(str(content.get("source", "")).split()),
@@ -74,7 +80,7 @@ def find(name: str) -> Recipe:
         acc1=expected.get("acc1"),
         tolerance=expected.get("tolerance", 0.0),
         effective_batch=content.get("effective-batch"),
-        needs=content.get("needs") or {},
+        needs=dict(needs),
     )
 
 

@@ -201,14 +201,33 @@ def test_an_unknown_recipe_names_the_known_and_a_missing_start_is_asked_for() ->
         options.parse_args(["--recipe", "deit3_base_224", "--data-path", "x"])
 
 
-def test_a_recipe_of_ones_own_is_a_file(tmp_path) -> None:
+def test_a_recipe_of_ones_own_is_a_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("flags: {model: resnet18, epochs: 7, data-set: DIGITS}")
     args = options.parse_args(["--recipe", str(path)]).args
     assert (args.model, args.epochs) == ("resnet18", 7)
-    path.write_text("flags: {modle: resnet18}")
-    with pytest.raises(UserError, match="modle"):
-        options.parse_args(["--recipe", str(path)])
+    path.write_text("flags: {data-set: DIGITS, input-size: 40, teacher-path: here.pth}")
+    monkeypatch.chdir(tmp_path)
+    args = options.parse_args(["--recipe", "mine.yaml"]).args
+    assert (args.input_size, args.teacher_path) == ([40], "here.pth")  # not the repository's
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("flags: {modle: resnet18}", "modle"),
+        ("flags: {distillation-type: medium}", "medium; give none, soft, hard"),
+        ("flags: {epochs: many}", "invalid int value: 'many'"),
+        ("flags: [epochs", "not readable as YAML"),
+        ("epochs: 3", "no `flags:`"),
+        ("flags: {epochs: 3}\nexpected: 70", "names with values"),
+    ],
+)
+def test_a_faulty_recipe_of_ones_own_is_one_line(text: str, words: str, tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        options.parse_args(["--recipe", str(tmp_path / "mine.yaml")])
+    assert "\n" not in caught.value.line()
 
 
 def test_the_expected_accuracy_stands_beside_the_one_reached() -> None:
