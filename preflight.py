@@ -28,7 +28,7 @@ from errors import UserError
 from metrics import clock
 from models import Student
 from samplers import TrainSampler
-from teachers import Answers, Teacher, build_sources, input_of
+from teachers import Answers, build_sources, input_of
 
 # What --data-set names, training pictures and classes: counted with where the data is not there.
 EXTENTS = {
@@ -321,22 +321,33 @@ def build_findings(
             f"student: sees a picture as {grid} patches only; raise --input-size, or take a model "
             "with smaller patches"
         )
-    if answers is None or not isinstance(answers.teacher, Teacher):
+    if answers is None:
         return found
-    teacher = answers.teacher
-    found += label_order(classes_of(args.teacher_path), loaders.classes)
+    members = getattr(answers.teacher, "members", [answers.teacher])
+    names, paths = build_sources(args)
     images, labels = sample(loaders.val, SAMPLE)
-    if len(labels):
-        logits = torch.cat([answers(part.to(device)).cpu() for part in images.split(16)])
-        file = models.released.published(args.teacher_model, args.teacher_path)
-        found += teacher_findings(logits, labels, file.acc1 if file else None)
-    size = inputs.input_size
-    if teacher.adapter.size[0] > 1.25 * size[0]:
-        found.append(
-            f"teacher: was trained at {teacher.adapter.size[0]} px and gets the student's "
-            f"{size[0]} px enlarged; a teacher of the student's resolution knows more of them"
-        )
+    for teacher, name, path, share in zip(
+        members, names, paths, args.teacher_weight or [1.0] * len(names)
+    ):
+        if not share:  # it is only looked into
+            continue
+        lines = label_order(classes_of(path), loaders.classes)
+        if len(labels):
+            logits = torch.cat([Answers(teacher)(x.to(device)).cpu() for x in images.split(16)])
+            file = models.released.published(name, path)
+            lines += teacher_findings(logits, labels, file.acc1 if file else None)
+        lines += enlarged(teacher.adapter.size[0], inputs.input_size[0])
+        whose = f"teacher {name}:" if len(names) > 1 else "teacher:"
+        found += [line.replace("teacher:", whose, 1) for line in lines]
     return found
+
+
+def enlarged(size_T: int, size: int) -> list[str]:
+    """Return a finding if a teacher of `size_T` pixels sees much smaller pictures enlarged."""
+    if size_T <= 1.25 * size:
+        return []
+    return [f"teacher: was trained at {size_T} px and gets the student's {size} px enlarged; a "
+            "teacher of the student's resolution knows more of them"]  # fmt: skip
 
 
 def sample(loader: torch.utils.data.DataLoader, count: int) -> tuple[Tensor, Tensor]:

@@ -179,3 +179,20 @@ def test_check_finds_few_patches_and_a_teacher_of_other_classes(
     assert result.returncode == 0, result.stderr
     assert "2 classes in another order" in result.stdout and "patches only" not in result.stdout
     assert preflight.classes_of("") is None
+
+
+@pytest.mark.slow
+def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> None:
+    flags = ["--check", "--distillation-type", "soft", "--teacher-model", "resnet_pico",
+             "--teacher-path", str(options.QUICK_START.parents[1] / "models" / "weights" /
+                                   "resnet_pico_digits.safetensors")]  # fmt: skip
+    other = models.create_model("deit_pico_patch8_32", num_classes=10, img_size=(32, 32))
+    torch.save({"model": other.state_dict()}, tmp_path / "t.pth")
+    flags += ["--teacher-model", "deit_pico_patch8_32", "--teacher-path", str(tmp_path / "t.pth")]
+    result = run_inside(*flags)
+    assert result.returncode == 0, result.stderr
+    found = [line for line in result.stdout.splitlines() if line.startswith("check: ")]
+    assert len(found) == 1 and found[0].startswith("check: teacher deit_pico_patch8_32: ")
+    looked = run_inside(*flags, "--teacher-weight", "1", "--teacher-weight", "0", "--match",
+                        "feature=hidden,loss=cos,layer_S=1,layer_T=1,tokens=patch,teacher=1")  # fmt: skip
+    assert "suit the data and each other" in looked.stdout, looked.stdout + looked.stderr
