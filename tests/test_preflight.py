@@ -193,6 +193,7 @@ def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     found = [line for line in result.stdout.splitlines() if line.startswith("check: ")]
     assert len(found) == 1 and found[0].startswith("check: teacher deit_pico_patch8_32: ")
-    looked = run_inside(*flags, "--teacher-weight", "1", "--teacher-weight", "0", "--match",
-                        "feature=hidden,loss=cos,layer_S=1,layer_T=1,tokens=patch,teacher=1")  # fmt: skip
+    match = "feature=hidden,loss=cos,layer_S=1,layer_T=1,tokens=patch,teacher=1"
+    shares = ["--teacher-weight", "1", "--teacher-weight", "0"]
+    looked = run_inside(*flags, *shares, "--match", match)
     assert "suit the data and each other" in looked.stdout, looked.stdout + looked.stderr
