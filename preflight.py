@@ -279,9 +279,8 @@ def probe(
 
     side: (height, width) of the pictures.
     """
-    fused = models.fast.prefers_fused_attention(device.type, amp_dtype)
-    models.fast.set_attention(network, fused=fused)
     network = network.to(device).train(trains)
+    models.fast.suit_device(network, device.type, amp_dtype)
     images = torch.randn(batch, 3, *side, device=device)
     began = 0.0
     for step in range(steps + 1):
