@@ -370,14 +370,9 @@ def build_teacher(
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     members = []
     for name, path, weight in zip(names, paths, weights):
-        own, trained = models.data_config(name), _trained_with(name, path)
-        size = tuple(trained.get("input_size") or own["input_size"][1:])
-        teacher_inputs = InputConfig(
-            input_size=(size[0], size[-1]), mean=tuple(trained.get("mean") or own["mean"]),
-            std=tuple(trained.get("std") or own["std"]),
-            interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
-        )  # fmt: skip
-        img_size = teacher_inputs.input_size if trained.get("input_size") else None
+        own, teacher_inputs = models.data_config(name), input_of(name, path)
+        size = teacher_inputs.input_size
+        img_size = None if size == tuple(own["input_size"][1:]) else size
         network = _network(name, path, num_classes, classifies and weight > 0, img_size)
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
@@ -393,6 +388,18 @@ def build_teacher(
         )  # fmt: skip
     one = members[0] if len(members) == 1 else Teachers(members, weights)
     return one.to(device)
+
+
+def input_of(name: str, path: str) -> InputConfig:
+    """Return what a teacher was trained on: its name's configuration, or that of the run of this
+    repository which left its file."""
+    own, trained = models.data_config(name), _trained_with(name, path)
+    size = tuple(trained.get("input_size") or own["input_size"][1:])
+    return InputConfig(
+        input_size=(size[0], size[-1]), mean=tuple(trained.get("mean") or own["mean"]),
+        std=tuple(trained.get("std") or own["std"]),
+        interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
+    )  # fmt: skip
 
 
 def _trained_with(name: str, path: str) -> dict[str, Any]:
