@@ -5,6 +5,8 @@ from Pillow says by how much, in steps of 255; `tests/test_pixels.py` holds it t
 """
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ except ImportError:  # only faster, by a half
 
 Picture = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
+# what Pillow raises for files that are no whole picture
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

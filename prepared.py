@@ -211,6 +211,9 @@ class Prepared:
             manifest["flips"],
         )
         self.what = f"pictures prepared in {folder} ({split})"
+        made = manifest.get("plan", {})
+        words = (f"{name} {made[name]}" for name in ("short side", "quality") if name in made)
+        self.form = ", ".join([f"prepared {self.kind}", *words])
         self._digest = facts["table"]
         self._bytes = self._map("bin", facts["bytes"], np.dtype("u1"))
         self._rows = self._map("table", facts["pictures"], ROW)
@@ -237,7 +240,7 @@ class Prepared:
 
     def identity(self) -> bytes:
         """Return what says which pictures these are, to the last bit, wherever they lie."""
-        return self._digest.encode()
+        return f"{self.kind} {self._digest}".encode()
 
     def load(self, index: int) -> tuple[Picture, int]:
         """Return picture and label. Raises ValueError for a JPEG whose checksum is wrong."""
