@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import distributed
-from errors import UserError
+from errors import UserError, differences
 
 FORMAT = 2
 MANIFEST, MARKS = "manifest.json", "marks.u8"
@@ -131,13 +131,8 @@ class Store:
             found = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: not readable; delete the folder") from error
-        differ = [
-            f"{name}: written with {found.get(name)!r}, now {manifest.get(name)!r}"
-            for name in sorted({*found, *manifest})
-            if found.get(name) != manifest.get(name)
-        ]
-        if differ:
-            raise UserError(f"--teacher-cache {self.folder}: refused, {'; '.join(differ)}")
+        if differ := "; ".join(differences(found, manifest)):
+            raise UserError(f"--teacher-cache {self.folder}: refused: {differ}")
         for name in [*self._layout(), MARKS]:
             kind, columns = self._columns(name)
             size = self.rows * columns * np.dtype(kind).itemsize

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from errors import UserError, differences
 from pixels import Picture, as_image, decode
 
 FORMAT = 1
@@ -134,13 +134,8 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
             found = _read(folder / name).get("plan", {})
             break
     if found is not None:
-        differ = [
-            f"{name} was {found.get(name)!r} and is {plan.get(name)!r}"
-            for name in sorted({*found, *plan})
-            if found.get(name) != plan.get(name)
-        ]
-        if differ:
-            raise UserError(f"{folder}: begun otherwise: {'; '.join(differ)}; give a new folder")
+        if differ := "; ".join(differences(found, plan)):
+            raise UserError(f"{folder}: begun otherwise: {differ}; give a new folder")
         return (folder / MANIFEST).is_file()
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files; give a new folder")

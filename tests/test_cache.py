@@ -72,9 +72,10 @@ def test_the_size_is_as_told_to_the_byte(keep: str | int, tmp_path: Path) -> Non
 
 def test_other_facts_are_refused_naming_each_with_both_values(tmp_path: Path) -> None:
     store(tmp_path)
-    with pytest.raises(UserError, match="seed: written with 0, now 1") as caught:
+    with pytest.raises(UserError, match="seed was 0 and is 1") as caught:
         store(tmp_path, seed=1, mixing={"mixup": 0.5})
-    assert "mixing" in str(caught.value) and "teacher" not in str(caught.value).split("refused")[1]
+    assert "mixing mixup was 0.8 and is 0.5" in str(caught.value)
+    assert "teacher" not in str(caught.value).split("refused")[1]
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -199,12 +200,12 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--reprob", "0.5"], "reprob: written with 0.25, now 0.5"),
-        (["--batch-size", "64"], "mixing"),
+        (["--reprob", "0.5"], "reprob was 0.25 and is 0.5"),
+        (["--batch-size", "64"], "mixing batch_size was 128 and is 64"),
         (["--seed", "1"], "seed"),
         (["--input-size", "40"], "input"),
-        (["--teacher-amp", "bf16"], "teacher precision: written with 'float32 on cpu'"),
-        (["--torchcompile", "eager"], "teacher compiled: written with 'no'"),
+        (["--teacher-amp", "bf16"], "teacher precision was 'float32 on cpu'"),
+        (["--torchcompile", "eager"], "teacher compiled was 'no'"),
     ],
 )
 def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:
