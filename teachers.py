@@ -225,11 +225,12 @@ class CachedTeacher:
             self.store.write(rows, self.live(images, place))
         logits = self.store.read(rows)
         if self.verify:
-            same = cache.agreement(logits, self.live(images, place), self.store.keep)
-            if same < 1:
+            same = self.store.agrees(rows, self.live(images, place))
+            if not same.all():
                 raise UserError(
-                    f"--teacher-cache {self.store.folder}: in batch {micro} of epoch {epoch} "
-                    f"{100 * (1 - same):.0f}% of the rows are not what the teacher says; delete it"
+                    f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} "
+                    f"rows in batch {micro} of epoch {epoch} are not what the teacher "
+                    "says; delete it"
                 )
         if images.is_cuda:
             logits = logits.pin_memory()  # or the copy would wait for the device

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -92,6 +93,9 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     (whole / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not readable"):
         store(whole)
+    (whole / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="of format 2, this program has 3"):
+        store(whole)
 
 
 def test_a_cache_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
@@ -105,12 +109,66 @@ def test_a_number_of_classes_that_cannot_be_kept_is_refused(text: str) -> None:
         cache.read_topk(text, 5)
 
 
-def test_agreement_counts_the_rows_that_are_the_same() -> None:
-    live = torch.eye(4, 5)
-    read = live.clone()
-    read[1, 1] += 0.1
-    assert cache.agreement(read, live, "all") == 0.75
-    assert cache.agreement(read, live, 2) == 1
+SAID = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.0], [0.5, 0.0, 4.0, 1.0, 4.0004]])
+
+
+@pytest.mark.parametrize(
+    ("keep", "changes", "agrees"),
+    [
+        ("all", {(0, 3): -1.1}, [False, True]),
+        (2, {(0, 3): 0.5}, [False, True]),  # the order is the same, the probabilities are not
+        (2, {(0, 3): -1.01}, [True, True]),
+        (2, {(0, 1): 2.5}, [False, True]),  # another one is the second
+        (2, {(1, 4): 3.9996}, [True, True]),  # near enough to a tie
+        ("hard", {(0, 2): 2.9, (0, 3): 1.0}, [True, True]),
+        ("hard", {(0, 2): 3.1}, [False, True]),
+        ("hard", {(1, 2): 4.001}, [True, True]),
+        ("hard", {(1, 2): 4.1}, [True, False]),
+    ],
+)
+def test_verifying_looks_at_all_that_is_kept(
+    keep: str | int, changes: dict, agrees: list[bool], tmp_path: Path
+) -> None:
+    kept, rows, now = store(tmp_path, keep=keep), np.array([3, 8]), SAID.clone()
+    kept.write(rows, SAID)
+    assert kept.agrees(rows, SAID).tolist() == [True, True]
+    for place, value in changes.items():
+        now[place] = value
+    assert kept.agrees(rows, now).tolist() == agrees
+
+
+def test_an_answer_that_is_no_number_is_not_kept(tmp_path: Path) -> None:
+    kept, logits = store(tmp_path, keep="hard"), torch.randn(2, 5)
+    logits[1, 3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        kept.write(np.array([0, 1]), logits)
+    assert kept.missing() == 12
+
+
+def test_files_that_cannot_be_written_are_read_and_no_more(tmp_path: Path, monkeypatch) -> None:
+    store(tmp_path).write(np.array([2]), SAID[:1])
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    kept = store(tmp_path)
+    assert kept.read(np.array([2])).equal(SAID[:1])
+    with pytest.raises(UserError, match="2 rows are missing, and the files cannot be written"):
+        kept.write(np.array([0, 1]), SAID)
+
+
+def _make_and_write(folder: Path, row: int) -> None:
+    fill = cache.Store._fill
+    cache.Store._fill = lambda *args: time.sleep(0.2 + row / 10) or fill(*args)
+    store(folder).write(np.array([row]), SAID[:1])
+
+
+def test_runs_that_begin_together_make_one_cache_and_lose_no_row(tmp_path: Path) -> None:
+    fork = torch.multiprocessing.get_context("fork")
+    runs = [fork.Process(target=_make_and_write, args=(tmp_path / "new", row)) for row in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0] * 4
+    assert store(tmp_path / "new").done(np.arange(12)).sum() == 4
 
 
 RUN = ["--distillation-type", "hard", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
@@ -174,10 +232,9 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     incomplete = run_inside(*kept, "--teacher-cache-mode", "write", "--on-bad-image", "skip")
     assert incomplete.returncode == 0, incomplete.stderr
     kept += ["--on-bad-image", "skip"]
-    done = tmp_path / "cache" / "marks.u8"
-    marks = bytearray(done.read_bytes())
-    marks[100:300] = bytes(200)  # as if the writing had been killed there
-    done.write_bytes(marks)
+    done = tmp_path / "cache" / "marks"
+    marks = np.memmap(done, dtype="<u4", mode="r+")
+    marks[100:300] = 0  # as if the writing had been killed there
     missing = run_inside(*kept, "--teacher-cache-mode", "read")
     assert missing.returncode == 2 and "200 of 1536 rows are missing" in missing.stderr
     again = run_inside(*kept, "--teacher-cache-mode", "write")
@@ -190,8 +247,8 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
     assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0, "mended"
     logits[700] += 1
-    marks = np.memmap(done, dtype="u1", mode="r+")
-    marks[700] = zlib.crc32(logits[700]) % 255 + 1
+    marks = np.memmap(done, dtype="<u4", mode="r+")
+    marks[700] = zlib.crc32(logits[700]) % (2**32 - 1) + 1
     wrong = run_inside(*kept, "--teacher-cache-mode", "verify")
     assert wrong.returncode == 2 and "not what the teacher says" in wrong.stderr
 
