@@ -21,6 +21,10 @@ try:
 except ImportError:  # only faster, by a half
     simplejpeg = None
 
+# Of what becomes of a picture by its key (seed, view, index) and its place in a batch. Raise it
+# with any change, here, in augment, device_augment, samplers or the engine's mixing, by which the
+# same key gives other pixels: answers of teachers that were kept before are then refused.
+VERSION = 1
 Picture = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
 # what Pillow raises for files that are no whole picture

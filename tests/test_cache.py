@@ -11,7 +11,14 @@ import pytest
 import torch
 
 import cache
-from errors import UserError
+import datasets
+import models
+import pixels
+import teachers
+from distributed import Processes
+from errors import UserError, differences
+from options import QUICK_START, get_args_parser, read_recipe
+from tools import prepare_data
 
 FACTS = {"teacher": "resnet_pico", "seed": 0, "mixing": {"mixup": 0.8}}
 
@@ -192,18 +199,132 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     run("live")
     kept = ["--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-views", "2"]
     assert "still to write" in run("first", *kept)
-    import teachers
-
     monkeypatch.setattr(teachers, "build_teacher", None)  # reading needs no network
     assert "no network is loaded" in run("second", *kept, "--num-workers", "2")
     run("third", *kept, "--teacher-cache-mode", "read")
     assert log(tmp_path / "live") == log(tmp_path / "first") == log(tmp_path / "second")
     assert log(tmp_path / "live") == log(tmp_path / "third")
+    shorter = run("fourth", *kept[:2], "--epochs", "1")
+    assert "2 epochs of views" in shorter, "as many as there are, whatever the run has"
+
+
+@pytest.mark.parametrize("mode", ["auto", "write", "read", "verify"])
+def test_a_cache_of_other_epochs_is_taken_as_it_is_or_refused_with_a_way_out(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert teachers._pick_views(tmp_path / "new", mode, epochs=7) == 7
+    store(tmp_path, **{teachers.VIEWS: 4})
+    caplog.set_level("INFO")
+    assert teachers._pick_views(tmp_path, mode, epochs=3) == 4 and not caplog.text
+    if mode in ("auto", "write"):
+        with pytest.raises(UserError, match="has 4 .* --epochs is 5; .*--teacher-cache-views 4"):
+            teachers._pick_views(tmp_path, mode, epochs=5)
+    else:
+        assert teachers._pick_views(tmp_path, mode, epochs=5) == 4
+        assert ("come again in these 5 epochs" in caplog.text) == (mode == "read")
+
+
+# Every flag of data, augmentation and input: a value by which the facts must differ, or why it
+# cannot reach a training picture.
+REACH = {
+    "color_jitter": ["0.5"], "aa": ["original"], "augment_on": ["device"],
+    "train_interpolation": ["bilinear"], "repeated_aug": False, "ThreeAugment": [], "src": [],
+    "reprob": ["0.1"], "remode": ["const"], "recount": ["2"], "mixup": ["0.5"], "cutmix": ["0.5"],
+    "cutmix_minmax": ["0.2", "0.4"], "mixup_prob": ["0.5"], "mixup_switch_prob": ["0.1"],
+    "mixup_mode": ["elem"], "data_path": ["FOLDER"], "data_set": ["IMNET", "--data-path", "FOLDER"],
+    "inat_category": None, "on_bad_image": ["skip"], "model": ["deit_tiny_patch16_224"],
+    "nb_classes": ["12"], "input_size": ["40"], "mean": ["0.5", "0.5", "0.50001"],
+    "std": ["0.5", "0.5", "0.50001"], "interpolation": ["bilinear"], "seed": ["1"],
+    "batch_size": ["32"], "teacher_model": ["resnet18"], "teacher_path": ["FILE"],
+    "teacher_weight": ["0.5"], "torchcompile": ["eager"],
+}  # fmt: skip
+CANNOT = {
+    "smoothing": "labels", "bce_loss": "loss", "resplit": "no effect", "val_split": "evaluation",
+    "eval_crop_ratio": "evaluation", "num_workers": "speed", "loader_timeout": "speed",
+    "pin_mem": "speed", "drop": "student", "drop_path": "student", "pretrained": "student",
+    "finetune": "student", "attn_only": "student", "grad_checkpointing": "student",
+    "train_mode": "student",
+}  # fmt: skip
+FREE = [["--val-split", "dev"], ["--eval-crop-ratio", "0.9"], ["--num-workers", "2"],
+        ["--smoothing", "0"], ["--drop-path", "0.3"], ["--epochs", "7"]]  # fmt: skip
+
+
+def facts(*flags: str) -> dict:
+    parser = get_args_parser()
+    pico = {name: read_recipe(QUICK_START)[name] for name in ("model", "teacher_model",
+            "teacher_path", "data_set")}  # fmt: skip
+    parser.set_defaults(**pico, distillation_type="hard", num_workers=0, batch_size=4)
+    args = parser.parse_args(flags)
+    inputs = models.build_input_config(args)
+    place = Processes(0, 0, 1, torch.device("cpu"), "single")
+    loaders = datasets.build_loaders(args, inputs, place)
+    return teachers.build_facts(args, loaders, inputs, place, None)
+
+
+def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    groups = {group.title: group for group in get_args_parser()._action_groups}
+    asked = {
+        action.dest: action
+        for title in ("augmentation and mixing", "data", "student")
+        for action in groups[title]._group_actions
+    }
+    assert not set(asked) - set(REACH) - set(CANNOT), "a new flag: does it reach the pixels?"
+    assert not set(REACH) & set(CANNOT)
+    torch.save({"model": {}}, tmp_path / "file.pth")
+    words = {"FOLDER": str(picture_folder), "FILE": str(tmp_path / "file.pth")}
+    ours = facts()
+    for name, value in REACH.items():
+        if value is None:  # it chooses the labels, and they are among the data
+            continue
+        flag = "--" + ("no-" if value is False else "") + name.replace("_", "-")
+        more = ["--data-set", "IMNET"] if name == "data_path" else []
+        assert facts(flag, *(words.get(word, word) for word in value or []), *more) != ours, flag
+    for flags in FREE:
+        assert facts(*flags) == ours, flags
+
+
+@pytest.mark.parametrize("change", [(pixels, "VERSION", 0), (teachers, "version", lambda name: 9)])
+def test_another_version_is_another_fact(change: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = facts()
+    monkeypatch.setattr(*change)
+    assert facts() != ours
+
+
+def test_data_that_are_never_mirrored_or_otherwise_kept_are_other_facts(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    target = str(tmp_path / "prepared")
+    assert prepare_data.main([str(picture_folder), target, "--num-workers", "0"]) == 0
+    kept = facts("--data-set", "PREPARED", "--data-path", target)
+    plain = facts("--data-set", "IMNET", "--data-path", str(picture_folder))
+    assert kept["form of the data"] == "prepared raw, short side 288"
+    assert kept["data"] != plain["data"] and kept["mirrored"] and not facts()["mirrored"]
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest | {"flips": False}))
+    again = facts("--data-set", "PREPARED", "--data-path", target)
+    assert list(differences(kept, again)) == ["mirrored was True and is False"]
+
+
+def test_a_teacher_in_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    ours = facts("--teacher-model", f"local-dir:{tmp_path}", "--teacher-path", "")
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    other = facts("--teacher-model", f"local-dir:{tmp_path}", "--teacher-path", "")
+    assert [line.split()[1] for line in differences(ours, other)] == ["weights"]
+    with pytest.raises(UserError, match="no such folder"):
+        facts("--teacher-model", f"local-dir:{tmp_path}/none", "--teacher-path", "")
+
+
+def test_a_cache_of_the_mean_is_not_taken_for_teachers_apart(run_inside, tmp_path: Path) -> None:
+    two = ["--teacher-model", "resnet_pico", "--teacher-path", ""] * 2
+    result = run_inside(*RUN, *two, "--teacher-logits", "apart", "--teacher-cache", str(tmp_path))
+    assert result.returncode == 2 and "keeps the mean of several teachers" in result.stderr
 
 
 def _live_written_and_read(rank: int, folder: str) -> None:
     import main
-    import teachers
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
