@@ -28,6 +28,8 @@ from datasets import Loaders, auto_workers, build_dataset, build_loaders
 from distributed import Processes
 from errors import UserError
 from options import get_args_parser
+from prepared import Prepared, Writer
+from tools import prepare_data
 
 INPUTS = InputConfig((8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PLAIN = ["--aa", "", "--color-jitter", "0", "--reprob", "0"]
@@ -410,6 +412,35 @@ def test_shards_are_known_by_their_sizes(tmp_path: Path) -> None:
     with open(root / "train-1.tar", "ab") as file:
         file.write(bytes(10240))
     assert named("wds/digits", root, *flags) != known
+
+
+@pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
+def test_shards_are_prepared_in_their_order_however_often_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root, made = write_shards(tmp_path / "shards"), tmp_path / "made"
+    command = [str(root), str(made), "--data-set", "wds/digits"]
+    append = Writer.append
+
+    def full(writer: Writer, *entry: object) -> None:
+        if writer.rows in stops:
+            stops.remove(writer.rows)
+            raise OSError("no space left")
+        append(writer, *entry)
+
+    stops = [2, 7]
+    monkeypatch.setattr(Writer, "append", full)
+    assert [prepare_data.main(command) for _ in range(3)] == [2, 2, 0]
+    assert "train: goes on after 7 of 8" in capsys.readouterr().out
+    for split, first, count in (("train", 0, 8), ("val", 8, 4)):
+        source = Prepared(made, split)
+        pictures = [source.load(index) for index in range(len(source))]
+        assert [int(picture.max()) for picture, _ in pictures] == list(range(first, first + count))
+        assert [label for _, label in pictures] == [number % 2 for number in range(count)]
+    with open(root / "train-1.tar", "ab") as file:
+        file.write(bytes(10240))
+    assert prepare_data.main(command) == 2, "other shards"
+    assert "pictures train was" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
