@@ -8,6 +8,7 @@ reason; with REQUIRE_SLURM=1, as `.ci/run` sets it, that is a failure, and 0 lea
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -137,6 +138,9 @@ def slurm() -> Iterator[None]:
         pytest.skip(f"no real Slurm: {reason or 'REQUIRE_SLURM is 0'}")
     up = shutil.which("sinfo") and not subprocess.run(["sinfo"], capture_output=True).returncode
     subprocess.run([str(SCRIPTS / "slurm_up.sh")], check=True, capture_output=True, timeout=300)
+    settings = Path("/etc/slurm/slurm.conf")  # its seconds before SIGKILL are few on a busy machine
+    settings.write_text(re.sub(r"(?m)^KillWait=.*$", "KillWait=30", settings.read_text()))
+    shell("scontrol", "reconfigure")
     yield
     subprocess.run(["scancel", *(job.number for job in Job.submitted)], capture_output=True)
     for job in Job.submitted:
