@@ -32,7 +32,8 @@ class Source(Protocol):
     """Labelled pictures by index. `classes` holds their names, or is None where nobody knows.
 
     An `identity()`, where a source has one, are bytes that say which pictures these are, wherever
-    they lie. It is found out within a second, so each says how much it knows.
+    they lie. It is found out within a second, so each says how much it knows. A prepared source has
+    `flips`, whether a mirrored picture keeps its label, and `form`, how its pictures are kept.
     """
 
     classes: list[str] | None
