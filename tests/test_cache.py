@@ -206,6 +206,10 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     assert log(tmp_path / "live") == log(tmp_path / "third")
     shorter = run("fourth", *kept[:2], "--epochs", "1")
     assert "2 epochs of views" in shorter, "as many as there are, whatever the run has"
+    run("fifth", *kept[:2], "--epochs", "3", "--teacher-cache-mode", "read")
+    monkeypatch.undo()
+    longer = [*RUN, "--epochs", "3", "--output_dir", str(tmp_path / "fifth"), "--resume", "auto"]
+    assert "views that come again: was 2 and is 0" in run_inside(*longer).stderr
 
 
 @pytest.mark.parametrize("mode", ["auto", "write", "read", "verify"])
