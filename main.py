@@ -108,7 +108,8 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
         facts={"processes": processes.world_size, "data": loaders.fingerprint(),
-               "teacher": teachers.build_identity(args)},
+               "teacher": teachers.build_identity(args),
+               "views that come again": views if views < args.epochs else 0},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip

@@ -219,7 +219,7 @@ def _add_distillation_flags(group: Any) -> None:
         default=0,
         type=int,
         metavar="V",
-        help="epochs after which augmentation and mixing come again; 0: --epochs",
+        help="epochs after which augmentation and mixing come again; 0: the cache's, or --epochs",
     )
     add("--teacher-cache-topk", default="all",
         help="all logits, the K largest probabilities, or hard: the likeliest class")  # fmt: skip
