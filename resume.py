@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 FORMAT = 3
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-SAME_EVENT_S = 0.5  # torchrun passes on a signal that the process group has had already
+SAME_EVENT_S = 3.0  # torchrun, perhaps starved, passes on a signal that the group has had already
 SAVE = 1  # a wish below every signal's number
 REQUIRED = {"model": dict, "optimizer": dict, "epoch": int}
 OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dict,
