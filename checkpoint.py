@@ -21,7 +21,7 @@ import time
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlparse
@@ -151,6 +151,18 @@ def _check_tensors(content: Any) -> None:
             left += item.values()
         elif isinstance(item, list | tuple):
             left += item
+
+
+@contextlib.contextmanager
+def in_one_line(words: str) -> Iterator[None]:
+    """Let whatever a strange file leads to end as a UserError that begins with `words`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{words} ({reason})") from error
 
 
 def is_finite(value: torch.Tensor) -> bool:

@@ -66,18 +66,13 @@ def replay(
     if missing := [key for key in NEEDED if key not in saved]:
         raise UserError(f"{path}: has no {', '.join(missing)}, so it is no bad_batch.pth")
     processes = distributed.init_processes(device)
-    try:
+    with checkpoint.in_one_line(f"{path}: damaged, or of another version"):
         settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
         args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
         matching.load_given_plugins(plugins, args.plugin, path)
         found = build_terms(args, saved, processes)
         if saved["terms"].keys() != found.keys():
             raise ValueError(f"terms {', '.join(saved['terms'])}, here {', '.join(found)}")
-    except UserError:
-        raise
-    except checkpoint.UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: damaged, or of another version ({reason})") from error
     return saved, found
 
 
