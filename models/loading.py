@@ -27,9 +27,16 @@ MIN_MATCH = 0.5  # fine-tuning from less than this share of the parameters is a 
 
 
 def weight_keys(source: str) -> list[str]:
-    """Return under which keys a file holds weights: raw ones, then the average; [""] if bare."""
+    """Return under which keys a file holds weights: raw ones, then the average; [""] if bare.
+
+    Raises UserError where something else has the place of either.
+    """
     content = checkpoint.read_weights_file(source)
     held = [[key for key in keys if _is_weights(content.get(key))] for keys in (RAW_KEYS, EMA_KEYS)]
+    for keys, found in zip((RAW_KEYS, EMA_KEYS), held):
+        if not found and (there := [key for key in keys if content.get(key) is not None]):
+            kind = type(content[there[0]]).__name__
+            raise UserError(f"{source}: {there[0]} is a {kind} without weights: damaged or changed")
     return [keys[0] for keys in held if keys] or [""]
 
 
