@@ -381,12 +381,13 @@ def lock_folder(folder: Path) -> IO[str]:
                 return file
         file.seek(0)
         holder = file.read().strip() or "another process"
-        patience = PATIENCE_S if holder.endswith(f" {socket.gethostname()}") else PATIENCE_AFAR_S
+        here = holder.endswith(f" {socket.gethostname()}")
+        patience = PATIENCE_S if here else PATIENCE_AFAR_S
         if time.monotonic() - started > patience:
             file.close()
             raise UserError(
-                f"--output_dir {folder}: {holder} writes its run there; end it, choose another, or "
-                f"remove {LOCK} in it if that is long dead"
+                f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"
+                + f"; if its machine is dead, remove {LOCK} there" * (not here)
             )
         if not told:
             _logger.warning("%s: waiting for %s, which writes its run there", folder, holder)

@@ -243,7 +243,12 @@ def test_a_folder_is_one_runs_alone_until_its_process_ends(
     )  # fmt: skip
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {other.pid} on .* writes its run there"):
+        words = f"process {other.pid} on .* writes its run there; end it, or choose another"
+        with pytest.raises(UserError, match=f"{words}$"):
+            checkpoint.lock_folder(tmp_path)
+        monkeypatch.setattr(checkpoint, "PATIENCE_AFAR_S", 0.3)
+        monkeypatch.setattr(checkpoint.socket, "gethostname", lambda: "elsewhere")
+        with pytest.raises(UserError, match=f"{words}; if its machine is dead, remove .lock"):
             checkpoint.lock_folder(tmp_path)
     finally:
         other.kill()
