@@ -121,9 +121,9 @@ def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
 def test_a_plan_counts_the_views_of_a_cache_in_units_that_show_something() -> None:
     flags = ["--distillation-type", "hard", "--teacher-cache-views", "2", "--teacher-cache-topk"]
     found = planned(*flags, "hard")["cache"]
-    assert found == "71.8 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
+    assert found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
         "2 views"  # fmt: skip
-    assert "with all, 22.8 KiB with 3, " in planned(*flags, "3")["cache"]
+    assert "with all, 28.0 KiB with 3, " in planned(*flags, "3")["cache"]
     assert preflight.amount(3 * 2**40) == "3.0 TiB" and preflight.amount(5) == "5.0 bytes"
 
 
