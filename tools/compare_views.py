@@ -2,12 +2,12 @@
 
     python tools/compare_views.py --data CIFAR10_FOLDER --write docs/cached_views.md
 
-Trains the teacher once, then for every seed the student with the live teacher, and from caches of
-so many views, each in turn over as many epochs as the live run's time allows: once with the writing
-of the cache taken off it, once without, as for a cache that another run has written. Seconds are
-those of training and writing, without start-up and evaluation: of the processor on one CPU thread,
-of the clock elsewhere. What is already complete under --runs is not repeated. What follows `--`
-goes to every student's run.
+Trains the teacher once, then for every seed the student with the live teacher, without any, and
+from caches of so many views, for as many epochs as the live run's time allows: once with the
+writing of the cache taken off it, once without, as for a cache that another run has written.
+Seconds are those of training and writing, without start-up and evaluation: of the processor on one
+CPU thread, of the clock elsewhere. What is already complete under --runs is not repeated. What
+follows `--` goes to every student's run.
 """
 
 import argparse
@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--data", default="", help="image folder; without it, the embedded digits")
     add("--data-set", default="CIFAR10", help="what --data is; CIFAR10: with train/ and test/")
+    add("--pictures", type=int, metavar="N", help="train the students on the first N pictures of "
+        "--data alone, as many of each class")  # fmt: skip
     add("--student", default=compare_objectives.STUDENT)
     add("--teacher", default=compare_objectives.TEACHER)
     add("--teacher-flags", default="--epochs 30", help="of the teacher's own training")
@@ -69,15 +71,18 @@ class Runs:
     def __init__(self, args: argparse.Namespace) -> None:
         self.folder, self.threads = args.runs, args.threads
         self.clock = "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
+        recipe = [*shlex.split(compare_objectives.RECIPE), "--device", args.device,
+                  "--batch-size", str(args.batch_size)]  # fmt: skip
         data = ["--data-set", args.data_set, "--data-path", args.data] if args.data else []
-        self.recipe = [*data, "--device", args.device, "--batch-size", str(args.batch_size),
-                       *shlex.split(compare_objectives.RECIPE)]  # fmt: skip
         teacher = self.folder / "teacher"
-        self.run(teacher, "--model", args.teacher, *self.recipe, *shlex.split(args.teacher_flags))
+        self.run(teacher, "--model", args.teacher, *data, *recipe, *shlex.split(args.teacher_flags))
         self.teacher_acc1 = last_line(teacher)["test_acc1"]
+        if args.pictures:
+            few = self.folder / f"pictures{args.pictures}"
+            data[-1] = str(some_pictures(Path(args.data), args.pictures, few))
         self.student = ["--model", args.student, "--distillation-type", "hard", "--teacher-model",
                         args.teacher, "--teacher-path", str(teacher / "checkpoint.pth"),
-                        "--no-teacher-check", *self.recipe, *args.common]  # fmt: skip
+                        "--no-teacher-check", *data, *recipe, *args.common]  # fmt: skip
 
     def run(self, folder: Path, *flags: str) -> list[float]:
         """Return the seconds of every pass over the train data."""
@@ -109,6 +114,19 @@ class Runs:
     def reading(self, seed: int, views: int, mode: str = "read") -> list[str]:
         return ["--teacher-cache", str(self.cache(seed, views)), "--teacher-cache-views",
                 str(views), "--teacher-cache-mode", mode]  # fmt: skip
+
+
+def some_pictures(folder: Path, count: int, to: Path) -> Path:
+    """Return an image folder with `count` of the training pictures of another, and all others."""
+    for split in (path for path in folder.resolve().iterdir() if path.is_dir()):
+        classes = sorted(path for path in split.iterdir() if path.is_dir())
+        each = count // len(classes) if split.name == "train" else None
+        for path in (picture for one in classes for picture in sorted(one.iterdir())[:each]):
+            link = to / path.relative_to(folder.resolve())
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(path)
+    return to
 
 
 def last_line(folder: Path) -> dict[str, Any]:
@@ -157,6 +175,9 @@ def compare_views(args: argparse.Namespace) -> tuple[Runs, list[Row]]:
     some = args.views[0]
     reading, _ = runs.train("reading", seeds[0], READING_EPOCHS, *runs.reading(seeds[0], some))
     epoch_s = statistics.median(reading)
+    epochs = epochs_in(budget, 0.0, epoch_s)
+    alone = [runs.train("none", seed, epochs, "--distillation-type", "none") for seed in seeds]
+    rows.append(row_of("none, labels alone", epochs, alone, 0.0))
     for counted in (False, True):
         for views, write_s in writing.items():
             name = f"{views} view{'s' * (views > 1)}, writing{' not' * (not counted)} counted"
