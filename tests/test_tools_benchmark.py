@@ -5,21 +5,21 @@ import sys
 
 import pytest
 
-from tools import benchmark
+from tools import bench_race, benchmark
 
 
 def test_a_race_warms_up_and_rotates_the_order(capsys) -> None:
     ran = []
     entries = {name: lambda steps, name=name: ran.append(name) or 1.0 for name in "abc"}
-    seconds = benchmark.race(entries, 3, 5)
+    seconds = bench_race.race(entries, 3, 5)
     assert "".join(ran) == "bcacababcbcacab"
     assert seconds == {name: [1.0] * 3 for name in "abc"}
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
-    assert benchmark.ratio([1, 2, 4], [2, 6, 4]) == (2, 1.5, 2.5)  # of 2, 3 and 1
+    assert bench_race.ratio([1, 2, 4], [2, 6, 4]) == (2, 1.5, 2.5)  # of 2, 3 and 1
     columns = {"x a": lambda _: "a", "x itself": lambda name: name, "x c": lambda _: "c"}
-    row = benchmark.table({"a": [0.002, 0.004], "b": [0.001, 0.002]}, columns)[-1]
+    row = bench_race.table({"a": [0.002, 0.004], "b": [0.001, 0.002]}, columns)[-1]
     assert row == "| b | 2.00 (2.00-2.00) | 1 |  | 1.50 (1.00-2.00) |"
 
 
