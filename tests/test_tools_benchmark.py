@@ -4,8 +4,10 @@ import json
 import sys
 
 import pytest
+import torch
 
-from tools import bench_race, benchmark
+from tools import bench_gpu, bench_race, benchmark
+from tools.bench_steps import Case
 
 
 def test_a_race_warms_up_and_rotates_the_order(capsys) -> None:
@@ -20,7 +22,37 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     assert bench_race.ratio([1, 2, 4], [2, 6, 4]) == (2, 1.5, 2.5)  # of 2, 3 and 1
     columns = {"x a": lambda _: "a", "x itself": lambda name: name, "x c": lambda _: "c"}
     row = bench_race.table({"a": [0.002, 0.004], "b": [0.001, 0.002]}, columns)[-1]
-    assert row == "| b | 2.00 (2.00-2.00) | 1 |  | 1.50 (1.00-2.00) |"
+    assert row == "| b | 2.00 (2.00-2.00) | 1 |  | 1.50 (1.25-1.75) |"
+
+
+def test_the_watch_leaves_out_the_lead_and_the_first_step(monkeypatch) -> None:
+    times = iter([0, 100, 101, 110, 120, 130])
+    monkeypatch.setattr(bench_race.time, "perf_counter", lambda: next(times))
+    watch = bench_race.Stopwatch(torch.device("cpu"), steps=2, lead=3)
+    for _ in range(6):
+        watch.mark()
+    assert watch.per_step() == 10
+
+
+@pytest.mark.slow
+def test_a_stretch_from_a_loader_begins_behind_what_workers_have_ready(tmp_path) -> None:
+    words = "--gpu-batch-size 4 --gpu-steps 2 --rounds 2 --teacher resnet_pico --num-workers 1"
+    args = benchmark.parser().parse_args(words.split())
+    cpu = torch.device("cpu")
+    case = Case("deit_tiny_distilled_patch16_224", "resnet_pico", 32, 4, cpu, tmp_path)
+    sources = bench_gpu.pictures(args, tmp_path)
+    stretch = bench_gpu.Stretch(case, "cached", args, sources["prepared"])
+    seen = []
+    stretch.engine["model"].register_forward_pre_hook(lambda *_: seen.append(1))
+    assert stretch.lead == 2 and stretch(2) > 0
+    assert len(seen) == 2 + 1 + 2
+    assert stretch.teacher.live is None and not stretch.teacher.missing()
+    found = bench_gpu.measure_student(case, args, {}, peak=1e12)
+    assert len(found["seconds"]) == 5 and all(len(each) == 2 for each in found["seconds"].values())
+    row = next(line for line in found["lines"] if line.startswith("| no teacher |"))
+    rate = 4 / (sum(found["seconds"]["no teacher"]) / 2)
+    mfu = 100 * rate * 3 * found["forward_flops"] / 1e12
+    assert f"| 1 | {mfu:.1f} |" in row
 
 
 def test_the_break_even_is_told_in_runs_and_in_views() -> None:

@@ -27,25 +27,32 @@ def race(contestants: Mapping[str, Turn], rounds: int, steps: int) -> dict[str, 
 
 
 class Stopwatch:
-    """Seconds a step from the first mark to the last; the device has then done its work."""
+    """Seconds a step over `steps` of them, after `lead` steps and one; the device has then done
+    its work."""
 
-    def __init__(self, device: torch.device, steps: int) -> None:
+    def __init__(self, device: torch.device, steps: int, lead: int = 0) -> None:
         self.device, self.steps, self.marks = device, steps, []
+        self.ends = lead, lead + steps
 
     def mark(self, *_: Any) -> None:
-        if self.device.type == "cuda" and len(self.marks) in (0, self.steps):
+        if self.device.type == "cuda" and len(self.marks) in self.ends:
             torch.cuda.synchronize(self.device)
         self.marks.append(time.perf_counter())
 
     def per_step(self) -> float:
-        return (self.marks[self.steps] - self.marks[0]) / self.steps
+        first, last = self.ends
+        return (self.marks[last] - self.marks[first]) / self.steps
+
+
+def middle(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, low, high
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Return median and quartiles of their time over ours, round by round."""
-    each = [their / our for our, their in zip(ours, theirs)]
-    low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
-    return middle, low, high
+    return middle([their / our for our, their in zip(ours, theirs)])
 
 
 def table(
@@ -53,6 +60,7 @@ def table(
 ) -> list[str]:
     """Return a race as a table: how many times as fast as others each row is, then milliseconds.
 
+    Brackets hold quartiles over the rounds.
     columns: from the name of a row to the row that it is compared with; one that did not run
     leaves the cell empty.
     """
@@ -65,8 +73,6 @@ def table(
             else "1" * (base == name)
             for base in bases
         ]
-        spread = (
-            f"{1e3 * statistics.median(ours):.2f} ({1e3 * min(ours):.2f}-{1e3 * max(ours):.2f})"
-        )
+        spread = "{:.2f} ({:.2f}-{:.2f})".format(*middle([1e3 * each for each in ours]))
         lines.append(f"| {name} | " + " | ".join([*cells, spread]) + " |")
     return lines

@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import io
 import math
+import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,13 +197,13 @@ class Ours:
         return [self.case.data] * steps
 
     def written(
-        self, live: teachers.Teacher, amp_dtype: torch.dtype | None, batches: int
+        self, live: Callable[[Tensor, Any], Tensor], amp_dtype: torch.dtype | None, batches: int
     ) -> teachers.CachedTeacher:
         """Write the answers to `batches` batches, and return a teacher that has nothing else."""
         rows, folder = batches * self.case.batch, tempfile.mkdtemp(dir=self.case.folder)
         facts = {"rows": rows, "classes": CLASSES, "precision": str(amp_dtype)}
 
-        def cached(network: teachers.Teacher | None, may_create: bool) -> teachers.CachedTeacher:
+        def cached(network: Callable | None, may_create: bool) -> teachers.CachedTeacher:
             store = cache.Store(folder, rows=rows, num_classes=CLASSES, keep="all", facts=facts,
                                 may_create=may_create)  # fmt: skip
             return teachers.CachedTeacher(
@@ -212,8 +214,8 @@ class Ours:
         ask = {"mixup_fn": self.mixup_fn, "seed": 0, "header": "Write:"}
         with contextlib.redirect_stdout(io.StringIO()):
             for _ in range(2):  # the first pass warms up, the second is timed
+                shutil.rmtree(folder)
                 writer = cached(live, True)
-                writer.store._files[cache.MARKS][:] = 0
                 start = time.perf_counter()
                 engine.ask_teacher(self.loader(batches), writer, self.case.device, 0, **ask)
                 writer.store.flush()
@@ -228,10 +230,13 @@ class Ours:
         return (time.perf_counter() - start) / batches
 
     def __call__(self, steps: int) -> float:
-        watch = Stopwatch(self.case.device, steps)
+        return self.turn(self.loader(steps + 1), steps)
+
+    def turn(self, loader: Any, steps: int, lead: int = 0) -> float:
+        """Return the seconds a step over the last `steps` batches of `loader`."""
+        watch = Stopwatch(self.case.device, steps, lead)
         with contextlib.redirect_stdout(io.StringIO()):
             engine.train_one_epoch(
-                **self.engine, data_loader=self.loader(steps + 1), log_interval=10**9,
-                on_update=watch.mark,
-            )  # fmt: skip
+                **self.engine, data_loader=loader, log_interval=10**9, on_update=watch.mark
+            )
         return watch.per_step()

@@ -230,9 +230,9 @@ def measure_loader(args: argparse.Namespace) -> dict[str, Any]:
 # --- the program --------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = made.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--student", default="deit_tiny_distilled_patch16_224")
     add("--teacher", nargs="+", default=["regnety_160", "regnety_016"])
@@ -244,8 +244,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=2, help="timed steps of a turn, after one that is not")
     add("--device", default="auto")
+    add(
+        "--gpu-students",
+        nargs="+",
+        default=[f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")],
+        help="on a GPU, taught by the first --teacher",
+    )
+    add("--gpu-batch-size", nargs="+", type=int, default=[1024, 512, 256], help="one for each")
+    add("--gpu-steps", type=int, default=200, help="timed steps of a turn")
+    add("--prepared-path", default="", help="on a GPU: prepared pictures; default: made-up ones")
     add("--data-path", default="", help="on a GPU: pictures for the whole pipeline")
     add("--data-set", default="IMNET", help="what they are, as of main.py")
+    add("--num-workers", type=int, help="on a GPU: of each loader, as of main.py")
     add("--agreement-teacher", default="resnet_pico")
     add("--agreement-path", default=str(SHIPPED), help="its trained weights")
     add("--agreement-data", default="", help="folder with val/; default: the embedded digits")
@@ -253,13 +263,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--growth-steps", type=int, default=2000)
     add("--growth-batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     add("--json", type=Path, metavar="FILE", help="all seconds, for machines")
-    return parser
+    return made
 
 
 def main() -> int:
-    args = _parser().parse_args()
+    args = parser().parse_args()
     if len(args.teacher) != len(args.batch_size):
         raise SystemExit("give one --batch-size for each --teacher")
+    if len(args.gpu_students) != len(args.gpu_batch_size):
+        raise SystemExit("give one --gpu-batch-size for each of --gpu-students")
     warnings.filterwarnings("ignore")
     device = distributed.pick_device(args.device, 0)
     found: dict[str, Any] = {"about": about(device)}
@@ -276,7 +288,7 @@ def main() -> int:
             "optimizer": lambda: measure_optimizer(case(), args),
             "agreement": lambda: measure_agreement(args, device),
             "loader": lambda: measure_loader(args),
-            "gpu": lambda: measure_gpu(case(), args),
+            "gpu": lambda: measure_gpu(args, device, Path(folder)),
             "growth": lambda: measure_growth(args, device, Path(folder)),
         }
         for name, measure in jobs.items():
