@@ -41,6 +41,7 @@ import optim  # noqa: E402
 import options  # noqa: E402
 import preflight  # noqa: E402
 import teachers  # noqa: E402
+from tools import bench_loader  # noqa: E402
 from tools.bench_gpu import measure_gpu  # noqa: E402
 from tools.bench_growth import measure_growth  # noqa: E402
 from tools.bench_race import Stopwatch, Turn, race, table  # noqa: E402
@@ -220,11 +221,9 @@ def measure_agreement(args: argparse.Namespace, device: torch.device) -> dict[st
 
 
 def measure_loader(args: argparse.Namespace) -> dict[str, Any]:
-    """Run tools/bench_loader.py, which measures the input pipeline."""
-    command = [sys.executable, str(ROOT / "tools" / "bench_loader.py"), "--data", args.loader_data,
-               "--rounds", str(args.rounds)]  # fmt: skip
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {"lines": ["### Loader", "", "```", answer.stdout.strip(), "```"]}
+    """Measure the input pipeline as tools/bench_loader.py does."""
+    found = bench_loader.run(args.loader_data, 0, args.loader_pictures, args.rounds)
+    return found | {"lines": ["### Loader", "", *found["lines"]]}
 
 
 # --- the program --------------------------------------------------------------------------------
@@ -260,6 +259,7 @@ def parser() -> argparse.ArgumentParser:
     add("--agreement-path", default=str(SHIPPED), help="its trained weights")
     add("--agreement-data", default="", help="folder with val/; default: the embedded digits")
     add("--loader-data", default="", help="folder with val/; default: made-up pictures")
+    add("--loader-pictures", type=int, default=150, help="of a round")
     add("--growth-steps", type=int, default=2000)
     add("--growth-batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     add("--json", type=Path, metavar="FILE", help="all seconds, for machines")
