@@ -1,0 +1,63 @@
+"""The comparison of cached views: epochs for a time, rows of the table, and a run of it all."""
+
+import pytest
+
+import engine
+from tools import compare, compare_views
+
+
+def test_writing_is_paid_for_before_the_epochs() -> None:
+    assert compare_views.epochs_in(10.0, 0.0, 3.0) == 3
+    assert compare_views.epochs_in(10.0, 4.5, 3.0) == 1
+    assert compare_views.epochs_in(10.0, 12.0, 3.0) == 0
+
+
+def test_some_pictures_are_as_many_of_each_class_and_all_to_test_on(picture_folder, tmp_path):
+    found = compare_views.some_pictures(picture_folder, 8, tmp_path)
+    names = {
+        split: sorted(path.name for path in (found / split).glob("*/*.png"))
+        for split in ("train", "val")
+    }
+    assert names["train"] == sorted(2 * ["00.png", "01.png", "02.png", "03.png"])
+    assert len(names["val"]) == 12
+    assert (found / "train" / "one" / "00.png").stat().st_size
+    assert compare_views.some_pictures(picture_folder, 8, tmp_path) == found, "again"
+
+
+def test_a_row_tells_what_left_no_time_to_train() -> None:
+    logs = [{"test_acc1": 40.0, "train_loss": 1.5}, {"test_acc1": 42.0, "train_loss": 1.7}]
+    rows = [
+        compare_views.Row("live", 5, [3.0, 5.0], 0.0, logs),
+        compare_views.Row("16 views, writing counted", 0, [], 9.0, []),
+    ]
+    live, none = compare_views.table(rows)[2:]
+    assert live == "| live | 5 | 4 | – | 41.00 ± 1.41 | – | 1.60 ± 0.14 |"
+    assert "| 0 | – | 9 | writing takes all the time |" in none
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_from_the_teacher_to_the_table(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(engine, "train_one_epoch", engine.train_one_epoch)  # put back at the end
+    monkeypatch.setattr(engine, "ask_teacher", engine.ask_teacher)
+    ran = []
+
+    def here(folder, command, threads) -> bool:
+        folder.mkdir(parents=True, exist_ok=True)
+        ran.append(str(folder.relative_to(tmp_path / "runs")))
+        assert compare_views.timed(command[3:]) == 0
+        return True
+
+    monkeypatch.setattr(compare, "run_once", here)
+    words = f"--epochs 1 --views 1 --seeds 0 --batch-size 256 --runs {tmp_path}/runs \
+        --write {tmp_path}/table.md"
+    argv = ["compare_views.py", *words.split(), "--teacher-flags", "--epochs 1", "--",
+            "--no-model-ema"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(compare_views, "READING_EPOCHS", 1)
+    monkeypatch.setattr(compare_views, "epochs_in", lambda budget_s, write_s, epoch_s: 1)
+    assert compare_views.main() == 0
+    assert ran[:5] == ["teacher", "live/seed0", "write1/seed0", "reading/seed0", "none/seed0"]
+    rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
+    live, *_, cached = (row for row in rows if len(row) == 7 and row[1] == "1")
+    assert live[0] == "| live" and cached[0] == "| 1 view, writing counted"
+    assert live[4:] == cached[4:], "one epoch of one view is what the live run saw"
