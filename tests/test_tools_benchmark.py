@@ -38,7 +38,7 @@ def test_the_watch_leaves_out_the_lead_and_the_first_step(monkeypatch) -> None:
 @pytest.mark.slow
 def test_a_stretch_from_a_loader_begins_behind_what_workers_have_ready(tmp_path) -> None:
     words = "--gpu-batch-size 4 --gpu-steps 2 --rounds 2 --teacher resnet_pico --num-workers 1"
-    args = benchmark.parser().parse_args(words.split())
+    args = benchmark._parser().parse_args(words.split())
     cpu = torch.device("cpu")
     case = Case("deit_tiny_distilled_patch16_224", "resnet_pico", 32, 4, cpu, tmp_path)
     sources = bench_gpu.pictures(args, tmp_path)

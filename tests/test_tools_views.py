@@ -27,12 +27,12 @@ def test_some_pictures_are_as_many_of_each_class_and_all_to_test_on(picture_fold
 def test_a_row_tells_what_left_no_time_to_train() -> None:
     logs = [{"test_acc1": 40.0, "train_loss": 1.5}, {"test_acc1": 42.0, "train_loss": 1.7}]
     rows = [
-        compare_views.Row("live", 5, [3.0, 5.0], 0.0, logs),
-        compare_views.Row("16 views, writing counted", 0, [], 9.0, []),
+        compare_views.Row("live", 5, 1.0, 0.0, logs),
+        compare_views.Row("16 views, writing counted", 0, 0.0, 2.5, []),
     ]
     live, none = compare_views.table(rows)[2:]
-    assert live == "| live | 5 | 4 | – | 41.00 ± 1.41 | – | 1.60 ± 0.14 |"
-    assert "| 0 | – | 9 | writing takes all the time |" in none
+    assert live == "| live | 5 | 1.00 | 0.00 | 41.00 ± 1.41 | – | 1.60 ± 0.14 |"
+    assert none == "| 16 views, writing counted | 0 | 0.00 | 2.50 | – | – | – |"
 
 
 @pytest.mark.slow
@@ -53,11 +53,14 @@ def test_the_comparison_runs_from_the_teacher_to_the_table(monkeypatch, tmp_path
     argv = ["compare_views.py", *words.split(), "--teacher-flags", "--epochs 1", "--",
             "--no-model-ema"]  # fmt: skip
     monkeypatch.setattr("sys.argv", argv)
-    monkeypatch.setattr(compare_views, "READING_EPOCHS", 1)
+    monkeypatch.setattr(compare_views, "ROUNDS", 1)
+    monkeypatch.setattr(compare_views, "EPOCHS", 1)
     monkeypatch.setattr(compare_views, "epochs_in", lambda budget_s, write_s, epoch_s: 1)
     assert compare_views.main() == 0
-    assert ran[:5] == ["teacher", "live/seed0", "write1/seed0", "reading/seed0", "none/seed0"]
+    assert ran[:4] == ["teacher", "pace0_live/seed0", "pace0_cache1/seed0", "pace0_read/seed0"]
     rows = [line.split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()]
     live, *_, cached = (row for row in rows if len(row) == 7 and row[1] == "1")
     assert live[0] == "| live" and cached[0] == "| 1 view, writing counted"
-    assert live[4:] == cached[4:], "one epoch of one view is what the live run saw"
+    assert live[4:] == cached[4:] and live[4] != rows[3][4], (
+        "one epoch of one view is what the live run saw"
+    )

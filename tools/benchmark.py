@@ -229,7 +229,7 @@ def measure_loader(args: argparse.Namespace) -> dict[str, Any]:
 # --- the program --------------------------------------------------------------------------------
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = made.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -267,7 +267,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    args = parser().parse_args()
+    args = _parser().parse_args()
     if len(args.teacher) != len(args.batch_size):
         raise SystemExit("give one --batch-size for each --teacher")
     if len(args.gpu_students) != len(args.gpu_batch_size):

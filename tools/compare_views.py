@@ -4,10 +4,11 @@
 
 Trains the teacher once, then for every seed the student with the live teacher, without any, and
 from caches of so many views, for as many epochs as the live run's time allows: once with the
-writing of the cache taken off it, once without, as for a cache that another run has written.
-Seconds are those of training and writing, without start-up and evaluation: of the processor on one
-CPU thread, of the clock elsewhere. What is already complete under --runs is not repeated. What
-follows `--` goes to every student's run.
+writing of the cache taken off it, once without, as for a cache that another run has written. How
+long an epoch of each kind and the writing of a view take is measured before, in turn and alone, in
+medians over rounds: passes over the training data, without start-up and evaluation, in seconds of
+the processor on one CPU thread, of the clock elsewhere. What is already complete under --runs is
+not repeated. What follows `--` goes to every student's run.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,21 +30,33 @@ sys.path.insert(0, str(ROOT))
 
 from tools import compare, compare_objectives  # noqa: E402
 
-READING_EPOCHS = 3  # of the run that says how long an epoch from a cache takes
+ROUNDS, EPOCHS = 3, 2  # of measuring the pace, and of each of its runs
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What an epoch from a cache and the writing of a view take; an epoch with the teacher is 1."""
+
+    reading: float
+    writing: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the table was: runs over the seeds, all of so many epochs."""
+    """What a row of the table was: runs over the seeds, all of so many epochs.
+
+    training, writing: their time by the pace, where the whole live run takes 1; logs: the last line
+    of each seed's log.txt.
+    """
 
     name: str
     epochs: int
-    train_s: Sequence[float]  # of each seed, all epochs
-    write_s: float  # of the cache, all views
-    logs: Sequence[dict[str, Any]]  # the last line of each seed's log.txt
+    training: float
+    writing: float
+    logs: Sequence[dict[str, Any]]
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = made.add_argument
     add("--data", default="", help="image folder; without it, the embedded digits")
@@ -58,9 +72,10 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--device", default="cpu")
     add("--threads", type=int, default=1, help="CPU threads of each run")
+    add("--jobs", type=int, default=1, help="runs at a time, once the pace is known")
     add("--runs", type=Path, default=ROOT / "runs" / "views")
     add("--write", type=Path, help="Markdown file for the table")
-    add("--json", type=Path, metavar="FILE", help="seconds and logs, for machines")
+    add("--json", type=Path, metavar="FILE", help="times and logs, for machines")
     add("common", nargs="*", help="flags for every student, after --")
     return made
 
@@ -69,7 +84,8 @@ class Runs:
     """The runs of main.py: each once, in a folder of its own, with the seconds of its passes."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.folder, self.threads = args.runs, args.threads
+        self.folder, self.threads, self.jobs = args.runs, args.threads, args.jobs
+        self.seeds = args.seeds
         self.clock = "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
         recipe = [*shlex.split(compare_objectives.RECIPE), "--device", args.device,
                   "--batch-size", str(args.batch_size)]  # fmt: skip
@@ -92,28 +108,46 @@ class Runs:
         compare.run_once(folder, command, self.threads)
         return json.loads(seconds.read_text())
 
-    def train(self, name: str, seed: int, epochs: int, *flags: str) -> tuple[list[float], dict]:
-        """Return the seconds of every epoch of a student, and the last line of its log.txt."""
-        folder = self.folder / name / f"seed{seed}"
-        seconds = self.run(
-            folder, *self.student, "--seed", str(seed), "--epochs", str(epochs), *flags
-        )
-        return seconds, last_line(folder)
+    def train(self, name: str, seed: int, epochs: int, *flags: str) -> list[float]:
+        """Return the seconds of every epoch of a student."""
+        return self.run(
+            self.folder / name / f"seed{seed}", *self.student, "--seed", str(seed), "--epochs",
+            str(epochs), *flags,
+        )  # fmt: skip
 
-    def write(self, seed: int, views: int) -> list[float]:
-        """Write a cache; return the seconds of every view."""
-        folder = self.folder / f"write{views}" / f"seed{seed}"
+    def write(self, seed: int, views: int, name: str = "cache") -> tuple[list[float], list[str]]:
+        """Write a cache; return the seconds of every view, and the flags that read it."""
+        folder = self.folder / f"{name}{views}" / f"seed{seed}"
+        cache = folder.with_name(f"written{seed}")
         if not (folder / "command.txt").exists():  # half a cache would be finished too soon
-            shutil.rmtree(self.cache(seed, views), ignore_errors=True)
-        flags = self.reading(seed, views, "write")
-        return self.run(folder, *self.student, "--seed", str(seed), *flags)
+            shutil.rmtree(cache, ignore_errors=True)
+        flags = ["--teacher-cache", str(cache), "--teacher-cache-views", str(views)]
+        seconds = self.run(folder, *self.student, "--seed", str(seed), *flags,
+                           "--teacher-cache-mode", "write")  # fmt: skip
+        return seconds, [*flags, "--teacher-cache-mode", "read"]
 
-    def cache(self, seed: int, views: int) -> Path:
-        return self.folder / "caches" / f"views{views}_seed{seed}"
+    def pace(self, seed: int) -> Pace:
+        """Measure an epoch with the teacher, writing a view and an epoch that reads, in turn."""
+        reading, writing = [], []
+        for number in range(ROUNDS):
+            name = f"pace{number}"
+            live = statistics.mean(self.train(f"{name}_live", seed, EPOCHS))
+            written, flags = self.write(seed, EPOCHS, f"{name}_cache")
+            writing.append(statistics.mean(written) / live)
+            read = self.train(f"{name}_read", seed, EPOCHS, *flags)
+            reading.append(statistics.mean(read) / live)
+        return Pace(statistics.median(reading), statistics.median(writing))
 
-    def reading(self, seed: int, views: int, mode: str = "read") -> list[str]:
-        return ["--teacher-cache", str(self.cache(seed, views)), "--teacher-cache-views",
-                str(views), "--teacher-cache-mode", mode]  # fmt: skip
+    def row(
+        self, name: str, epochs: int, training: float, writing: float,
+        flags: Callable[[int], Sequence[str]] = lambda seed: (),
+    ) -> Row:  # fmt: skip
+        """Train the students of a row, one for each seed; flags: from a seed to what is added."""
+        seeds = self.seeds if epochs else []
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda seed: self.train(name, seed, epochs, *flags(seed)), seeds))
+        logs = [last_line(self.folder / name / f"seed{seed}") for seed in seeds]
+        return Row(name, epochs, training, writing, logs)
 
 
 def some_pictures(folder: Path, count: int, to: Path) -> Path:
@@ -158,59 +192,43 @@ def timed(argv: Sequence[str]) -> int:
     return code
 
 
-def epochs_in(budget_s: float, write_s: float, epoch_s: float) -> int:
-    """Return how many whole epochs are left of a budget once the writing is paid."""
-    return max(0, int((budget_s - write_s) / epoch_s))
+def epochs_in(budget: float, writing: float, epoch: float) -> int:
+    """Return how many whole epochs are left of a time once the writing is paid."""
+    return max(0, int((budget - writing) / epoch))
 
 
-def compare_views(args: argparse.Namespace) -> tuple[Runs, list[Row]]:
-    runs, seeds = Runs(args), args.seeds
-    live = [runs.train("live", seed, args.epochs) for seed in seeds]
-    rows = [row_of("live", args.epochs, live, 0.0)]
-    budget = statistics.mean(rows[0].train_s)
-    writing = {
-        views: statistics.mean(sum(runs.write(seed, views)) for seed in seeds)
-        for views in args.views
-    }
-    some = args.views[0]
-    reading, _ = runs.train("reading", seeds[0], READING_EPOCHS, *runs.reading(seeds[0], some))
-    epoch_s = statistics.median(reading)
-    epochs = epochs_in(budget, 0.0, epoch_s)
-    alone = [runs.train("none", seed, epochs, "--distillation-type", "none") for seed in seeds]
-    rows.append(row_of("none, labels alone", epochs, alone, 0.0))
+def compare_views(args: argparse.Namespace) -> tuple[Runs, Pace, list[Row]]:
+    runs = Runs(args)
+    pace = runs.pace(args.seeds[0])
+    budget = args.epochs  # in epochs with the teacher
+    rows = [runs.row("live", args.epochs, 1.0, 0.0)]
+    epochs = epochs_in(budget, 0.0, pace.reading)
+    rows.append(runs.row("none, labels alone", epochs, epochs * pace.reading / budget, 0.0,
+                         lambda _: ("--distillation-type", "none")))  # fmt: skip
     for counted in (False, True):
-        for views, write_s in writing.items():
+        for views in args.views:
             name = f"{views} view{'s' * (views > 1)}, writing{' not' * (not counted)} counted"
-            epochs = epochs_in(budget, write_s * counted, epoch_s)
-            found = []
-            if epochs:
-                found = [
-                    runs.train(name, seed, epochs, *runs.reading(seed, views)) for seed in seeds
-                ]
-            rows.append(row_of(name, epochs, found, write_s))
-    return runs, rows
-
-
-def row_of(name: str, epochs: int, found: Sequence[tuple], write_s: float) -> Row:
-    return Row(name, epochs, [sum(s) for s, _ in found], write_s, [log for _, log in found])
+            writing = views * pace.writing
+            epochs = epochs_in(budget, writing * counted, pace.reading)
+            rows.append(runs.row(
+                name, epochs, epochs * pace.reading / budget, writing / budget,
+                lambda seed, views=views: runs.write(seed, views)[1]))  # fmt: skip
+    return runs, pace, rows
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return the rows in Markdown; seconds are means over the seeds."""
-    lines = ["| the teacher's answers | epochs | training, s | writing, s | top-1, % | "
-             "EMA top-1, % | train loss |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    """Return the rows in Markdown; times are parts of the live run's."""
+    lines = ["| the teacher's answers | epochs | training, of the live run's time | writing | "
+             "top-1, % | EMA top-1, % | train loss |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
-        write_s = f"{row.write_s:.0f}" if row.write_s else "–"
-        cells = ["0", "–", write_s, "writing takes all the time", "", ""]
-        if row.logs:
-            cells = [str(row.epochs), f"{statistics.mean(row.train_s):.0f}", write_s]
-            cells += [compare.spread([log.get(key) for log in row.logs])
-                      for key in ("test_acc1", "ema_acc1", "train_loss")]  # fmt: skip
+        cells = [str(row.epochs), f"{row.training:.2f}", f"{row.writing:.2f}"]
+        cells += [compare.spread([log.get(key) for log in row.logs])
+                  for key in ("test_acc1", "ema_acc1", "train_loss")]  # fmt: skip
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def about(args: argparse.Namespace, runs: Runs) -> list[str]:
+def about(args: argparse.Namespace, runs: Runs, pace: Pace) -> list[str]:
     """Return in words what was run, on what, and by which command."""
     import timm
     import torch
@@ -219,10 +237,12 @@ def about(args: argparse.Namespace, runs: Runs) -> list[str]:
     machine = f"{platform.machine()}, {args.threads} CPU thread(s) per run"
     if args.device != "cpu":
         machine = torch.cuda.get_device_name(args.device)
-    kind = "CPU seconds" if runs.clock == "cpu" else "wall-clock seconds"
+    kind = "processor" if runs.clock == "cpu" else "clock"
     return ["", f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last "
-            f"epoch. Student {args.student}, teacher {args.teacher} "
-            f"({runs.teacher_acc1:.1f} %); {kind} of training and writing.", "", "```", command,
+            f"epoch. Student {args.student}, teacher {args.teacher} ({runs.teacher_acc1:.1f} %). "
+            f"By the {kind}, an epoch that reads takes {pace.reading:.2f} of an epoch with the "
+            f"teacher, writing a view {pace.writing:.2f}: medians of {ROUNDS} rounds.", "",
+            "```", command,
             "```", "", f"Commit {compare.commit()}, torch {torch.__version__.split('+')[0]}, timm "
             f"{timm.__version__}, {machine}.", ""]  # fmt: skip
 
@@ -230,11 +250,12 @@ def about(args: argparse.Namespace, runs: Runs) -> list[str]:
 def main() -> int:
     if sys.argv[1:2] == ["--timed"]:  # a run, in a process of its own
         return timed(sys.argv[2:])
-    args = parser().parse_args()
-    runs, rows = compare_views(args)
-    text = "\n".join(table(rows) + about(args, runs))
+    args = _parser().parse_args()
+    runs, pace, rows = compare_views(args)
+    text = "\n".join(table(rows) + about(args, runs, pace))
     print(text)
-    for path, content in ((args.write, text), (args.json, json.dumps([vars(r) for r in rows]))):
+    numbers = {"pace": vars(pace), "rows": [vars(row) for row in rows]}
+    for path, content in ((args.write, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
