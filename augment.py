@@ -270,7 +270,7 @@ SHIFTS: dict[str, tuple[str, Callable[[float, int, int], np.ndarray]]] = {
 
 @dataclass(frozen=True)
 class Shift:
-    """One of timm's operations in `SHIFTS`, done row by row where it is bicubic."""
+    """One of timm's operations in `SHIFTS`, done row by row where it is bicubic or bilinear."""
 
     exact: Callable[..., Image.Image]
     name: str
@@ -279,14 +279,15 @@ class Shift:
         mode = options["resample"]
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        if mode != Image.Resampling.BICUBIC:
+        cubic = mode == Image.Resampling.BICUBIC
+        if not cubic and mode != Image.Resampling.BILINEAR:
             return self.exact(image, level, **(options | {"resample": mode}))
         along, shifts = SHIFTS[self.name]
         pixels_by = shifts(level, image.height, image.width)
         if along == "rows":
-            return pixels.shift_rows(image, pixels_by, options["fillcolor"])
+            return pixels.shift_rows(image, pixels_by, options["fillcolor"], cubic=cubic)
         turned = image.transpose(Image.Transpose.TRANSPOSE)
-        turned = pixels.shift_rows(turned, pixels_by, options["fillcolor"])
+        turned = pixels.shift_rows(turned, pixels_by, options["fillcolor"], cubic=cubic)
         return turned.transpose(Image.Transpose.TRANSPOSE)
 
 

@@ -5,6 +5,8 @@ models' business. `save_atomically` writes a run's own files; what is in them is
 """
 
 import argparse
+import errno
+import fcntl
 import hashlib
 import logging
 import os
@@ -12,13 +14,15 @@ import pathlib
 import pickle
 import re
 import shutil
+import socket
 import struct
+import time
 import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import torch
@@ -30,6 +34,8 @@ _logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
+LOCK = ".lock"  # in a run's folder
+PATIENCE_S, PATIENCE_AFAR_S = 10.0, 120.0
 MOST_WORDS = 300_000  # the largest models have some ten thousand parameters
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError,
               IndexError, TypeError, ImportError, AssertionError, ArithmeticError, MemoryError,
@@ -48,11 +54,12 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
         the first process downloads.
     Nothing in the file is executed: pickles are read with `weights_only=True`, and types that old
     DeiT files need (Namespace, PosixPath) come from an allow-list.
-    Raises UserError, in one line, for what is missing, damaged, no such file, or wants more.
+    Raises Damaged, in one line, for what is missing, cut short, something else, or wants more, and
+    UserError for what cannot be read or fetched at all.
     """
     path = fetch(str(source)) if is_url(str(source)) else Path(source)
     if not path.exists():
-        raise UserError(f"{source}: not there; give a checkpoint file or URL")
+        raise Damaged(f"{source}: not there; give a checkpoint file or URL")
     if path.is_dir():
         raise Damaged(f"{source}: is a folder; give a checkpoint file in it")
     if not path.is_file():
@@ -61,7 +68,7 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
         raise Damaged(f"{source}: is empty; copy or download it again")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, Mapping):
-        raise UserError(f"{source}: holds a {type(content).__name__}, not a dict of weights")
+        raise Damaged(f"{source}: holds a {type(content).__name__}, not a dict of weights")
     return dict(content)
 
 
@@ -72,7 +79,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({_brief(error)})") from error
+        raise Damaged(f"{path}: not a readable safetensors file ({_brief(error)})") from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -147,6 +154,25 @@ def _check_tensors(content: Any) -> None:
 
 def is_finite(value: torch.Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
+
+
+def check_numbers(
+    found: Mapping[str, Any], ours: Mapping[str, Any], *, same_type: bool = False
+) -> None:
+    """Raise ValueError where torch would round, cut or take in what is no number, in silence.
+
+    same_type: of the very type that ours has; else floating point of any precision may stand for
+        any other. Names and shapes are torch's to check.
+    """
+    for name, own in ours.items():
+        value = found.get(name)
+        if not isinstance(value, torch.Tensor):
+            continue
+        alike = value.is_floating_point() == own.is_floating_point() and not value.is_complex()
+        if not alike or (same_type and value.dtype != own.dtype):
+            raise ValueError(f"{name} is {value.dtype}, not {own.dtype}")
+        if not is_finite(value) and is_finite(own):
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 def _brief(error: BaseException) -> str:
@@ -321,6 +347,40 @@ def make_folder(folder: str | Path) -> None:
         raise UserError(
             f"--output_dir {folder}: cannot be written to ({error.strerror}); choose another"
         ) from error
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Return a file that keeps other processes from writing a run in `folder` while it is open.
+
+    The kernel lets it go with its process, however that ends. A holder on this machine is given
+    `PATIENCE_S` to end, another machine's longer: a file server is slow to miss one that died.
+    Where the file system knows no locks there is none. Raises UserError if it stays taken.
+    """
+    file = (folder / LOCK).open("a+")
+    started, told = time.monotonic(), False
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return file
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        patience = PATIENCE_S if holder.endswith(f" {socket.gethostname()}") else PATIENCE_AFAR_S
+        if time.monotonic() - started > patience:
+            file.close()
+            raise UserError(
+                f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"
+            )
+        if not told:
+            _logger.warning("%s: waiting for %s, which writes its run there", folder, holder)
+            told = True
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def to_plain(value: Any) -> Any:

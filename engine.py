@@ -187,6 +187,9 @@ def train_one_epoch(
         if bad.too_many(max_bad_steps, look=due):
             place = {
                 "epoch": epoch,
+                "update": epoch * updates + update,
+                "updates_per_epoch": updates,
+                "num_classes": getattr(network.network, "num_classes", None),
                 "seed": seed,
                 "model": network.network.state_dict(),
                 "projections": getattr(network, "projections", nn.Module()).state_dict(),

@@ -89,40 +89,44 @@ def normalize(picture: Picture | Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     mean, std: (3, 1, 1), of values in [0, 1].
     """
-    if not isinstance(picture, Tensor):
+    if isinstance(picture, Image.Image):  # whose bands are split faster than an array is turned
+        bands = b"".join(band.tobytes() for band in picture.split())
+        shape = (3, picture.height, picture.width)
+        picture = torch.frombuffer(bytearray(bands), dtype=torch.uint8).view(shape)
+    elif not isinstance(picture, Tensor):
         picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     return picture.contiguous().float().div_(255).sub_(mean).div_(std)
 
 
-def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any) -> Image.Image:
-    """Return the picture with pixel (x, y) taken from (x + shifts[y], y), bicubic.
+def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any, *, cubic: bool) -> Image.Image:
+    """Return the picture with pixel (x, y) taken from (x + shifts[y], y), bicubic or bilinear.
 
     shifts: (H,) in pixels. What comes from outside is `fill`. Differs from Pillow's affine
-    transform by 1 step at most, in two values of a thousand (float32 here, float64 there).
+    transform by 1 step at most, in two values of a thousand; in up to one of ten where the shift's
+    fraction is a simple one: there many results are whole, which Pillow often rounds down.
     """
     pixels = np.asarray(image)  # (H, W, 3)
     height, width = pixels.shape[:2]
     first = np.floor(shifts).astype(np.int64)  # from which whole pixel on
     margin = int(np.abs(first).max()) + 2
-    wide = np.empty((height, width + 2 * margin, 3), np.uint8)  # the border pixels go on outside
-    wide[:, :margin], wide[:, -margin:] = pixels[:, :1], pixels[:, -1:]
+    wide = np.empty((height, width + 2 * margin, 3), np.uint8)
     wide[:, margin:-margin] = pixels
+    wide[:, margin - 2 : margin] = pixels[:, :1]  # the border goes on outside, as far as the
+    wide[:, -margin : width + margin + 2] = pixels[:, -1:]  # taps of a pixel inside reach
     starts = np.arange(height) * (width + 2 * margin) + first + margin - 1
     taps = sliding_window_view(wide.reshape(-1), 3 * (width + 3))[3 * starts]
     part = torch.from_numpy(shifts - first)[:, None]  # (H, 1)
-    # The cubic with a = -1 through four pixels, as the second plus shares of the three steps, which
-    # leaves an even area exactly as it is.
-    shares = torch.stack([part * (1 - part) ** 2, part, part**2 * (part - 1)]).float()
     values = torch.from_numpy(taps).float()  # (H, 3 (W + 3))
     steps = values[:, 3:] - values[:, :-3]  # from each pixel to the next
     mixed = values[:, 3 : 3 * (width + 1)]
-    for i, share in enumerate(shares):
-        mixed.addcmul_(steps[:, 3 * i : 3 * (i + width)], share)
+    # The cubic with a = -1 through four pixels, as the second plus shares of the three steps, which
+    # leaves an even area exactly as it is.
+    shares = {0: part * (1 - part) ** 2, 1: part, 2: part**2 * (part - 1)} if cubic else {1: part}
+    for i, share in shares.items():
+        mixed.addcmul_(steps[:, 3 * i : 3 * (i + width)], share.float())
     found = mixed.clamp_(0, 255).to(torch.uint8).numpy().reshape(height, width, 3)
+    filled = np.full((width, 3), fill, np.uint8)
     inside = np.clip(np.ceil([-0.5 - shifts, width - 0.5 - shifts]), 0, width).astype(np.int64)
-    for row, (start, end) in enumerate(inside.T.tolist()):
-        if start > 0:
-            found[row, :start] = fill
-        if end < width:
-            found[row, end:] = fill
+    for row, start, end in zip(found, *inside.tolist()):
+        row[:start], row[end:] = filled[:start], filled[end:]
     return Image.fromarray(found)

@@ -100,6 +100,19 @@ class Keeper:
         self._agree = distributed.Agreement(device)
         self._saved_at = time.monotonic()
 
+    def move_in(self, *, fresh: bool) -> None:
+        """Take the folder for this run alone, without what a kill or (fresh) an earlier one left.
+
+        For the first process. Raises UserError while another run writes there.
+        """
+        if self.folder is None:
+            return
+        self._lock = checkpoint.lock_folder(self.folder)
+        for leftover in self.folder.glob(".*.[0-9]*.tmp"):
+            leftover.unlink(missing_ok=True)
+        if fresh:
+            set_aside(self.folder)
+
     # ---- when to save, when to stop
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -212,7 +225,9 @@ class Keeper:
 
         def usable(path: Path) -> None:
             saved = load_run(path)
-            if not any(self._changes(saved)):  # else it may be whole, and of another run
+            # To see whether all of it fits, take it up here; all processes do so again below, from
+            # the file that is chosen. One of other settings may be whole and of another run.
+            if not any(self._changes(saved)):
                 self._restore(path, saved)
             found.update(saved)
 
@@ -267,7 +282,7 @@ class Keeper:
             for name, part in self.parts.items():
                 if name in saved:
                     if name in WEIGHTS:
-                        check_weights(saved[name], part.state_dict())
+                        checkpoint.check_numbers(saved[name], part.state_dict(), same_type=True)
                     if name == "optimizer":
                         check_optimizer_state(saved[name], part)
                     part.load_state_dict(saved[name])
@@ -423,22 +438,6 @@ def differ(one: Any, other: Any) -> bool:
         return True
 
 
-def check_weights(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raise ValueError for another type of number, and for what is none where ours is one.
-
-    Shapes and names are torch's to check.
-    """
-    for name, value in ours.items():
-        found = saved.get(name)
-        if not isinstance(found, Tensor):
-            continue
-        if found.dtype != value.dtype:
-            raise ValueError(f"{name} is {found.dtype}, not {value.dtype}")
-        finite = checkpoint.is_finite
-        if found.shape == value.shape and not finite(found) and finite(value):
-            raise ValueError(f"{name} holds values that are not finite")
-
-
 def alike(found: Any, ours: Any) -> bool:
     """Return whether a setting of an optimizer can stand for ours: switches, numbers, pairs."""
     if ours is None or isinstance(ours, bool):
@@ -488,11 +487,8 @@ def build_keeper(
         settings=vars(args), facts=facts, steps=steps, device=device, keep=args.keep_checkpoints,
         every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
     )  # fmt: skip
-    if keeper.folder is not None and distributed.is_main():
-        for leftover in keeper.folder.glob(".*.[0-9]*.tmp"):  # of a run killed while it wrote
-            leftover.unlink(missing_ok=True)
-    if keeper.folder is not None and not args.resume and not args.check:
-        distributed.on_main(lambda: set_aside(keeper.folder))
+    if not args.check:
+        distributed.on_main(lambda: keeper.move_in(fresh=not args.resume))
     if args.resume:
         where = keeper.resume(args.resume, anyway=args.resume_anyway)
         _logger.info("resume: %s", where)

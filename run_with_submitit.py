@@ -75,7 +75,10 @@ class Trainer:
         requeue = signal.getsignal(usual)  # submitit's handler, which main.py replaces
         heard: list[int] = []
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-        code = main.run(self.command(job.job_id, restarts), on_stop=heard.append)
+        command = self.command(job.job_id, restarts)
+        if job.global_rank == 0:
+            forget_meetings(Path(command[-1].removeprefix("file://")))
+        code = main.run(command, on_stop=heard.append)
         # SIGTERM is a preemption, after which Slurm requeues by itself, or the user's scancel
         if code == EXIT_STOPPED and heard[0] != signal.SIGTERM:
             requeue(usual, None)  # type: ignore[operator, misc]
@@ -104,6 +107,13 @@ class Trainer:
             *self.argv, "--output-dir", str(output_dir), "--resume", self.resume,
             "--dist-url", f"file://{meeting}",
         ]  # fmt: skip
+
+
+def forget_meetings(current: Path) -> None:
+    """Remove the files in which the processes of a job's earlier starts met."""
+    job, _, restarts = current.name.rpartition("-")
+    for number in range(int(restarts)):
+        current.with_name(f"{job}-{number}").unlink(missing_ok=True)
 
 
 def slurm_parameters(request: argparse.Namespace) -> dict[str, object]:

@@ -4,6 +4,7 @@ Shapes: B batch, C classes. A teacher is a function from the student's pictures 
 engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -395,10 +396,23 @@ def build_teacher(
 
 
 def _trained_with(name: str, path: str) -> dict[str, Any]:
-    """Return the settings of the run that left the file, where this repository's did."""
+    """Return the settings of the run that left the file, where this repository's did.
+
+    Raises UserError for an input size, mean or std that is none.
+    """
     settings = checkpoint.read_weights_file(path).get("args") if path else None
-    ours = isinstance(settings, dict) and settings.get("model") == name
-    return settings if ours else {}
+    if not isinstance(settings, dict) or settings.get("model") != name:
+        return {}
+    for key, kind, counts in (
+        ("input_size", int, (1, 2)), ("mean", int | float, (3,)), ("std", int | float, (3,)),
+    ):  # fmt: skip
+        value = settings.get(key)
+        fit = isinstance(value, list | tuple) and len(value) in counts and all(
+            isinstance(n, kind) and math.isfinite(n) and (key == "mean" or n > 0) for n in value
+        )  # fmt: skip
+        if value is not None and not fit:
+            raise UserError(f"--teacher-path {path}: its settings have {key} {value!r}: damaged")
+    return settings
 
 
 def _network(

@@ -62,7 +62,7 @@ def _load(network: nn.Module, source: str, weights: Weights, without_head: bool)
     ]
     if set(weights) != set(wanted) or wrong:
         raise UserError(f"{source}: {_why_not(weights, wanted, wrong, network)}")
-    check_numbers(weights, wanted)
+    checkpoint.check_numbers(weights, wanted)
     network.load_state_dict(weights)
 
 
@@ -78,21 +78,6 @@ def _in_one_line(source: str) -> Iterator[None]:
         raise UserError(f"{source}: its weights do not fit the model ({reason})") from error
 
 
-def check_numbers(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where torch would round, cut or take in what is no number, in silence.
-
-    Floating point of any precision may stand for any other.
-    """
-    for name, own in wanted.items():
-        value = weights.get(name)
-        if value is None:
-            continue
-        if value.is_floating_point() != own.is_floating_point() or value.is_complex():
-            raise ValueError(f"{name} is {value.dtype}, not {own.dtype}")
-        if not checkpoint.is_finite(value) and checkpoint.is_finite(own):
-            raise ValueError(f"{name} holds values that are not finite")
-
-
 def read_weights(source: str, key: str | None = None) -> Weights:
     """Return the state dict of a file, without its wrappers and the prefixes on its names."""
     content = checkpoint.read_weights_file(source)
@@ -105,6 +90,8 @@ def read_weights(source: str, key: str | None = None) -> Weights:
         weights = held[0] if held else content
     if not _is_weights(weights):
         raise UserError(f"{source}: holds no weights, only {_some(content)}")
+    if nameless := [key for key in weights if not isinstance(key, str)]:
+        raise UserError(f"{source}: {_some(nameless)} is no name of a tensor; damaged or changed")
     weights = {name: value for name, value in weights.items() if _is_entry(name, value)}
     for prefix in WRAPPERS:
         if all(name.startswith(prefix) for name in weights):
@@ -245,7 +232,7 @@ def _finetune(network: nn.Module, source: str, weights: Weights) -> FinetuneRepo
     wanted = network.state_dict()
     if not set(weights) & set(wanted):
         weights = _in_timms_names(weights, network)
-    check_numbers(weights, wanted)
+    checkpoint.check_numbers(weights, wanted)
     taken: Weights = {}
     resampled: list[str] = []
     for name, value in weights.items():

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -209,3 +210,28 @@ def test_a_worker_that_dies_while_a_file_is_written_is_not_taken_for_a_full_disk
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         checkpoint.save_atomically({}, tmp_path / "run.pth")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_one_runs_alone_until_its_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.3)
+    hold = (
+        "import sys, pathlib, checkpoint\n"
+        "file = checkpoint.lock_folder(pathlib.Path(sys.argv[1]))\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], cwd=Path(checkpoint.__file__).parent,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"process {other.pid} on .* writes its run there"):
+            checkpoint.lock_folder(tmp_path)
+    finally:
+        other.kill()
+        other.wait()
+    with checkpoint.lock_folder(tmp_path):
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()

@@ -14,6 +14,7 @@ import cache
 import checkpoint
 import metrics
 import resume
+from tools import replay
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +158,30 @@ def kd_loss(logits_S, logits_T, temperature=1):
 
 losses.KD_LOSS_MAP["odd"] = kd_loss
 """
+
+
+def test_a_bad_batch_is_computed_again_to_the_bit(
+    run_inside, folder_flags: list[str], small_teacher: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "odd.py").write_text(PLUGIN.replace("== 1 and", "== 0 and"))
+    out = tmp_path / "out"
+    result = run_inside(
+        *folder_flags, *taught_by(small_teacher), "--plugin", str(tmp_path / "odd.py"),
+        "--kd-loss-type", "odd", "--num_workers", "0", "--max-bad-steps", "1", "--match",
+        "feature=hidden,loss=hidden_mse,layer_S=4,layer_T=-1,proj=linear,tokens=patch,resize=avg",
+        "--output_dir", str(out),
+    )  # fmt: skip
+    assert result.returncode == 2 and "bad_batch.pth" in result.stderr, result.stderr
+    torch.manual_seed(1)  # of no consequence
+    saved, again = replay.replay(out / "bad_batch.pth")
+    finite = {name for name, value in saved["terms"].items() if torch.isfinite(value)}
+    assert len(finite) >= 2 and finite != set(saved["terms"])
+    for name in finite:
+        assert torch.equal(again[name], saved["terms"][name]), name
+    assert replay.tell([str(out / "bad_batch.pth")]) == 0
+    assert "the run" in capsys.readouterr().out
+    assert replay.tell([str(out / "checkpoint.pth")]) == 2
+    assert "no bad_batch.pth" in capsys.readouterr().err
 
 
 def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(

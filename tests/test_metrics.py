@@ -75,6 +75,16 @@ def test_no_epoch_comes_twice_and_a_half_written_line_goes(tmp_path: Path) -> No
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2]
 
 
+def test_what_is_not_finite_is_null_in_the_log_which_stays_json(tmp_path: Path) -> None:
+    log = metrics.RunLog(str(tmp_path))
+    log.epoch(0, {"loss": math.nan}, {"loss": math.inf, "acc1": 3.0}, {}, 7, 8)
+    log.close()
+    line = (tmp_path / "log.txt").read_text()
+    record = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert record["train_loss"] is None and record["test_loss"] is None
+    assert record["test_acc1"] == 3.0
+
+
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = metrics.RunLog("")

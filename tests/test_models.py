@@ -309,6 +309,7 @@ def positions(value: torch.Tensor):
 
 STRANGE = {
     "numbers for names": lambda weights: {1: torch.ones(1)},
+    "a number among names": lambda weights: weights | {1: torch.ones(1)},
     "flat positions": positions(torch.zeros(5)),
     "no positions": positions(torch.zeros(1, 0, 8)),
     "positions without numbers": positions(torch.empty(1, 17, 8, device="meta")),

@@ -235,6 +235,27 @@ def test_auto_falls_back_over_damaged_files_and_says_so(
     assert "best_checkpoint.pth, epoch 1" in keeper(tmp_path).resume("auto")
 
 
+@pytest.mark.parametrize("kind", ["link to nothing", "tensor", "safetensors"])
+def test_auto_falls_back_over_what_took_the_place_of_a_checkpoint(
+    tmp_path: Path, kind: str
+) -> None:
+    first = keeper(tmp_path)
+    first.end_epoch(2.0)
+    first.end_epoch(1.0)
+    newest = tmp_path / "checkpoint.pth"
+    newest.unlink()
+    if kind == "link to nothing":
+        newest.symlink_to(tmp_path / "gone")
+    elif kind == "tensor":
+        torch.save(torch.zeros(2), newest)
+    else:
+        target = tmp_path / "x.safetensors"
+        target.write_bytes(b"nothing of the kind")
+        newest.symlink_to(target)
+    assert "checkpoint-1.pth, epoch 1" in keeper(tmp_path).resume("auto")
+    assert os.path.lexists(tmp_path / "checkpoint.pth.damaged")
+
+
 def test_auto_does_not_begin_again_over_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(b"PK\x03\x04, once upon a time")
     with pytest.raises(UserError, match="no checkpoint in .* can be read"):

@@ -1,6 +1,7 @@
 """The teacher: frozen, fed what it was trained on, refused when it cannot teach."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,20 @@ def test_a_teacher_of_ours_sees_what_it_was_trained_with(name: str, tmp_path: Pa
     teacher = build(3, *flags)
     assert teacher.adapter.size == (64, 64) and not teacher.adapter.renormalises  # HALF's too
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("input_size", "wide"), ("input_size", [0]), ("mean", [0.5]),
+                   ("std", [0.5, 0.0, 0.5]), ("std", torch.ones(3))],
+)  # fmt: skip
+def test_settings_that_are_none_are_refused_in_one_line(
+    key: str, value: Any, tmp_path: Path
+) -> None:
+    network = models.create_model("resnet_pico", num_classes=3)
+    settings = {"model": "resnet_pico", key: value}
+    torch.save({"model": network.state_dict(), "args": settings}, tmp_path / "teacher.pth")
+    with pytest.raises(UserError, match=f"its settings have {key}"):
+        build(3, "--teacher-model", "resnet_pico", "--teacher-path", str(tmp_path / "teacher.pth"))
 
 
 def test_a_compiled_teacher_is_so_in_training_alone_and_says_the_same() -> None:

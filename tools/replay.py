@@ -1,0 +1,115 @@
+"""Compute the loss of a bad batch again: print its terms, in the run and here.
+
+    python tools/replay.py OUT/bad_batch.pth
+    python tools/replay.py OUT/bad_batch.pth --amp off --device cpu
+
+A run that --max-bad-steps has ended leaves the file: the pictures as they were mixed, labels, the
+teacher's answer, weights and projections. The draws (stochastic depth, dropout) follow from seed,
+epoch, step and process, so that on the run's device and in its precision the terms are the run's.
+Another --amp tells whether precision was to blame.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+import distributed  # noqa: E402
+import engine  # noqa: E402
+import main  # noqa: E402
+import matching  # noqa: E402
+import models  # noqa: E402
+import objective  # noqa: E402
+import options  # noqa: E402
+import teachers  # noqa: E402
+from errors import UserError  # noqa: E402
+
+NEEDED = ("args", "images", "labels", "teacher_outputs", "terms", "model", "projections", "seed",
+          "epoch", "micro_step", "rank", "update", "updates_per_epoch", "num_classes")  # fmt: skip
+
+
+def tell(argv: Sequence[str] | None = None) -> int:
+    parser = options.Parser("replay.py", description=__doc__.split("\n")[0])
+    parser.add_argument("batch", type=Path, help="bad_batch.pth of a run")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="default: the run's")
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args(argv)
+    try:
+        saved, found = replay(given.batch, amp=given.amp, device=given.device)
+    except UserError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        return 2
+    print(f"epoch {saved['epoch']}, step {saved['micro_step']}, process {saved['rank']}")
+    print(f"{'':20}{'the run':>15}{'here':>15}")
+    for name, was in saved["terms"].items():
+        print(f"{name:20}{float(was):15.8g}{float(found[name]):15.8g}")
+    return 0
+
+
+def replay(
+    path: Path, *, amp: str | None = None, device: str = "auto"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what the file holds, and the loss and its terms as computed here.
+
+    amp: off, bf16, fp16 or auto; None is the run's. Raises UserError for any other file.
+    """
+    saved = checkpoint.read_weights_file(path)
+    if missing := [key for key in NEEDED if key not in saved]:
+        raise UserError(f"{path}: has no {', '.join(missing)}, so it is no bad_batch.pth")
+    settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
+    args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
+    for plugin in args.plugin:
+        matching.load_plugin(plugin)
+    return saved, build_terms(args, saved, distributed.init_processes(device))
+
+
+def build_terms(
+    args: argparse.Namespace, saved: Mapping[str, Any], processes: distributed.Processes
+) -> dict[str, Tensor]:
+    """Return the loss and its unweighted terms of a saved batch. Raises UserError."""
+    device, classes = processes.device, int(saved["num_classes"])
+    amp_dtype = main.pick_amp(args.amp, device)
+    teacher_amp = (
+        amp_dtype if args.teacher_amp == "auto" else main.pick_amp(args.teacher_amp, device)
+    )
+    inputs = models.build_input_config(args)
+    start = {"pretrained": False, "finetune": ""}  # the weights are in the file
+    student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
+    models.fast.set_attention(
+        student.network, fused=models.fast.prefers_fused_attention(device.type, amp_dtype)
+    )
+    teacher = teachers.build_teacher(args, classes, inputs, device, teacher_amp)
+    criterion = objective.build_objective(
+        args, student.to(device), teacher, mixing=saved["labels"].dim() == 2,
+        input_size=inputs.input_size, total_updates=args.epochs * saved["updates_per_epoch"],
+    )  # fmt: skip
+    if hasattr(criterion, "at_update"):
+        criterion.at_update(saved["update"])
+    student.network.load_state_dict(saved["model"])
+    if saved["projections"]:
+        student.projections.load_state_dict(saved["projections"])
+    images, labels = saved["images"].to(device), saved["labels"].to(device)
+    answers = saved["teacher_outputs"]
+    if isinstance(answers, Mapping):  # what it saw inside is asked for again
+        answers = teacher(images)
+    elif answers is not None:
+        answers = (
+            answers.to(device) if isinstance(answers, Tensor) else [a.to(device) for a in answers]
+        )
+    student.train(args.train_mode)
+    engine.seed_step(saved["seed"], "step", saved["epoch"], saved["micro_step"], saved["rank"])
+    with engine.autocast(device, amp_dtype):
+        outputs = student(images)
+    loss = criterion(images, outputs, labels, teacher_outputs=answers)
+    return {"loss": loss.detach(), **criterion.terms}
+
+
+if __name__ == "__main__":
+    sys.exit(tell())
