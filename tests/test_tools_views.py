@@ -27,15 +27,21 @@ def test_some_pictures_are_as_many_of_each_class_and_all_to_test_on(picture_fold
     assert compare_views.some_pictures(picture_folder, 8, tmp_path) == found, "again"
 
 
-def test_a_row_tells_what_left_no_time_to_train() -> None:
+def test_the_rows_fill_the_live_runs_time() -> None:
     logs = [{"test_acc1": 40.0, "train_loss": 1.5}, {"test_acc1": 42.0, "train_loss": 1.7}]
-    rows = [
-        compare_views.Row("live", 5, 1.0, 0.0, logs),
-        compare_views.Row("16 views, writing counted", 0, 0.0, 2.5, []),
+    rows = compare_views.rows_of(10, [1, 8], compare_views.Pace(reading=0.4, writing=1.5))
+    told = {row.name: logs if row.epochs else [] for row in rows}
+    lines = compare_views.table(rows, told)[2:]
+    assert lines[0] == "| live | 10 | 1.00 | 0.00 | 41.00 ± 1.41 | – | 1.60 ± 0.14 |"
+    start = [" | ".join(line.split(" | ")[:4]) for line in lines[1:]]
+    assert start == [
+        "| none, labels alone | 25 | 1.00 | 0.00",
+        "| 1 view, writing not counted | 25 | 1.00 | 0.15",
+        "| 8 views, writing not counted | 25 | 1.00 | 1.20",
+        "| 1 view, writing counted | 21 | 0.84 | 0.15",
+        "| 8 views, writing counted | 0 | 0.00 | 1.20",
     ]
-    live, none = compare_views.table(rows)[2:]
-    assert live == "| live | 5 | 1.00 | 0.00 | 41.00 ± 1.41 | – | 1.60 ± 0.14 |"
-    assert none == "| 16 views, writing counted | 0 | 0.00 | 2.50 | – | – | – |"
+    assert lines[-1].endswith("| – | – | – |")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,17 +43,18 @@ class Pace:
 
 @dataclass(frozen=True)
 class Row:
-    """What a row of the table was: runs over the seeds, all of so many epochs.
+    """What a row of the table is: a run for each seed.
 
-    training, writing: their time by the pace, where the whole live run takes 1; logs: the last line
-    of each seed's log.txt.
+    epochs: of each run. views: of the cache that is read, or 0. training, writing: their time by
+    the pace, where the whole live run takes 1. flags: what is added to the runs'.
     """
 
     name: str
     epochs: int
-    training: float
-    writing: float
-    logs: Sequence[dict[str, Any]]
+    views: int = 0
+    training: float = 1.0
+    writing: float = 0.0
+    flags: Sequence[str] = ()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,16 +139,24 @@ class Runs:
             reading.append(statistics.mean(read) / live)
         return Pace(statistics.median(reading), statistics.median(writing))
 
-    def row(
-        self, name: str, epochs: int, training: float, writing: float,
-        flags: Callable[[int], Sequence[str]] = lambda seed: (),
-    ) -> Row:  # fmt: skip
-        """Train the students of a row, one for each seed; flags: from a seed to what is added."""
-        seeds = self.seeds if epochs else []
+    def train_all(self, rows: Sequence[Row]) -> dict[str, list[dict[str, Any]]]:
+        """Train the rows' students; return the last lines of their log.txt, by row."""
+        views = {row.views for row in rows if row.views and row.epochs}
+        pairs = [(row, seed) for row in rows if row.epochs for seed in self.seeds]
+
+        def train(row: Row, seed: int) -> dict[str, Any]:
+            flags = self.write(seed, row.views)[1] if row.views else row.flags
+            self.train(row.name, seed, row.epochs, *flags)
+            return last_line(self.folder / row.name / f"seed{seed}")
+
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda seed: self.train(name, seed, epochs, *flags(seed)), seeds))
-        logs = [last_line(self.folder / name / f"seed{seed}") for seed in seeds]
-        return Row(name, epochs, training, writing, logs)
+            list(pool.map(self.write, self.seeds * len(views),
+                          [each for each in sorted(views) for _ in self.seeds]))  # fmt: skip
+            logs = list(pool.map(train, *zip(*pairs)))
+        found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+        for (row, _), log in zip(pairs, logs):
+            found[row.name].append(log)
+        return found
 
 
 def some_pictures(folder: Path, count: int, to: Path) -> Path:
@@ -197,32 +206,28 @@ def epochs_in(budget: float, writing: float, epoch: float) -> int:
     return max(0, int((budget - writing) / epoch))
 
 
-def compare_views(args: argparse.Namespace) -> tuple[Runs, Pace, list[Row]]:
-    runs = Runs(args)
-    pace = runs.pace(args.seeds[0])
-    budget = args.epochs  # in epochs with the teacher
-    rows = [runs.row("live", args.epochs, 1.0, 0.0)]
-    epochs = epochs_in(budget, 0.0, pace.reading)
-    rows.append(runs.row("none, labels alone", epochs, epochs * pace.reading / budget, 0.0,
-                         lambda _: ("--distillation-type", "none")))  # fmt: skip
+def rows_of(epochs: int, views: Sequence[int], pace: Pace) -> list[Row]:
+    """Return the rows of the table. epochs: of the live run, whose time is everybody's."""
+    alone = epochs_in(epochs, 0.0, pace.reading)
+    rows = [Row("live", epochs),
+            Row("none, labels alone", alone, training=alone * pace.reading / epochs,
+                flags=("--distillation-type", "none"))]  # fmt: skip
     for counted in (False, True):
-        for views in args.views:
-            name = f"{views} view{'s' * (views > 1)}, writing{' not' * (not counted)} counted"
-            writing = views * pace.writing
-            epochs = epochs_in(budget, writing * counted, pace.reading)
-            rows.append(runs.row(
-                name, epochs, epochs * pace.reading / budget, writing / budget,
-                lambda seed, views=views: runs.write(seed, views)[1]))  # fmt: skip
-    return runs, pace, rows
+        for each in views:
+            name = f"{each} view{'s' * (each > 1)}, writing{' not' * (not counted)} counted"
+            writing = each * pace.writing
+            left = epochs_in(epochs, writing * counted, pace.reading)
+            rows.append(Row(name, left, each, left * pace.reading / epochs, writing / epochs))
+    return rows
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Return the rows in Markdown; times are parts of the live run's."""
+def table(rows: Sequence[Row], logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """Return the rows in Markdown; times are parts of the live run's. logs: by row."""
     lines = ["| the teacher's answers | epochs | training, of the live run's time | writing | "
              "top-1, % | EMA top-1, % | train loss |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         cells = [str(row.epochs), f"{row.training:.2f}", f"{row.writing:.2f}"]
-        cells += [compare.spread([log.get(key) for log in row.logs])
+        cells += [compare.spread([log.get(key) for log in logs[row.name]])
                   for key in ("test_acc1", "ema_acc1", "train_loss")]  # fmt: skip
         lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
     return lines
@@ -251,10 +256,13 @@ def main() -> int:
     if sys.argv[1:2] == ["--timed"]:  # a run, in a process of its own
         return timed(sys.argv[2:])
     args = _parser().parse_args()
-    runs, pace, rows = compare_views(args)
-    text = "\n".join(table(rows) + about(args, runs, pace))
+    runs = Runs(args)
+    pace = runs.pace(args.seeds[0])
+    rows = rows_of(args.epochs, args.views, pace)
+    logs = runs.train_all(rows)
+    text = "\n".join(table(rows, logs) + about(args, runs, pace))
     print(text)
-    numbers = {"pace": vars(pace), "rows": [vars(row) for row in rows]}
+    numbers = {"pace": vars(pace), "rows": [vars(row) | {"logs": logs[row.name]} for row in rows]}
     for path, content in ((args.write, text), (args.json, json.dumps(numbers, indent=1) + "\n")):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
