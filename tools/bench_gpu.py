@@ -38,7 +38,8 @@ def measure_gpu(args: argparse.Namespace, device: torch.device, folder: Path) ->
     if device.type != "cuda":
         return {"lines": ["### GPU", "", "Not measured: no GPU is visible. MFU and images/s end to "
                           "end need one."]}  # fmt: skip
-    peak, side = matmul_rate(device), 8192
+    side = 8192
+    peak = matmul_rate(device, side)
     found: dict[str, Any] = {"peak": peak, "students": {}, "lines": [
         f"### GPU: {torch.cuda.get_device_name(device)}", "", "MFU counts the student's three "
         f"passes alone, against {peak / 1e12:.0f} TFLOP/s, the rate of a bf16 product of {side} x "
@@ -53,7 +54,7 @@ def measure_gpu(args: argparse.Namespace, device: torch.device, folder: Path) ->
     return found
 
 
-def matmul_rate(device: torch.device, side: int = 8192) -> float:
+def matmul_rate(device: torch.device, side: int) -> float:
     """Return the FLOP/s of a product of two square bf16 matrices, the best of ten."""
     a, best = torch.randn(side, side, device=device, dtype=torch.bfloat16), 0.0
     for _ in range(10):

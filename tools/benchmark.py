@@ -273,6 +273,8 @@ def main() -> int:
     if len(args.gpu_students) != len(args.gpu_batch_size):
         raise SystemExit("give one --gpu-batch-size for each of --gpu-students")
     warnings.filterwarnings("ignore")
+    if args.torchcompile:
+        torch._dynamo.config.recompile_limit = 64  # beyond 8 networks of a kind it gives up
     device = distributed.pick_device(args.device, 0)
     found: dict[str, Any] = {"about": about(device)}
     print("\n".join(found["about"]), flush=True)
