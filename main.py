@@ -58,8 +58,7 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         _logger.warning("%s", note)
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
-    fused = models.fast.prefers_fused_attention(device.type, amp_dtype)
-    models.fast.set_attention(student.network, fused=fused)
+    models.fast.suit_device(student.network, device.type, amp_dtype)
     tell("data", loaders.describe())
     tell("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
     if args.eval:

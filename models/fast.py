@@ -1,9 +1,13 @@
-"""The same network, faster: the attention that suits the device, and a frozen network made lean.
+"""The same network, faster: attention and matrix products that suit the device, and a frozen
+network made lean.
 
 Nothing here changes what a network computes but in the last digits of its precision.
 """
 
 import copy
+import functools
+from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -14,6 +18,87 @@ from errors import UserError
 
 FOLDING_ERROR = 1e-3  # of the largest output; folding moves it by about 1e-5
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+LEAST_FEATURES = 128  # of a matrix product that is worth another library
+
+
+def suit_device(network: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
+    """Let `network` compute in the ways that measured fastest. dtype: autocast's, or None."""
+    set_attention(network, fused=prefers_fused_attention(device_type, dtype))
+    if dtype is None and device_type == "cpu" and prefers_onednn():
+        use_onednn(network)
+
+
+@functools.cache
+def prefers_onednn() -> bool:
+    """Return whether float32 products on this CPU are oneDNN's and not, as torch's, MKL's.
+
+    MKL runs at half its speed or less on AMD's CPUs with AVX-512 (measured on Zen 5: 95 against
+    205 GFLOP/s on a core). Elsewhere nothing was measured and torch's choice stays. This must not
+    be a measurement of its own, which might come out otherwise when a run goes on.
+    """
+    cpus = Path("/proc/cpuinfo")
+    return (
+        hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and cpus.is_file()
+        and "AuthenticAMD" in cpus.read_text()
+    )
+
+
+def use_onednn(network: nn.Module) -> None:
+    """Let `network`'s linear layers of `LEAST_FEATURES` and more multiply by oneDNN in float32."""
+    for module in network.modules():
+        if type(module) is nn.Linear and min(module.weight.shape) >= LEAST_FEATURES:
+            module.__class__ = OneDnnLinear
+
+
+class OneDnnLinear(nn.Linear):
+    """`nn.Linear`, whose float32 products on a CPU are oneDNN's; they differ in the last digits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        plain = input.dtype == self.weight.dtype == torch.float32 and input.device.type == "cpu"
+        if not plain or not input.numel() or torch.is_autocast_enabled("cpu"):
+            return super().forward(input)
+        return _OneDnnProduct.apply(input, self.weight, self.bias)
+
+
+class _OneDnnProduct(torch.autograd.Function):
+    """x w' + b for x (..., K), w (N, K), b (N,) or None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _times(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w), (for_x, for_w, for_b) = ctx.saved_tensors, ctx.needs_input_grad
+        rows = gradient.reshape(-1, len(w)).contiguous()
+        return (
+            _times(rows, w.t()).view_as(x) if for_x else None,
+            _times(rows.t(), x.reshape(-1, x.shape[-1]).t()) if for_w else None,
+            rows.sum(0) if for_b else None,
+        )
+
+
+def _times(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+    if torch.compiler.is_compiling():  # inductor would take weights that are constant alone
+        return _opaque_times(x, w, b)
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
+
+@torch.library.custom_op("vit_distillation::times", mutates_args=())
+def _opaque_times(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
+
+@_opaque_times.register_fake
+def _(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(w))
 
 
 def prefers_fused_attention(device_type: str, dtype: torch.dtype | None) -> bool:

@@ -55,6 +55,61 @@ def test_attention_is_plain_on_a_cpu_in_half_precision_and_fused_elsewhere() -> 
     assert fast.prefers_fused_attention("cuda", torch.bfloat16)
 
 
+def big_linear(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
+    """A linear layer and its twin that multiplies by oneDNN."""
+    torch.manual_seed(0)
+    plain = nn.Linear(160, 130, bias=bias)
+    twin = copy.deepcopy(plain)
+    fast.use_onednn(twin)
+    assert type(twin) is fast.OneDnnLinear and isinstance(twin, nn.Linear)
+    return plain, twin
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_onednns_products_and_gradients_are_torchs_to_the_last_digits(
+    bias: bool, compiled: bool
+) -> None:
+    found = []
+    for layer in big_linear(bias):
+        torch.manual_seed(1)
+        images = torch.randn(3, 7, 160).transpose(0, 1).requires_grad_()  # not contiguous
+        call = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        output = call(images)
+        output.sum(1).square().sum().backward()  # whose gradient is spread by strides of 0
+        found.append([output, images.grad, *(p.grad for p in layer.parameters())])
+    for theirs, ours in zip(*found):
+        assert theirs.shape == ours.shape
+        assert (theirs - ours).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_onednns_layers_leave_alone_what_is_not_theirs() -> None:
+    plain, twin = big_linear()
+    assert list(plain.state_dict()) == list(twin.state_dict())
+    assert type(copy.deepcopy(twin)) is fast.OneDnnLinear
+    assert twin(torch.empty(0, 160)).shape == (0, 130)
+    with torch.autocast(CPU, torch.bfloat16):
+        assert twin(torch.randn(2, 160)).dtype == torch.bfloat16
+    assert twin.double()(torch.randn(2, 160).double()).dtype == torch.float64
+    twin.float().requires_grad_(False)
+    images = torch.randn(2, 160, requires_grad=True)
+    twin(images).sum().backward()
+    assert images.grad is not None and twin.weight.grad is None
+    network = vit()  # of 64 features
+    fast.use_onednn(network)
+    assert not any(isinstance(module, fast.OneDnnLinear) for module in network.modules())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_cpu_gets_its_products_in_float32_alone(dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "prefers_onednn", lambda: True)
+    for device in (CPU, "cuda"):
+        layer = nn.Linear(128, 128)
+        fast.suit_device(layer, device, dtype)
+        theirs = device == CPU and dtype is None
+        assert type(layer) is (fast.OneDnnLinear if theirs else nn.Linear)
+
+
 @torch.no_grad()
 def test_folding_moves_a_trained_networks_logits_by_a_millionth(trained, digits) -> None:
     before = trained(digits)

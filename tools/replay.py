@@ -82,9 +82,7 @@ def build_terms(
     inputs = models.build_input_config(args)
     start = {"pretrained": False, "finetune": ""}  # the weights are in the file
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
-    models.fast.set_attention(
-        student.network, fused=models.fast.prefers_fused_attention(device.type, amp_dtype)
-    )
+    models.fast.suit_device(student.network, device.type, amp_dtype)
     teacher = teachers.build_teacher(args, classes, inputs, device, teacher_amp)
     criterion = objective.build_objective(
         args, student.to(device), teacher, mixing=saved["labels"].dim() == 2,
