@@ -172,8 +172,7 @@ class Ours:
         args = case.args("--distillation-type", kind, *compiled)
         inputs = models.build_input_config(args)
         student = models.build_student(args, CLASSES, inputs).to(case.device)
-        fused = models.fast.prefers_fused_attention(case.device.type, amp_dtype)
-        models.fast.set_attention(student.network, fused=fused)
+        models.fast.suit_device(student.network, case.device.type, amp_dtype)
         self.case, self.student, self.backend = case, student, backend
         live = teachers.build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
         self.mixup_fn = augment.build_mixup(args, CLASSES)
