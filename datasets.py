@@ -5,8 +5,6 @@ import logging
 import numbers
 import os
 import re
-import struct
-import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -22,7 +20,7 @@ from augment import InputConfig, Transform, build_transform
 from device_augment import Recorded
 from distributed import Processes, leave_signals_to_parent
 from errors import UserError
-from pixels import to_rgb
+from pixels import UNREADABLE, to_rgb
 from samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from sources import WITHOUT_FLIP, Part, Shards, Source, open_source, some
 
@@ -31,9 +29,6 @@ _logger = logging.getLogger(__name__)
 REPEATS = 3  # views of a picture in an epoch of repeated augmentation (DeiT)
 MAX_WORKERS = 10  # DeiT's --num_workers
 UNREADABLE_IN_A_ROW = 100  # more is a lost disk, not a bad picture
-# what Pillow raises for files that are no whole picture
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-              Image.DecompressionBombError)  # fmt: skip
 
 
 class Pictures(Dataset):
@@ -122,7 +117,7 @@ class Stream(IterableDataset):
     """
 
     def __init__(self, shards: Shards, transform: Transform, num_classes: int) -> None:
-        self.dataset, self.classes = shards.dataset, shards.classes
+        self.source, self.dataset, self.classes = shards, shards.dataset, shards.classes
         self.transform, self.num_classes = transform, num_classes
         self.description = (
             f"{len(self.dataset)} pictures streamed from {shards.what}, {num_classes} classes"
@@ -169,8 +164,8 @@ def build_dataset(
     if args.on_bad_image == "skip":
         bad_pictures = "replace" if is_train else "leave out"
     source = open_source(name, root, part)
-    flips = getattr(source, "flips", name not in WITHOUT_FLIP)
-    transform = build_transform(is_train, args, inputs, hflip=0.5 if flips else 0.0)
+    hflip = 0.5 if may_mirror(name, source) else 0.0
+    transform = build_transform(is_train, args, inputs, hflip=hflip)
     if is_train and args.augment_on == "device":
         transform = Recorded(transform)
     if isinstance(source, Shards):
@@ -178,6 +173,11 @@ def build_dataset(
         return Stream(source, transform, num_classes), num_classes
     num_classes = count_classes(source.classes, args.nb_classes, source.what)
     return Pictures(source, transform, num_classes, bad_pictures), num_classes
+
+
+def may_mirror(name: str, source: Source | Shards) -> bool:
+    """Return whether a mirrored picture of the data set `name` is still what its label says."""
+    return getattr(source, "flips", name not in WITHOUT_FLIP)
 
 
 def count_classes(classes: list[str] | None, wanted: int | None, what: str) -> int:
@@ -216,14 +216,17 @@ class Loaders:
             if isinstance(data, Stream):
                 data.set_epoch(epoch)
 
-    def fingerprint(self) -> str:
-        """Return which pictures have which labels, in a few words, wherever the folders lie."""
-        digest = hashlib.sha256()
-        for data in self.data:
+    def fingerprint(self, *, of_train: bool = False) -> str:
+        """Return which pictures have which labels, in a few words, wherever the folders lie.
+
+        of_train: those of training alone. How sure it is of the pixels, each source says.
+        """
+        digest, parts = hashlib.sha256(), self.data[:1] if of_train else self.data
+        for data in parts:
             digest.update(repr((len(data), data.num_classes, data.classes)).encode())
-            identity = getattr(getattr(data, "source", None), "identity", None)
+            identity = getattr(data.source, "identity", None)
             digest.update(identity() if identity is not None else b"")
-        counts = " + ".join(str(len(data)) for data in self.data)
+        counts = " + ".join(str(len(data)) for data in parts)
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
 
     def skipped(self) -> int:

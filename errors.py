@@ -1,5 +1,8 @@
 """How a run ends early: what the user can mend, and a stop that was asked for."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 
 class UserError(ValueError):
     """A setting, a file or a picture that only the user can put right.
@@ -18,6 +21,16 @@ class UserError(ValueError):
         if "Original Traceback" in message:
             message = message.rsplit("UserError: ", 1)[-1]
         return " ".join(message.split())
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], what: str = "") -> Iterator[str]:
+    """Yield in words, with both values, each entry that differs; of nested ones, each of theirs."""
+    for name in sorted({*was, *now}):
+        one, other = was.get(name), now.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differences(one, other, f"{what}{name} ")
+        elif one != other:
+            yield f"{what}{name} was {one!r} and is {other!r}"
 
 
 class Damaged(UserError):

@@ -37,8 +37,11 @@ from errors import EXIT_FAULT, EXIT_STOPPED, Lost, Stopped, UserError
 _logger = logging.getLogger("main")
 
 
-def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
-    """Run what `args` asks for and return the last evaluation's numbers."""
+def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) -> dict[str, float]:
+    """Run what `args` asks for and return the last evaluation's numbers.
+
+    notes: what to warn of; about: what to say of the recipe.
+    """
     processes = distributed.init_processes(
         args.device, dist_url=args.dist_url, timeout_min=args.dist_timeout
     )
@@ -52,8 +55,11 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
         checkpoint.make_folder(args.output_dir)
     inputs = models.build_input_config(args)
     if args.dry_run:
-        tell(None, "\n".join(preflight.build_plan(args, processes, inputs, amp_dtype) + [*notes]))
+        plan = preflight.build_plan(args, processes, inputs, amp_dtype)
+        tell(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return {}
+    for line in about:
+        tell(None, line)
     for note in notes:
         _logger.warning("%s", note)
     loaders = datasets.build_loaders(args, inputs, processes)
@@ -81,7 +87,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     views = 0 if live or teacher is None else teacher.views
     if views and args.teacher_cache_mode in ("write", "verify"):
         return ask_all(args, loaders, teacher, device, mixup_fn)
-    updates_per_epoch = -(-len(loaders.train) // args.grad_accum_steps)
+    pace = optim.build_pace(args, len(loaders.train), processes.world_size)
+    updates_per_epoch, effective = pace.updates, pace.batch
     ema = optim.build_ema(args, student.network)
     criterion = objective.build_objective(
         args, student, teacher, mixing=mixup_fn is not None, input_size=inputs.input_size,
@@ -89,13 +96,11 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
     )  # fmt: skip
     if isinstance(criterion, objective.Objective):
         tell("objective", criterion.describe())
-    optimizer, lr = optim.build_optimizer(args, student, processes.world_size)
+    optimizer, _ = optim.build_optimizer(args, student, processes.world_size)
     follower = getattr(criterion, "at_update", None)
     schedule = optim.build_schedule(args, optimizer, updates_per_epoch, follower)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    effective = args.batch_size * processes.world_size * args.grad_accum_steps
-    tell("recipe", f"{args.epochs} epochs of {updates_per_epoch} updates, effective batch "
-         f"{effective}, learning rate {lr:.3g}")  # fmt: skip
+    tell("recipe", pace.describe())
 
     tally = engine.Tally(device)
     keeper = resume.build_keeper(
@@ -103,7 +108,8 @@ def main(args: Namespace, notes: Sequence[str] = ()) -> dict[str, float]:
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
         facts={"processes": processes.world_size, "data": loaders.fingerprint(),
-               "teacher": teachers.build_identity(args)},
+               "teacher": teachers.build_identity(args),
+               "views that come again": views if views < args.epochs else 0},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
@@ -283,7 +289,7 @@ def run(
         if settings.args.list_models is not None:
             print(models.released.table(settings.args.list_models))
             return 0
-        main(settings.args, settings.notes)
+        main(settings.args, settings.notes, settings.about)
     except KeyboardInterrupt:
         tell(None, "Interrupted; --resume auto goes on from the last checkpoint")
         return 128 + Signals.SIGINT

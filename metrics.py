@@ -3,6 +3,7 @@
 Shapes: B batch, C classes. Nothing here waits for the device but what a printed line needs.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -292,6 +293,15 @@ def keep_epochs_before(path: Path, epoch: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             _logger.warning("%s: dropped a line that is no epoch: %.40s", path, line)
     _replace_text(path, "".join(kept))
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the epochs of a log.txt, without one whose line is only half there; [] for no file."""
+    epochs = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            epochs.append(json.loads(line))
+    return epochs
 
 
 def _replace_text(path: Path, text: str) -> None:

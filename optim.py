@@ -8,6 +8,7 @@ import copy
 import logging
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,20 +25,70 @@ REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this man
 RENAMED = {"fusedlamb": "lamb", "fusedadam": "adam", "fusedadamw": "adamw"}  # apex's
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How often and how fast weights move: what a published number depends on.
+
+    updates: of an epoch; batch: pictures an update, of all processes and micro-steps; lr: the
+    base learning rate, at the top of its schedule.
+    """
+
+    epochs: int
+    updates: int
+    batch: int
+    lr: float
+
+    def describe(self) -> str:
+        return (
+            f"{self.epochs} epochs of {self.updates} updates, effective batch {self.batch}, "
+            f"learning rate {self.lr:.3g}"
+        )
+
+
+def build_lr(args: Namespace, world_size: int) -> float:
+    """Return the base learning rate: --lr times effective batch / 512; --unscale-lr takes it as it
+    is. The effective batch counts all processes and accumulated micro-steps."""
+    if args.unscale_lr:
+        return args.lr
+    return args.lr * args.batch_size * world_size * args.grad_accum_steps / REFERENCE_BATCH
+
+
+def build_pace(args: Namespace, steps: int, world_size: int) -> Pace:
+    """Return the pace of a run of `steps` micro-steps an epoch in each process."""
+    return Pace(
+        epochs=args.epochs,
+        updates=-(-steps // args.grad_accum_steps),
+        batch=args.batch_size * world_size * args.grad_accum_steps,
+        lr=build_lr(args, world_size),
+    )
+
+
+def build_warnings(args: Namespace, lr: float) -> list[str]:
+    """Return what speaks against a schedule that begins at the base learning rate `lr`."""
+    found = []
+    if lr < args.min_lr:
+        found.append(
+            f"the learning rate {lr:.3g} is below --min-lr {args.min_lr:.3g}: it will rise, not "
+            "fall; raise --lr (it is scaled by batch / 512 without --unscale-lr)"
+        )
+    if 0 < args.epochs <= args.warmup_epochs and args.sched != "plateau":
+        found.append(
+            f"--warmup-epochs {args.warmup_epochs} of --epochs {args.epochs}: the learning rate "
+            "never gets past its warm-up"
+        )
+    return found
+
+
 def build_optimizer(
     args: Namespace, student: Student, world_size: int
 ) -> tuple[torch.optim.Optimizer, float]:
     """Return the optimizer and its base learning rate.
 
-    The rate is --lr times effective batch / 512, where the effective batch counts all processes
-    and accumulated micro-steps; --unscale-lr takes it as it is. No weight decay on biases, norms
-    and what the network names in `no_weight_decay`. Every projection is a group of its own, with
-    the options that its match gives.
+    No weight decay on biases, norms and what the network names in `no_weight_decay`. Every
+    projection is a group of its own, with the options that its match gives.
     Raises UserError for an optimizer timm does not know, or an option that it does not have.
     """
-    lr = args.lr
-    if not args.unscale_lr:
-        lr *= args.batch_size * world_size * args.grad_accum_steps / REFERENCE_BATCH
+    lr = build_lr(args, world_size)
     name = RENAMED.get(args.opt.lower(), args.opt)
     if name != args.opt:
         _logger.warning("--opt %s is apex's name; timm's %s is used", args.opt, name)
@@ -120,16 +171,8 @@ def build_schedule(
     """Return the learning rate's schedule over --epochs. Raises UserError for an unknown one."""
     on_updates = args.sched_on_updates and args.sched != "plateau"
     lr = max(group["lr"] for group in optimizer.param_groups)
-    if lr <= args.min_lr:
-        _logger.warning(
-            "the learning rate %.3g is not above --min-lr %.3g: it will not fall; raise --lr (it "
-            "is scaled by batch / 512 without --unscale-lr)", lr, args.min_lr,
-        )  # fmt: skip
-    if 0 < args.epochs <= args.warmup_epochs and args.sched != "plateau":
-        _logger.warning(
-            "--warmup-epochs %d of --epochs %d: the learning rate never gets past its warm-up",
-            args.warmup_epochs, args.epochs,
-        )  # fmt: skip
+    for line in build_warnings(args, lr):
+        _logger.warning("%s", line)
     noise = args.lr_noise
     if noise and len(noise) == 1:
         noise = noise[0]

@@ -92,11 +92,15 @@ def _dashed(word: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What `parse_args` found: the settings, where they came from, and what to tell the user."""
+    """What `parse_args` found: the settings, where they came from, and what to tell the user.
+
+    notes: what may not be what the user wants; about: what a recipe brings along.
+    """
 
     args: argparse.Namespace
     explicit: frozenset[str]
     notes: tuple[str, ...]
+    about: tuple[str, ...] = ()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -150,7 +154,7 @@ def _add_run_flags(group: Any) -> None:
     add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate and exit")
     add("--list-models", nargs="?", const="*", metavar="PATTERN",
-        help="print the released checkpoints and exit")  # fmt: skip
+        help="print the released checkpoints and exit: a part of the name, or *, ?")  # fmt: skip
     add("--log-interval", default=10, type=int, help="steps between two printed lines")
     add("--max-bad-steps", default=10, type=int,
         help="updates in a row with a non-finite loss before the run stops")  # fmt: skip
@@ -215,7 +219,7 @@ def _add_distillation_flags(group: Any) -> None:
         default=0,
         type=int,
         metavar="V",
-        help="epochs after which augmentation and mixing come again; 0: --epochs",
+        help="epochs after which augmentation and mixing come again; 0: the cache's, or --epochs",
     )
     add("--teacher-cache-topk", default="all",
         help="all logits, the K largest probabilities, or hard: the likeliest class")  # fmt: skip
@@ -260,7 +264,7 @@ def _add_optimizer_flags(group: Any) -> None:
     add("--layer-decay", default=None, type=float, help="learning rate factor per layer down")
     add("--sched", default="cosine", help="timm's name of the schedule")
     add("--lr", default=5e-4, type=float, help="for an effective batch of 512")
-    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
+    _switch(group, "unscale-lr", False, "take --lr as it is, whatever the batch", "scale it")
     add("--lr-noise", default=None, type=float, nargs="+", help="epochs (as fractions) of noise")
     add("--lr-noise-pct", default=0.67, type=float)
     add("--lr-noise-std", default=1.0, type=float)
@@ -288,8 +292,8 @@ def _add_augmentation_flags(group: Any) -> None:
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     _switch(group, "repeated-aug", True, "three views of a picture in an epoch")
-    add("--ThreeAugment", action="store_true", help="DeiT III's augmentation")
-    add("--src", action="store_true", help="simple random crop, with --ThreeAugment")
+    _switch(group, "ThreeAugment", False, "DeiT III's augmentation")
+    _switch(group, "src", False, "simple random crop, with --ThreeAugment")
     add("--reprob", default=0.25, type=float, help="random erasing probability")
     add("--remode", default="pixel", choices=("pixel", "rand", "const"))
     add("--recount", default=1, type=int)
@@ -300,7 +304,7 @@ def _add_augmentation_flags(group: Any) -> None:
     add("--mixup-prob", default=1.0, type=float)
     add("--mixup-switch-prob", default=0.5, type=float)
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-    add("--bce-loss", action="store_true", help="binary cross entropy, as DeiT III")
+    _switch(group, "bce-loss", False, "binary cross entropy, as DeiT III")
 
 
 def _add_data_flags(group: Any) -> None:
@@ -323,7 +327,8 @@ def _add_data_flags(group: Any) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     """Return the settings of a run: flags over the quick start's values over the defaults.
 
-    Without a data path the quick start's recipe fills in what no flag gives.
+    Without a data path the quick start's recipe fills in what no flag gives, but for the teacher's
+    part: whether it distils is said by --distillation-type, as with any data, or --recipe.
     Raises UserError for unknown flags, values out of range, and combinations that cannot work.
     """
     given = vars(_parse(argv, suppress=True))
@@ -332,16 +337,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         matching.load_plugin(plugin)
     defaults, notes = read_distill_config(given)
     args = _parse(argv, defaults=defaults)
+    about: list[str] = []
     if args.recipe:
-        args, about = _with_recipe(argv, args.recipe, given, defaults)
-        notes = [*about, *notes]
+        args, about, warnings = _with_recipe(argv, args.recipe, given, defaults)
+        notes = [*warnings, *notes]
     elif uses_quick_start(args):
-        args = _parse(argv, defaults=read_recipe(QUICK_START) | defaults)
+        flags = read_recipe(QUICK_START)
+        del flags["distillation_type"]
+        args = _parse(argv, defaults=flags | defaults)
     elif args.data_set is None:
         args.data_set = "IMNET"
     check_ranges(args)
     check_combinations(args, explicit)
-    return Options(args, explicit, (*notes, *flags_without_effect(args, explicit)))
+    return Options(args, explicit, (*notes, *flags_without_effect(args, explicit)), tuple(about))
 
 
 def read_distill_config(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -370,8 +378,8 @@ def read_distill_config(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
 
 def _with_recipe(
     argv: Sequence[str] | None, name: str, given: dict[str, Any], over: dict[str, Any]
-) -> tuple[argparse.Namespace, list[str]]:
-    """Return the settings of a recipe under the flags given, and what to say about them.
+) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """Return the settings of a recipe under the flags given, what to say of them, and warnings.
 
     over: settings of a file named on the command line, which win over the recipe's.
     """
@@ -388,7 +396,8 @@ def _with_recipe(
     changed = {flag: value for flag, value in given.items()
                if flag in found.flags and value != found.flags[flag]}  # fmt: skip
     effective = args.batch_size * args.grad_accum_steps * world
-    return args, recipe.describe(found, changed, effective, fitted)
+    about = recipe.describe(found, changed, fitted)
+    return args, about, recipe.batch_warnings(found, effective)
 
 
 def uses_quick_start(args: argparse.Namespace) -> bool:
@@ -414,13 +423,23 @@ def argparse_with_help() -> argparse.ArgumentParser:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Return the flags of a recipe file by destination name. Raises UserError for unknown ones."""
+    """Return the flags of a recipe file by destination name.
+
+    Raises UserError for unknown ones, and for values that they cannot have.
+    """
     flags = dict(recipe.find(str(path)).flags)
-    unknown = sorted(set(flags) - {action.dest for action in get_args_parser()._actions})
-    if unknown:
+    known = {action.dest: action for action in get_args_parser()._actions}
+    if unknown := sorted(set(flags) - set(known)):
         raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
-    if flags.get("teacher_path"):  # relative to the repository, wherever the run was started
-        flags["teacher_path"] = str(path.parents[1] / flags["teacher_path"])
+    for flag, value in flags.items():  # argparse takes defaults as they are
+        if known[flag].choices and value not in known[flag].choices:
+            raise UserError(
+                f"recipe {path.name}: {flag}: {value}; give {', '.join(known[flag].choices)}"
+            )
+        if known[flag].nargs == "+" and not isinstance(value, list):
+            flags[flag] = [value]
+    if flags.get("teacher_path") and path.parent == recipe.FOLDER:  # wherever the run was started
+        flags["teacher_path"] = str(recipe.FOLDER.parent / flags["teacher_path"])
     return flags
 
 
@@ -537,7 +556,7 @@ def flags_without_effect(args: argparse.Namespace, explicit: frozenset[str]) -> 
     three = args.ThreeAugment
     randaugment = args.aa not in ("", "none", None)
     cases = {
-        "src": (not three, "it belongs to --ThreeAugment"),
+        "src": (args.src and not three, "it belongs to --ThreeAugment"),
         "resplit": (True, "DeiT never used it either"),
         "distributed": (True, "the launcher decides"),
         "world_size": (True, "the launcher decides"),

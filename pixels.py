@@ -5,6 +5,8 @@ from Pillow says by how much, in steps of 255; `tests/test_pixels.py` holds it t
 """
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,15 @@ try:
 except ImportError:  # only faster, by a half
     simplejpeg = None
 
+# Of what becomes of a picture by its key (seed, view, index) and its place in a batch. Raise it
+# with any change, here, in augment, device_augment, samplers or the engine's mixing, by which the
+# same key gives other pixels: answers of teachers that were kept before are then refused.
+VERSION = 1
 Picture = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
+# what Pillow raises for files that are no whole picture
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+              Image.DecompressionBombError)  # fmt: skip
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -7,7 +7,8 @@ Shapes: B batch, C classes. FLOPs count a multiplication and an addition as two,
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,27 +21,37 @@ import cache
 import checkpoint
 import datasets
 import models
+import optim
 from augment import InputConfig
 from distributed import Processes
 from errors import UserError
 from metrics import clock
 from models import Student
-from teachers import Answers, Teacher
+from samplers import TrainSampler
+from teachers import Answers, build_sources, input_of
 
-IMAGENET = 1_281_167, 1000  # training pictures and classes, assumed where no data is there
+# What --data-set names, training pictures and classes: counted with where the data is not there.
+EXTENTS = {
+    "IMNET": ("ImageNet", 1_281_167, 1000),
+    "CIFAR10": ("CIFAR-10", 50_000, 10),
+    "CIFAR": ("CIFAR-100", 50_000, 100),
+    "INAT": ("iNaturalist 2018", 437_513, 8142),
+    "INAT19": ("iNaturalist 2019", 265_240, 1010),
+}
 SAMPLE = 128  # pictures on which a teacher is tried
 FEW_TOKENS = 16  # a student with fewer patches learns little (DeiT issue 154)
 MARGIN = 15.0  # points below its published accuracy at which a teacher is suspected
 PROBE_FLOPS = 2e11  # of one forward of the probe on a CPU
-GIB = 2**30
+DAY_S = 86_400
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a network costs: parameters, and for one picture FLOPs forward and bytes kept for
-    backward in float32."""
+    """What a network costs: parameters, those of them that train, and for one picture FLOPs
+    forward and bytes kept for backward in float32."""
 
     parameters: int
+    trained: int
     flops: int
     kept_bytes: int
 
@@ -65,106 +76,225 @@ def measure(make: Callable[[], nn.Module], height: int, width: int) -> Size:
     ):
         network(image)
     size = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return Size(sum(p.numel() for p in network.parameters()), counter.get_total_flops(), size)
+    every = list(network.parameters())
+    trained = sum(p.numel() for p in every if p.requires_grad)
+    return Size(sum(p.numel() for p in every), trained, counter.get_total_flops(), size)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A network of the run that is planned; side: (height, width) of its pictures."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    side: tuple[int, int]
+    size: Size
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much data an epoch has: micro-steps of a process, and pictures drawn for all of them."""
+
+    steps: int
+    pictures: int
+    num_classes: int
+    what: str
 
 
 def build_plan(
     args: Namespace, processes: Processes, inputs: InputConfig, amp_dtype: torch.dtype | None
 ) -> list[str]:
-    """Return the lines of --dry-run: settings, data, sizes, memory, teacher cache, time."""
-    lines = yaml.safe_dump(
-        {key: list(v) if isinstance(v, tuple) else v for key, v in vars(args).items()}
-    ).splitlines()
-    pictures, num_classes, about = _build_data(args, processes, inputs)
-    effective = args.batch_size * processes.world_size * args.grad_accum_steps
-    lines.append(f"data: {about}; {pictures} pictures an epoch, effective batch {effective}")
-
-    def student() -> nn.Module:
-        return models.create_model(args.model, num_classes=num_classes, img_size=inputs.input_size)
-
-    def teacher() -> nn.Module:
-        return models.create_model(args.teacher_model, num_classes=num_classes)
-
-    sizes = [measure(student, *inputs.input_size)]
-    lines.append(f"student: {args.model}, {sizes[0].describe()} of {inputs.describe()}")
-    side = inputs.input_size
-    if args.distillation_type != "none":
-        side = models.data_config(args.teacher_model)["input_size"][1:]
-        sizes.append(measure(teacher, *side))
-        lines.append(f"teacher: {args.teacher_model}, {sizes[1].describe()} of {side[0]}x{side[1]}")
-        rows = pictures * (args.teacher_cache_views or args.epochs)
-        kept = {keep: rows * cache.row_bytes(keep, num_classes) / GIB
-                for keep in (cache.ALL, cache.HARD)}  # fmt: skip
-        lines.append(
-            f"cache: {kept[cache.ALL]:.1f} GiB with --teacher-cache-topk all, "
-            f"{kept[cache.HARD]:.2f} GiB with hard, {rows} answers"
-        )
-    lines.append(f"memory: {_build_memory(args, sizes, amp_dtype)}")
-    batch = args.batch_size
-    if processes.device.type == "cpu":
-        batch = max(1, min(batch, int(PROBE_FLOPS / sum(size.flops for size in sizes))))
-    networks = [student(), *([teacher()] if len(sizes) > 1 else [])]
-    seconds = probe(networks, [inputs.input_size, side], batch, processes.device, amp_dtype)
-    epoch = seconds * pictures / processes.world_size
-    lines.append(
-        f"time: {1 / seconds:.1f} images/s a process in a probe of {batch} random pictures; an "
-        f"epoch {clock(epoch)}, {args.epochs} epochs {clock(epoch * args.epochs)}, if the data "
-        "keeps up, without evaluation"
-    )
-    return lines
+    """Return the lines of --dry-run: settings, data, sizes, memory, teacher cache, time, pace."""
+    extent = _build_extent(args, processes, inputs)
+    student = _build_planned_student(args, extent.num_classes, inputs)
+    masters = _build_planned_teachers(args, extent.num_classes)
+    pace = optim.build_pace(args, extent.steps, processes.world_size)
+    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(args).items()}
+    return [
+        *yaml.safe_dump(settings).splitlines(),
+        f"data: {extent.what}; {extent.pictures} pictures an epoch",
+        f"student: {student.name}, {student.size.describe()} of {inputs.describe()}",
+        *(
+            f"teacher: {teacher.name}, {teacher.size.describe()} of "
+            f"{teacher.side[0]}x{teacher.side[1]}"
+            for teacher in masters
+        ),
+        *_build_cache(args, extent),
+        f"memory: {_build_memory(args, student, masters, amp_dtype)}",
+        f"time: {_build_time(args, student, masters, extent, processes, amp_dtype)}",
+        f"recipe: {pace.describe()}",
+        *(f"WARNING: {line}" for line in optim.build_warnings(args, pace.lr)),
+    ]
 
 
-def _build_data(args: Namespace, processes: Processes, inputs: InputConfig) -> tuple[int, int, str]:
-    """Return pictures an epoch, classes, and what data it is; ImageNet's where none is there."""
+def _build_extent(args: Namespace, processes: Processes, inputs: InputConfig) -> Extent:
+    """Return how much data the run has; the published size where the data is not there.
+
+    Raises UserError for data that is there and cannot be used.
+    """
     try:
         loaders = datasets.build_loaders(args, inputs, processes)
     except UserError as error:
-        return IMAGENET[0], args.nb_classes or IMAGENET[1], f"ImageNet assumed ({error.line()})"
-    pictures = len(loaders.train) * args.batch_size * processes.world_size  # type: ignore[arg-type]
-    return pictures, loaders.num_classes, loaders.describe()
+        is_named_alone = not args.data_path and "/" in str(args.data_set)  # tfds/NAME
+        if not is_named_alone and (not args.data_path or Path(args.data_path).exists()):
+            raise
+        return _build_assumed(args, processes, error.line())
+    steps = len(loaders.train) if loaders.train is not None else 0
+    sampler = loaders.train_sampler
+    drawn = sampler.kept if sampler else steps * args.batch_size * processes.world_size
+    return Extent(steps, drawn, loaders.num_classes, loaders.describe())
 
 
-def _build_memory(args: Namespace, sizes: Sequence[Size], amp_dtype: torch.dtype | None) -> str:
+def _build_assumed(args: Namespace, processes: Processes, why: str) -> Extent:
+    """Return the published size of the data set that was asked for, and say so.
+
+    why: what is the matter with the data.
+    """
+    name, pictures, classes = EXTENTS.get(str(args.data_set), EXTENTS["IMNET"])
+    unknown = "" if args.data_set in EXTENTS else "of unknown size, "
+    if args.inat_category != "name" and not args.nb_classes:
+        unknown += "--nb-classes unknown, "
+    classes = args.nb_classes or classes
+    sampler = TrainSampler(
+        pictures,
+        num_replicas=processes.world_size,
+        repeats=datasets.REPEATS if args.repeated_aug else 1,
+    )
+    what = f"not there, {unknown}{name}'s {pictures} pictures and {classes} classes assumed ({why})"
+    return Extent(sampler.count // args.batch_size, sampler.kept, classes, what)
+
+
+def _build_planned_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Planned:
+    """Return the student as the run builds it, but for its first weights."""
+
+    def make(settings: Namespace = args) -> nn.Module:
+        return models.build_student(settings, num_classes, inputs, with_weights=False)
+
+    size = measure(make, *inputs.input_size)
+    if args.grad_checkpointing:  # in the backward pass one block at a time is whole again
+        plain = Namespace(**vars(args) | {"grad_checkpointing": False})
+        whole = measure(lambda: make(plain), *inputs.input_size)
+        with torch.device("meta"):
+            blocks = len(getattr(make().network, "blocks", ())) or 1
+        size = replace(size, kept_bytes=size.kept_bytes + whole.kept_bytes // blocks)
+    return Planned(args.model, make, inputs.input_size, size)
+
+
+def _build_planned_teachers(args: Namespace, num_classes: int) -> list[Planned]:
+    """Return whom the run asks. Local files are looked into for their size, nothing is fetched."""
+    classifies = args.distillation_type != "none"
+    if not (classifies or args.match or args.ranking_kl_weight):
+        return []
+    found = []
+    for name, path in zip(*build_sources(args)):
+        make = partial(models.create_model, name, num_classes=num_classes if classifies else 0)
+        side = input_of(name, path if Path(path).is_file() else "").input_size
+        found.append(Planned(name, make, side, measure(make, *side)))
+    return found
+
+
+def _build_cache(args: Namespace, extent: Extent) -> list[str]:
+    """Return a line on what a cache of the teacher's answers would take."""
+    if args.distillation_type == "none":
+        return []
+    views = args.teacher_cache_views or args.epochs
+    rows = extent.pictures * views
+    asked = cache.read_topk(args.teacher_cache_topk, extent.num_classes)
+    sizes = [f"{amount(rows * cache.row_bytes(keep, extent.num_classes))} with {keep}"
+             for keep in dict.fromkeys((cache.ALL, asked, cache.HARD))]  # fmt: skip
+    return [f"cache: {', '.join(sizes)} (--teacher-cache-topk); {rows} answers, {views} views"]
+
+
+def amount(size: float) -> str:
+    """Return bytes in words, in the largest unit of which there is one."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.1f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    return clock(seconds) if seconds < 3 * DAY_S else f"{seconds / DAY_S:.1f} days"
+
+
+def _build_memory(
+    args: Namespace,
+    student: Planned,
+    masters: Sequence[Planned],
+    amp_dtype: torch.dtype | None,
+) -> str:
     """Return in words what a process holds, about: weights and their company, and the batch."""
-    moments = 1 if args.opt.lower() in ("sgd", "momentum", "nesterov") else 2
-    copies = 2 + moments + (args.model_ema and not args.model_ema_force_cpu)
-    weights = 4 * copies * sizes[0].parameters + 4 * sum(size.parameters for size in sizes[1:])
-    kept = sizes[0].kept_bytes * args.batch_size * (2 if args.cosub else 1)
+    moments = 1 if args.opt.lower() in ("sgd", "momentum", "nesterov", "lion") else 2
+    copies = 1 + (args.model_ema and not args.model_ema_force_cpu)
+    numbers = copies * student.size.parameters + (1 + moments) * student.size.trained
+    weights = 4 * (numbers + sum(teacher.size.parameters for teacher in masters))
+    kept = student.size.kept_bytes * args.batch_size
     if amp_dtype is not None:
         kept //= 2
     return (
-        f"about {(weights + kept) / GIB:.1f} GiB a process: {weights / GIB:.1f} for weights, "
-        f"gradients, optimizer, average and teacher, {kept / GIB:.1f} for the {args.batch_size} "
-        "pictures of a micro-step"
+        f"about {amount(weights + kept)} a process: {amount(weights)} for weights, gradients, "
+        f"optimizer, average and teacher, {amount(kept)} for the {args.batch_size} pictures of a "
+        "micro-step"
+    )
+
+
+def _build_time(
+    args: Namespace,
+    student: Planned,
+    masters: Sequence[Planned],
+    extent: Extent,
+    processes: Processes,
+    amp_dtype: torch.dtype | None,
+) -> str:
+    """Return in words how long the run takes, by a short probe of its networks."""
+    device, batch = processes.device, args.batch_size
+    if device.type == "cpu":
+        flops = sum(planned.size.flops for planned in (student, *masters))
+        batch = max(1, min(batch, int(PROBE_FLOPS / flops)))
+    alone = probe(student.make(), student.side, batch, device, amp_dtype, trains=True)
+    asked = sum(
+        probe(teacher.make(), teacher.side, batch, device, amp_dtype, trains=False)
+        for teacher in masters
+    )
+    epoch = (alone + asked) * extent.steps * args.batch_size
+    cached = f" ({1 / alone:.1f} from a full cache of the teacher)" if asked else ""
+    return (
+        f"{1 / (alone + asked):.1f} images/s a process{cached} in a probe of {batch} random "
+        f"pictures; an epoch {duration(epoch)}, {args.epochs} epochs "
+        f"{duration(epoch * args.epochs)}, if the data keeps up, without evaluation"
     )
 
 
 def probe(
-    networks: Sequence[nn.Module],
-    sides: Sequence[tuple[int, int]],
+    network: nn.Module,
+    side: tuple[int, int],
     batch: int,
     device: torch.device,
     amp_dtype: torch.dtype | None,
+    *,
+    trains: bool,
     steps: int = 2,
 ) -> float:
-    """Return the seconds a picture takes: student forward and backward, teacher forward.
+    """Return the seconds a picture takes: forward and backward, or forward alone.
 
-    networks: the student, and the teacher if there is one; sides: the size each of them sees.
+    side: (height, width) of the pictures.
     """
-    student, *rest = (network.to(device).train() for network in networks)
-    images = [torch.randn(batch, 3, *side, device=device) for side in sides]
+    network = network.to(device).train(trains)
+    models.fast.suit_device(network, device.type, amp_dtype)
+    images = torch.randn(batch, 3, *side, device=device)
     began = 0.0
     for step in range(steps + 1):
         if step == 1:  # the first one warms up
             _wait(device)
             began = time.perf_counter()
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            with torch.no_grad():
-                for network in rest:
-                    network.eval()(images[1])
-            outputs = student(images[0])
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        sum(F.softmax(output.float(), 1)[:, 0].sum() for output in outputs).backward()
+        with (
+            torch.set_grad_enabled(trains),
+            torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None),
+        ):
+            outputs = network(images)
+        if trains:
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum(F.softmax(output.float(), 1)[:, 0].sum() for output in outputs).backward()
     _wait(device)
     return (time.perf_counter() - began) / steps / batch
 
@@ -190,22 +320,33 @@ def build_findings(
             f"student: sees a picture as {grid} patches only; raise --input-size, or take a model "
             "with smaller patches"
         )
-    if answers is None or not isinstance(answers.teacher, Teacher):
+    if answers is None:
         return found
-    teacher = answers.teacher
-    found += label_order(classes_of(args.teacher_path), loaders.classes)
+    members = getattr(answers.teacher, "members", [answers.teacher])
+    names, paths = build_sources(args)
     images, labels = sample(loaders.val, SAMPLE)
-    if len(labels):
-        logits = torch.cat([answers(part.to(device)).cpu() for part in images.split(16)])
-        file = models.released.published(args.teacher_model, args.teacher_path)
-        found += teacher_findings(logits, labels, file.acc1 if file else None)
-    size = inputs.input_size
-    if teacher.adapter.size[0] > 1.25 * size[0]:
-        found.append(
-            f"teacher: was trained at {teacher.adapter.size[0]} px and gets the student's "
-            f"{size[0]} px enlarged; a teacher of the student's resolution knows more of them"
-        )
+    for teacher, name, path, share in zip(
+        members, names, paths, args.teacher_weight or [1.0] * len(names)
+    ):
+        if not share:  # it is only looked into
+            continue
+        lines = label_order(classes_of(path), loaders.classes)
+        if len(labels):
+            logits = torch.cat([Answers(teacher)(x.to(device)).cpu() for x in images.split(16)])
+            file = models.released.published(name, path)
+            lines += teacher_findings(logits, labels, file.acc1 if file else None)
+        lines += enlarged(teacher.adapter.size[0], inputs.input_size[0])
+        whose = f"teacher {name}:" if len(names) > 1 else "teacher:"
+        found += [line.replace("teacher:", whose, 1) for line in lines]
     return found
+
+
+def enlarged(size_T: int, size: int) -> list[str]:
+    """Return a finding if a teacher of `size_T` pixels sees much smaller pictures enlarged."""
+    if size_T <= 1.25 * size:
+        return []
+    return [f"teacher: was trained at {size_T} px and gets the student's {size} px enlarged; a "
+            "teacher of the student's resolution knows more of them"]  # fmt: skip
 
 
 def sample(loader: torch.utils.data.DataLoader, count: int) -> tuple[Tensor, Tensor]:

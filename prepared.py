@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from errors import UserError
+from errors import UserError, differences
 from pixels import Picture, as_image, decode
 
 FORMAT = 1
@@ -27,7 +27,7 @@ RAW, JPEG = "raw", "jpeg"
 # place: the picture's index in the data set it comes from; crc: of its bytes
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("height", "<u4"), ("width", "<u4"),
                 ("label", "<u4"), ("place", "<u4"), ("crc", "<u4")])  # fmt: skip
-SYNC_ROWS = 1024  # rows between two moments at which all that was written is safe
+SYNC_ROWS = 1024  # rows between two moments at which all is safe from a power failure too
 AGAIN = "python tools/prepare_data.py makes it again"
 
 
@@ -54,14 +54,16 @@ def encode(picture: Picture, kind: str, short_side: int, quality: int) -> tuple[
 class Writer:
     """Writes one split of `folder`, from where an earlier, interrupted one stopped.
 
-    Pictures come before their rows, and both are safe on the disk every `SYNC_ROWS` rows; of what
-    is found, the last rows are checked, and what is not whole is dropped.
+    Each picture is handed to the system, and then its row, so that a killed process loses no whole
+    one. Both are forced to the disk every `SYNC_ROWS` rows; of what is found, as many rows are
+    checked, and what is not whole is dropped.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
         self._pictures, self._table = _open(folder, split, "bin"), _open(folder, split, "table")
         try:
-            fcntl.flock(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # held by this process alone; flock's its workers would share, who outlive it by seconds
+            fcntl.lockf(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder}: another process is writing there; wait for it") from error
         written = self._table.read()
@@ -79,7 +81,6 @@ class Writer:
         self._pictures.truncate(self._end)
         self._table.seek(0, os.SEEK_END)
         self._pictures.seek(0, os.SEEK_END)
-        self._waiting: list[tuple] = []
 
     def _is_whole(self, row: np.void, size: int) -> bool:
         if int(row["offset"]) + int(row["size"]) > size:
@@ -88,22 +89,19 @@ class Writer:
         return zlib.crc32(self._pictures.read(int(row["size"]))) == row["crc"]
 
     def append(self, data: bytes, height: int, width: int, label: int, place: int) -> None:
-        self._pictures.write(data)
         row = (self._end, len(data), height, width, label, place, zlib.crc32(data))
-        self._waiting.append(row)
+        for file, content in ((self._pictures, data), (self._table, np.array(row, ROW).tobytes())):
+            file.write(content)
+            file.flush()
         self._end += len(data)
         self.rows += 1
-        if len(self._waiting) == SYNC_ROWS:
+        if self.rows % SYNC_ROWS == 0:
             self.sync()
 
     def sync(self) -> None:
-        """Bring all to the disk, the pictures before their rows."""
-        rows = np.array(self._waiting, ROW).tobytes()
-        for file, data in ((self._pictures, b""), (self._table, rows)):
-            file.write(data)
-            file.flush()
+        """Force all to the disk."""
+        for file in (self._pictures, self._table):
             os.fsync(file.fileno())
-        self._waiting.clear()
 
     def close(self) -> dict[str, Any]:
         """Finish the split; return what the manifest says about it."""
@@ -134,13 +132,8 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
             found = _read(folder / name).get("plan", {})
             break
     if found is not None:
-        differ = [
-            f"{name} was {found.get(name)!r} and is {plan.get(name)!r}"
-            for name in sorted({*found, *plan})
-            if found.get(name) != plan.get(name)
-        ]
-        if differ:
-            raise UserError(f"{folder}: begun otherwise: {'; '.join(differ)}; give a new folder")
+        if differ := "; ".join(differences(found, plan)):
+            raise UserError(f"{folder}: begun otherwise: {differ}; give a new folder")
         return (folder / MANIFEST).is_file()
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files; give a new folder")
@@ -211,6 +204,9 @@ class Prepared:
             manifest["flips"],
         )
         self.what = f"pictures prepared in {folder} ({split})"
+        made = manifest.get("plan", {})
+        words = (f"{name} {made[name]}" for name in ("short side", "quality") if name in made)
+        self.form = ", ".join([f"prepared {self.kind}", *words])
         self._digest = facts["table"]
         self._bytes = self._map("bin", facts["bytes"], np.dtype("u1"))
         self._rows = self._map("table", facts["pictures"], ROW)
@@ -237,7 +233,7 @@ class Prepared:
 
     def identity(self) -> bytes:
         """Return what says which pictures these are, to the last bit, wherever they lie."""
-        return self._digest.encode()
+        return f"{self.kind} {self._digest}".encode()
 
     def load(self, index: int) -> tuple[Picture, int]:
         """Return picture and label. Raises ValueError for a JPEG whose checksum is wrong."""

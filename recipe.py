@@ -5,6 +5,7 @@ A recipe is a YAML file in `recipes/`: `flags` of main.py, the `source` of its n
 update), and `needs`: flags that only the user can give.
 """
 
+import difflib
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,13 @@ class Recipe:
     effective_batch: int | None = None
     needs: dict[str, str] = field(default_factory=dict)
 
+    def expects(self) -> str:
+        """Return in words what the recipe is to reach, and whose number that is."""
+        number = "no published accuracy"
+        if self.acc1 is not None:
+            number = f"{self.acc1:g} ± {self.tolerance:g}% expected"
+        return f"{number} ({self.source or 'no source given'})"
+
     def beside(self, acc1: float) -> str:
         """Return the expected accuracy beside the one reached, both in percent; "" if none."""
         if self.acc1 is None:
@@ -47,13 +55,24 @@ def names() -> list[str]:
 
 def find(name: str) -> Recipe:
     """Return a recipe by name, or of a YAML file by path. Raises UserError for an unknown one."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"--recipe {name}: unknown; known: {', '.join(names())}")
-    content = yaml.safe_load(path.read_text())
+        if is_file:
+            raise UserError(f"--recipe {name}: not there; give a YAML file or a recipe's name")
+        close = difflib.get_close_matches(name, names(), n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UserError(f"--recipe {name}: unknown; {hint}known: {', '.join(names())}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--recipe {name}: not readable as YAML ({reason})") from error
     if not isinstance(content, Mapping) or not isinstance(content.get("flags"), Mapping):
         raise UserError(f"--recipe {name}: {path} has no `flags:`")
-    expected = content.get("expected") or {}
+    expected, needs = content.get("expected") or {}, content.get("needs") or {}
+    if not isinstance(expected, Mapping) or not isinstance(needs, Mapping):
+        raise UserError(f"--recipe {name}: `expected:` and `needs:` are names with values")
     return Recipe(
         name=path.stem,
         source=" ".join(str(content.get("source", "")).split()),
@@ -61,7 +80,7 @@ def find(name: str) -> Recipe:
         acc1=expected.get("acc1"),
         tolerance=expected.get("tolerance", 0.0),
         effective_batch=content.get("effective-batch"),
-        needs=content.get("needs") or {},
+        needs=dict(needs),
     )
 
 
@@ -93,23 +112,27 @@ def fit_batch(
     return {"batch_size": size, "grad_accum_steps": share // size}
 
 
-def describe(
-    recipe: Recipe, changed: Mapping[str, Any], effective: int, fitted: Mapping[str, int]
-) -> list[str]:
-    """Return a line for every flag that differs from the recipe, and one about the batch.
+def describe(recipe: Recipe, changed: Mapping[str, Any], fitted: Mapping[str, int]) -> list[str]:
+    """Return what the recipe is to reach, and a line for every flag that differs from it.
 
-    changed: flags of the command line with another value than the recipe's, by destination name.
+    changed: flags of the command line with another value than the recipe's, by destination name;
+    fitted: those that keep its batch on this number of processes.
     """
-    lines = [
-        f"recipe {recipe.name}: --{flag.replace('_', '-')} {value} instead of {recipe.flags[flag]}"
-        for flag, value in changed.items()
-    ]
+    lines = [recipe.expects()]
+    for flag, value in changed.items():
+        shown = repr(value) if value == "" else value
+        lines.append(f"--{flag.replace('_', '-')} {shown} instead of {recipe.flags[flag]}")
     if fitted:
         how = " ".join(f"--{flag.replace('_', '-')} {value}" for flag, value in fitted.items())
-        lines.append(f"recipe {recipe.name}: {how} keeps the effective batch of {effective}")
-    elif recipe.effective_batch not in (None, effective):
-        lines.append(
-            f"recipe {recipe.name}: effective batch {effective} instead of "
-            f"{recipe.effective_batch}; expect another accuracy, or change --batch-size"
-        )
-    return lines
+        lines.append(f"{how} keeps the effective batch of {recipe.effective_batch}")
+    return [f"recipe {recipe.name}: {line}" for line in lines]
+
+
+def batch_warnings(recipe: Recipe, effective: int) -> list[str]:
+    """Return a line if the effective batch is not the recipe's."""
+    if recipe.effective_batch in (None, effective):
+        return []
+    return [
+        f"recipe {recipe.name}: effective batch {effective} instead of "
+        f"{recipe.effective_batch}; expect another accuracy, or change --batch-size"
+    ]

@@ -37,7 +37,7 @@ WEIGHTS = ("model", "model_ema", "projections")
 MOST_EPOCHS = 2**31
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because names and labels of the pictures are compared, --teacher-path because the file's hash
+# free because the pictures themselves are compared, --teacher-path because the file's hash
 # is; --epochs, because training on is common.
 MAY_CHANGE = frozenset({
     "check", "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",

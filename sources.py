@@ -5,8 +5,11 @@ To add a data set, write a function that opens a source and name it in `DATA_SET
 """
 
 import difflib
+import hashlib
 import json
 import os
+import stat
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +24,16 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from errors import UserError
-from pixels import Picture, decode, to_rgb
+from pixels import UNREADABLE, Picture, decode, to_rgb
 from prepared import open_prepared
 
 
 class Source(Protocol):
     """Labelled pictures by index. `classes` holds their names, or is None where nobody knows.
 
-    An `identity()`, where a source has one, are bytes that say which pictures these are.
+    An `identity()`, where a source has one, are bytes that say which pictures these are, wherever
+    they lie. It is found out within a second, so each says how much it knows. A prepared source has
+    `flips`, whether a mirrored picture keeps its label, and `form`, how its pictures are kept.
     """
 
     classes: list[str] | None
@@ -37,6 +42,38 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def load(self, index: int) -> tuple[Picture, int]: ...
     def name(self, index: int) -> str: ...
+
+
+# Of so many pictures, spread over the list, an identity has the size of the file, its content, or
+# the pixels. A network disk takes up to a millisecond for a size, a quarter hour for a million.
+SIZES, CONTENTS, PIXELS = 1000, 16, 64
+CONTENT_BYTES = 2**20  # of a file, at most
+
+
+def _spread(total: int, most: int) -> list[int]:
+    """Return at most `most` places, evenly spread over `total`."""
+    count = min(total, most)
+    return [number * total // count for number in range(count)]
+
+
+def _size(path: str) -> int:
+    """Return the bytes of a file, or -1 for what is none, of which reading might never end."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def _content(path: str) -> int:
+    """Return a checksum of a file, or -1 where there is none to read."""
+    try:
+        if _size(path) < 0:
+            return -1
+        with open(path, "rb") as file:
+            return zlib.crc32(file.read(CONTENT_BYTES))
+    except OSError:
+        return -1
 
 
 class Files:
@@ -56,8 +93,17 @@ class Files:
         return decode(Path(self.name(index)).read_bytes()), int(self.labels[index])
 
     def identity(self) -> bytes:
-        """Return what says which pictures these are, wherever the folder lies."""
-        return self.names.tobytes() + self.labels.tobytes()
+        """Return what says which pictures these are, wherever the folder lies.
+
+        It knows every name and label, the size of `SIZES` files and the content of `CONTENTS`: so
+        it finds out pictures that were resized or encoded again under their names, and another
+        release. It does not see a few replaced pictures among many more than `SIZES`.
+        """
+        digest = hashlib.sha256(self.names.tobytes() + self.labels.tobytes())
+        total = len(self)
+        digest.update(repr([_size(self.name(i)) for i in _spread(total, SIZES)]).encode())
+        digest.update(repr([_content(self.name(i)) for i in _spread(total, CONTENTS)]).encode())
+        return digest.digest()
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index].item()))
@@ -77,6 +123,17 @@ class Pairs:
     def load(self, index: int) -> tuple[Picture, int]:
         picture, label = self.pairs[index]
         return to_rgb(picture), label
+
+    def identity(self) -> bytes:
+        """Return what says which pictures these are: labels and pixels of `PIXELS` of them."""
+        digest = hashlib.sha256()
+        for index in _spread(len(self), PIXELS):
+            try:
+                picture, label = self.load(index)
+            except UNREADABLE:
+                continue
+            digest.update(repr((index, label, picture.size)).encode() + picture.tobytes())
+        return digest.digest()
 
     def name(self, index: int) -> str:
         return f"{index} of the {self.what}"
@@ -331,11 +388,20 @@ def class_names(dataset: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Shards:
-    """timm's reader of shards: pictures in the order in which they come, without an index."""
+    """timm's reader of shards: pictures in the order in which they come, without an index.
+
+    folder: in which the shards lie, or empty where only the reader knows.
+    """
 
     dataset: Any
     classes: list[str] | None
     what: str
+    folder: str = ""
+
+    def identity(self) -> bytes:
+        """Return what says which shards these are: names and sizes of the files in `folder`."""
+        found = os.scandir(self.folder) if os.path.isdir(self.folder) else ()
+        return repr(sorted((entry.name, _size(entry.path)) for entry in found)).encode()
 
 
 def open_source(name: str, root: str, part: Part) -> Source | Shards:
@@ -345,11 +411,11 @@ def open_source(name: str, root: str, part: Part) -> Source | Shards:
     dataset, what = open_timm(name, root, part)
     classes = class_names(dataset)
     if isinstance(dataset, IterableDataset):
-        return Shards(dataset, classes, what)
+        return Shards(dataset, classes, what, root if name.lower().startswith("wds/") else "")
     samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
     if not samples:
         return Pairs(dataset, classes, f"pictures of {what}")
     paths, labels = zip(*samples)  # as in our folders: then a bad picture can be named
-    source = Files(root, [os.path.abspath(path) for path in paths], labels, classes)
+    source = Files(root, [os.path.relpath(path, root) for path in paths], labels, classes)
     source.what = f"pictures of {what}"
     return source

@@ -4,11 +4,13 @@ Shapes: B batch, C classes. A teacher is a function from the student's pictures 
 engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
 """
 
+import logging
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ from torch import Tensor, nn
 import cache
 import checkpoint
 import models
+import pixels
 from augment import InputConfig, is_mixing
-from datasets import Loaders
+from datasets import Loaders, may_mirror
 from distributed import Processes
 from errors import UserError
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
+
+_logger = logging.getLogger(__name__)
 
 
 class InputAdapter(nn.Module):
@@ -225,11 +230,12 @@ class CachedTeacher:
             self.store.write(rows, self.live(images, place))
         logits = self.store.read(rows)
         if self.verify:
-            same = cache.agreement(logits, self.live(images, place), self.store.keep)
-            if same < 1:
+            same = self.store.agrees(rows, self.live(images, place))
+            if not same.all():
                 raise UserError(
-                    f"--teacher-cache {self.store.folder}: in batch {micro} of epoch {epoch} "
-                    f"{100 * (1 - same):.0f}% of the rows are not what the teacher says; delete it"
+                    f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} "
+                    f"rows in batch {micro} of epoch {epoch} are not what the teacher "
+                    "says; delete it"
                 )
         if images.is_cuda:
             logits = logits.pin_memory()  # or the copy would wait for the device
@@ -266,18 +272,20 @@ def build_cached_teacher(
 
     Raises UserError for a cache that was written under other settings, naming those that differ.
     """
-    sampler = loaders.train_sampler
+    sampler, mode = loaders.train_sampler, args.teacher_cache_mode
     if sampler is None:
         raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
+    if args.teacher_logits == "apart" and len(build_sources(args)[0]) > 1:
+        raise UserError("--teacher-cache keeps the mean of several teachers, not --teacher-logits "
+                        "apart; leave out one of them")  # fmt: skip
     epoch_rows = sampler.kept
-    views = args.teacher_cache_views or args.epochs
+    views = args.teacher_cache_views or _pick_views(args.teacher_cache, mode, args.epochs)
     store = cache.Store(
         args.teacher_cache, rows=views * epoch_rows, num_classes=loaders.num_classes,
         keep=cache.read_topk(args.teacher_cache_topk, loaders.num_classes),
-        facts=build_facts(args, loaders, student_inputs, processes, amp_dtype),
-        may_create=args.teacher_cache_mode in ("auto", "write"),
+        facts={VIEWS: views} | build_facts(args, loaders, student_inputs, processes, amp_dtype),
+        may_create=mode in ("auto", "write"),
     )  # fmt: skip
-    mode = args.teacher_cache_mode
     needed = len(loaders.train) * args.batch_size * processes.world_size
     reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
     live = None if reads else build_teacher(
@@ -289,11 +297,33 @@ def build_cached_teacher(
     )  # fmt: skip
 
 
+VIEWS = "--teacher-cache-views"
+
+
+def _pick_views(folder: str, mode: str, epochs: int) -> int:
+    """Return the epochs of the cycle where no flag says: the cache's own, of a new one `epochs`.
+
+    In a longer run than the cycle the views come again, so it is not the run with the live teacher.
+    Raises UserError for that, unless the mode says to read what there is.
+    """
+    found = (cache.read_manifest(folder) or {}).get(VIEWS, epochs)
+    if found >= epochs or mode == "verify":
+        return found
+    if mode != "read":
+        raise UserError(
+            f"--teacher-cache {folder}: has {found} epochs of views, --epochs is {epochs}; take "
+            f"them in turn with {VIEWS} {found}, or give another folder"
+        )
+    _logger.info("--teacher-cache has %d epochs of views, which come again in these %d epochs",
+                 found, epochs)  # fmt: skip
+    return found
+
+
 TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
              "recount", "on_bad_image", "augment_on")  # fmt: skip
 MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
           "batch_size")  # fmt: skip
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow")
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
 
 
 def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
@@ -305,13 +335,37 @@ def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
 
 
 def build_identity(args: Namespace) -> list[str]:
-    """Return a hash of each teacher's file, or whose weights they are; [] if nobody teaches.
+    """Return what says which weights each teacher has; [] if nobody teaches.
 
+    A hash of the file, or of the files in the folder of `local-dir:`. Of published weights only
+    their address is known here, or that they are those of timm's version.
     Raises UserError for a file that is not there.
     """
     if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
         return []
-    return [checkpoint.fingerprint(path) if path else "timm's" for path in build_sources(args)[1]]
+    return [
+        checkpoint.fingerprint(path) if path else _published(name)
+        for name, path in zip(*build_sources(args))
+    ]
+
+
+def _published(name: str) -> str:
+    """Return what is known, without loading them, of the weights of a teacher without a file."""
+    prefix, _, folder = name.partition("local-dir:")
+    if folder and not prefix:
+        if not Path(folder).is_dir():
+            raise UserError(f"teacher {name}: no such folder")
+        files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+        return ", ".join(f"{path.name} {checkpoint.fingerprint(str(path))}" for path in files)
+    file = models.released.find(name)
+    return file.url if file else "timm's"
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
 
 
 def build_facts(
@@ -321,8 +375,13 @@ def build_facts(
     processes: Processes,
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Return all that determines a teacher's answer to the picture at a place, as plain values."""
+    """Return all that determines a teacher's answer to the picture at a place, as plain values.
+
+    What evaluation alone sees is not among it. A new flag that reaches the pixels belongs here;
+    tests/test_cache.py asks of every one where it belongs.
+    """
     names, _ = build_sources(args)
+    source = loaders.data[0].source
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     facts: dict[str, Any] = {
         "teacher": list(names),
@@ -330,16 +389,25 @@ def build_facts(
         "teacher shares": args.teacher_weight or [],
         "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
         "teacher compiled": args.torchcompile or "no",
-        "data": loaders.fingerprint(),
+        "data": loaders.fingerprint(of_train=True),
+        "form of the data": getattr(source, "form", "as it came"),
         "seed": args.seed,
-        "repeated augmentation": args.repeated_aug,
-        "input": student_inputs.describe(),
+        "views of a picture in an epoch": loaders.train_sampler.repeats,
+        "mirrored": may_mirror(args.data_set, source),
+        "input": _of_training(student_inputs),
         "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
     }
     if mixes:  # partners come from the batch
         facts["mixing"]["processes"] = processes.world_size
     facts |= {name: getattr(args, name) for name in TRANSFORM}
-    return facts | {f"version of {name}": version(name) for name in LIBRARIES}
+    facts["version of our pixels"] = pixels.VERSION
+    return facts | {f"version of {name}": _version(name) for name in LIBRARIES}
+
+
+def _of_training(inputs: InputConfig) -> dict[str, Any]:
+    """Return what of `inputs` reaches a training picture, as plain values."""
+    found = {"size": list(inputs.input_size), "mean": list(inputs.mean), "std": list(inputs.std)}
+    return found | ({"interpolation": inputs.interpolation} if inputs.is_small else {})
 
 
 def build_teacher(
@@ -370,14 +438,9 @@ def build_teacher(
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     members = []
     for name, path, weight in zip(names, paths, weights):
-        own, trained = models.data_config(name), _trained_with(name, path)
-        size = tuple(trained.get("input_size") or own["input_size"][1:])
-        teacher_inputs = InputConfig(
-            input_size=(size[0], size[-1]), mean=tuple(trained.get("mean") or own["mean"]),
-            std=tuple(trained.get("std") or own["std"]),
-            interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
-        )  # fmt: skip
-        img_size = teacher_inputs.input_size if trained.get("input_size") else None
+        own, teacher_inputs = models.data_config(name), input_of(name, path)
+        size = teacher_inputs.input_size
+        img_size = None if size == tuple(own["input_size"][1:]) else size
         network = _network(name, path, num_classes, classifies and weight > 0, img_size)
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
@@ -393,6 +456,18 @@ def build_teacher(
         )  # fmt: skip
     one = members[0] if len(members) == 1 else Teachers(members, weights)
     return one.to(device)
+
+
+def input_of(name: str, path: str) -> InputConfig:
+    """Return what a teacher was trained on: its name's configuration, or that of the run of this
+    repository which left its file."""
+    own, trained = models.data_config(name), _trained_with(name, path)
+    size = tuple(trained.get("input_size") or own["input_size"][1:])
+    return InputConfig(
+        input_size=(size[0], size[-1]), mean=tuple(trained.get("mean") or own["mean"]),
+        std=tuple(trained.get("std") or own["std"]),
+        interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
+    )  # fmt: skip
 
 
 def _trained_with(name: str, path: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from augment import InputConfig
 from errors import UserError
-from models import fast, released
+from models import fast, hub, released
 from models.deit import DistilledVisionTransformer
 from models.loading import (
     FinetuneReport,
@@ -90,15 +90,20 @@ def create_model(
             drop_path_rate=drop_path_rate,
         )  # fmt: skip
         as_released = num_classes in (None, 1000) and img_size in (None, (file.pixels,) * 2)
-        (load_weights if as_released else finetune)(network, file.url)
+        if as_released:
+            load_weights(network, file.url)
+        else:
+            _logger.info("%s: %s", file.file, finetune(network, file.url).describe())
         return network
     if pretrained and not name.startswith(SOURCES) and not timm.models.is_model_pretrained(name):
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
     options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}
+    silence = hub.silence() if pretrained or name.startswith(SOURCES[:2]) else ""
     while True:
         try:
-            return timm.create_model(name, pretrained=pretrained, **options)
+            with hub.kept_files_only(bool(silence)):
+                return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:
             unknown = [key for key in options if f"'{key}'" in str(error)]
             if "unexpected keyword" not in str(error) or not unknown:
@@ -116,7 +121,8 @@ def create_model(
             if pretrained or name.startswith(SOURCES):
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
-                    f"model {name}: its weights cannot be fetched ({reason}); give a local file"
+                    f"model {name}: its weights cannot be fetched ({silence or reason}); give a "
+                    "local file (--finetune, a teacher's --teacher-path), or start without any"
                 ) from error
             if isinstance(error, AssertionError | ValueError | RuntimeError):
                 reason = " ".join(str(error).split())[:200]
@@ -158,9 +164,12 @@ def build_input_config(args: Namespace) -> InputConfig:
     )
 
 
-def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Student:
+def build_student(
+    args: Namespace, num_classes: int, inputs: InputConfig, *, with_weights: bool = True
+) -> Student:
     """Return the module that trains, with its first weights.
 
+    with_weights: False reads and fetches none, for what only wants the sizes.
     Raises UserError for a model that is unknown or does not suit the kind of distillation.
     """
     network = create_model(
@@ -169,10 +178,10 @@ def build_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Stu
         img_size=inputs.input_size,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
-        pretrained=args.pretrained,
+        pretrained=args.pretrained and with_weights,
     )
-    origin = ""
-    if args.finetune and not args.resume:
+    origin = "from its published weights" if args.pretrained and not args.resume else ""
+    if args.finetune and not args.resume and with_weights:
         origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
     if args.attn_only:
         freeze_all_but_attention(network)

@@ -11,6 +11,7 @@ three decimals those of timm's results table, where DeiT printed none. A crop is
 the number was measured, timm's where DeiT's README names none.
 """
 
+import difflib
 import fnmatch
 import os
 import sys
@@ -30,6 +31,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import nn
 
 from checkpoint import HASH_IN_NAME
+from errors import UserError
 from models.deit import FILES, VITS
 
 FULL_VALIDATION_SET = 50_000  # pictures; on fewer the published number says nothing
@@ -52,7 +54,13 @@ class Released:
     @property
     def url(self) -> str:
         """Where the file is; `#unverified` says that nobody has published its hash."""
-        return FILES + self.file + ("" if HASH_IN_NAME.search(self.file) else "#unverified")
+        return FILES + self.file + ("" if self.hash else "#unverified")
+
+    @property
+    def hash(self) -> str:
+        """The beginning of the file's SHA-256 that its name tells, or ""."""
+        found = HASH_IN_NAME.search(self.file)
+        return found.group(1) if found else ""
 
     def beside(self, acc1: float, count: int) -> str:
         """Return the published number beside a measured Acc@1 (percent) of `count` pictures.
@@ -195,21 +203,52 @@ def published(name: str, source: str = "") -> Released | None:
 
 
 def table(pattern: str = "*") -> str:
-    """Return the released checkpoints whose name matches `pattern`, one a line, for people."""
-    rows = [("name", "top-1", "px", "crop", "file", "timm's name", "")]
-    for name, found in RELEASED.items():
-        if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.partition(".")[0], pattern):
-            acc1 = "–" if found.acc1 is None else f"{found.acc1:g}"
-            rows.append((name, acc1, str(found.pixels), f"{found.crop:g}", found.file,
-                         found.timm, found.note))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip()
+    """Return the released checkpoints whose name matches `pattern`, one a line, for people.
+
+    pattern: a part of the name, or the whole with wildcards, in any case of letters. The hash is
+    the beginning of the file's SHA-256, where one is published.
+    Raises UserError if none matches.
+    """
+    found = {name: file for name, file in RELEASED.items() if _matches(name, pattern)}
+    others = [name for name in timm.list_models() if _matches(name, pattern) and not find(name)]
+    others.sort(key=lambda name: not name.startswith(pattern.lower()))  # else by the alphabet
+    if not found:
+        raise UserError(
+            f"--list-models {pattern}: no released checkpoint; {_instead(pattern, others)}"
+        )
+    rows = [("name", "top-1", "px", "crop", "hash", "file", "timm's name", "")]
+    for name, file in found.items():
+        acc1 = "-" if file.acc1 is None else f"{file.acc1:g}"
+        rows.append((name, acc1, str(file.pixels), f"{file.crop:g}", file.hash or "-", file.file,
+                     file.timm, file.note))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
              for row in rows]  # fmt: skip
-    others = [name for name in timm.list_models(pattern) if find(name) is None]
     if others:
-        shown = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        lines.append(f"and {len(others)} more that timm knows: {shown}")
+        lines.append(f"timm also knows {_some(others)}")
     return "\n".join(lines)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Return whether `pattern` is a part of a name, or its whole, or that without its tag."""
+    name, pattern = name.lower(), pattern.lower()
+    if not set(pattern) & set("*?["):
+        return pattern in name
+    return any(fnmatch.fnmatchcase(part, pattern) for part in (name, name.partition(".")[0]))
+
+
+def _instead(pattern: str, others: list[str]) -> str:
+    """Return in words what may have been meant by a pattern that no released name matches."""
+    if others:
+        return f"timm knows {_some(others)}, which --model takes too"
+    names = list(dict.fromkeys(key.partition(".")[0] for key in RELEASED))
+    close = difflib.get_close_matches(pattern, names, n=3)
+    return f"did you mean {' or '.join(close)}?" if close else "--list-models alone prints all"
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
 
 
 def _cfg(name: str, found: Released) -> dict[str, Any]:

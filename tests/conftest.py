@@ -3,20 +3,18 @@
 import contextlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import chromium
 import pytest
 import torch
-from PIL import Image
 
 torch.set_num_threads(1)
 
@@ -152,21 +150,18 @@ def run_torchrun() -> Run:
 
 
 @pytest.fixture(scope="session")
-def screenshot() -> Callable[[str, int, Path], dict[tuple, int]]:
-    """How often each colour (red, green, blue) is on a page as Chromium shows it, by its address.
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
+    """A real browser. Whoever asks is skipped where there is none."""
+    program = chromium.find()
+    if program is None:
+        pytest.skip("no chromium to look at the page with; apt-get install it")
+    with chromium.Chromium(program, tmp_path_factory.mktemp("chromium")) as page:
+        yield page
 
-    Whoever asks is skipped where there is no Chromium.
-    """
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    chromium = found or pytest.skip("no chromium to look at the page with; apt-get install it")
 
-    def look(address: str, width: int, picture: Path) -> dict[tuple, int]:
-        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu",
-                   "--blink-settings=preferredColorScheme=1", "--virtual-time-budget=15000",
-                   f"--window-size={width},2000", f"--screenshot={picture}", address]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
-        return defaultdict(int, {colour: count for count, colour in colours})
-
-    return look
+@pytest.fixture
+def shots(tmp_path: Path) -> Path:
+    """The folder for screenshots: that of the variable SCREENSHOTS, to keep them."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 import torch
 
 import cache
-from errors import UserError
+import datasets
+import models
+import pixels
+import teachers
+from distributed import Processes
+from errors import UserError, differences
+from options import QUICK_START, get_args_parser, read_recipe
+from tools import prepare_data
 
 FACTS = {"teacher": "resnet_pico", "seed": 0, "mixing": {"mixup": 0.8}}
 
@@ -72,9 +80,10 @@ def test_the_size_is_as_told_to_the_byte(keep: str | int, tmp_path: Path) -> Non
 
 def test_other_facts_are_refused_naming_each_with_both_values(tmp_path: Path) -> None:
     store(tmp_path)
-    with pytest.raises(UserError, match="seed: written with 0, now 1") as caught:
+    with pytest.raises(UserError, match="seed was 0 and is 1") as caught:
         store(tmp_path, seed=1, mixing={"mixup": 0.5})
-    assert "mixing" in str(caught.value) and "teacher" not in str(caught.value).split("refused")[1]
+    assert "mixing mixup was 0.8 and is 0.5" in str(caught.value)
+    assert "teacher" not in str(caught.value).split("refused")[1]
 
 
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
@@ -91,6 +100,9 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     (whole / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not readable"):
         store(whole)
+    (whole / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(UserError, match="of format 2, this program has 3"):
+        store(whole)
 
 
 def test_a_cache_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
@@ -104,12 +116,66 @@ def test_a_number_of_classes_that_cannot_be_kept_is_refused(text: str) -> None:
         cache.read_topk(text, 5)
 
 
-def test_agreement_counts_the_rows_that_are_the_same() -> None:
-    live = torch.eye(4, 5)
-    read = live.clone()
-    read[1, 1] += 0.1
-    assert cache.agreement(read, live, "all") == 0.75
-    assert cache.agreement(read, live, 2) == 1
+SAID = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.0], [0.5, 0.0, 4.0, 1.0, 4.0004]])
+
+
+@pytest.mark.parametrize(
+    ("keep", "changes", "agrees"),
+    [
+        ("all", {(0, 3): -1.1}, [False, True]),
+        (2, {(0, 3): 0.5}, [False, True]),  # the order is the same, the probabilities are not
+        (2, {(0, 3): -1.01}, [True, True]),
+        (2, {(0, 1): 2.5}, [False, True]),  # another one is the second
+        (2, {(1, 4): 3.9996}, [True, True]),  # near enough to a tie
+        ("hard", {(0, 2): 2.9, (0, 3): 1.0}, [True, True]),
+        ("hard", {(0, 2): 3.1}, [False, True]),
+        ("hard", {(1, 2): 4.001}, [True, True]),
+        ("hard", {(1, 2): 4.1}, [True, False]),
+    ],
+)
+def test_verifying_looks_at_all_that_is_kept(
+    keep: str | int, changes: dict, agrees: list[bool], tmp_path: Path
+) -> None:
+    kept, rows, now = store(tmp_path, keep=keep), np.array([3, 8]), SAID.clone()
+    kept.write(rows, SAID)
+    assert kept.agrees(rows, SAID).tolist() == [True, True]
+    for place, value in changes.items():
+        now[place] = value
+    assert kept.agrees(rows, now).tolist() == agrees
+
+
+def test_an_answer_that_is_no_number_is_not_kept(tmp_path: Path) -> None:
+    kept, logits = store(tmp_path, keep="hard"), torch.randn(2, 5)
+    logits[1, 3] = float("nan")
+    with pytest.raises(UserError, match="not finite"):
+        kept.write(np.array([0, 1]), logits)
+    assert kept.missing() == 12
+
+
+def test_files_that_cannot_be_written_are_read_and_no_more(tmp_path: Path, monkeypatch) -> None:
+    store(tmp_path).write(np.array([2]), SAID[:1])
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    kept = store(tmp_path)
+    assert kept.read(np.array([2])).equal(SAID[:1])
+    with pytest.raises(UserError, match="2 rows are missing, and the files cannot be written"):
+        kept.write(np.array([0, 1]), SAID)
+
+
+def _make_and_write(folder: Path, row: int) -> None:
+    fill = cache.Store._fill
+    cache.Store._fill = lambda *args: time.sleep(0.2 + row / 10) or fill(*args)
+    store(folder).write(np.array([row]), SAID[:1])
+
+
+def test_runs_that_begin_together_make_one_cache_and_lose_no_row(tmp_path: Path) -> None:
+    fork = torch.multiprocessing.get_context("fork")
+    runs = [fork.Process(target=_make_and_write, args=(tmp_path / "new", row)) for row in range(4)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0] * 4
+    assert store(tmp_path / "new").done(np.arange(12)).sum() == 4
 
 
 RUN = ["--distillation-type", "hard", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
@@ -133,18 +199,136 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     run("live")
     kept = ["--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-views", "2"]
     assert "still to write" in run("first", *kept)
-    import teachers
-
     monkeypatch.setattr(teachers, "build_teacher", None)  # reading needs no network
     assert "no network is loaded" in run("second", *kept, "--num-workers", "2")
     run("third", *kept, "--teacher-cache-mode", "read")
     assert log(tmp_path / "live") == log(tmp_path / "first") == log(tmp_path / "second")
     assert log(tmp_path / "live") == log(tmp_path / "third")
+    shorter = run("fourth", *kept[:2], "--epochs", "1")
+    assert "2 epochs of views" in shorter, "as many as there are, whatever the run has"
+    run("fifth", *kept[:2], "--epochs", "3", "--teacher-cache-mode", "read")
+    monkeypatch.undo()
+    longer = [*RUN, "--epochs", "3", "--output_dir", str(tmp_path / "fifth"), "--resume", "auto"]
+    assert "views that come again: was 2 and is 0" in run_inside(*longer).stderr
+
+
+@pytest.mark.parametrize("mode", ["auto", "write", "read", "verify"])
+def test_a_cache_of_other_epochs_is_taken_as_it_is_or_refused_with_a_way_out(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert teachers._pick_views(tmp_path / "new", mode, epochs=7) == 7
+    store(tmp_path, **{teachers.VIEWS: 4})
+    caplog.set_level("INFO")
+    assert teachers._pick_views(tmp_path, mode, epochs=3) == 4 and not caplog.text
+    if mode in ("auto", "write"):
+        with pytest.raises(UserError, match="has 4 .* --epochs is 5; .*--teacher-cache-views 4"):
+            teachers._pick_views(tmp_path, mode, epochs=5)
+    else:
+        assert teachers._pick_views(tmp_path, mode, epochs=5) == 4
+        assert ("come again in these 5 epochs" in caplog.text) == (mode == "read")
+
+
+# Every flag of data, augmentation and input: a value by which the facts must differ, or why it
+# cannot reach a training picture.
+REACH = {
+    "color_jitter": ["0.5"], "aa": ["original"], "augment_on": ["device"],
+    "train_interpolation": ["bilinear"], "repeated_aug": False, "ThreeAugment": [], "src": [],
+    "reprob": ["0.1"], "remode": ["const"], "recount": ["2"], "mixup": ["0.5"], "cutmix": ["0.5"],
+    "cutmix_minmax": ["0.2", "0.4"], "mixup_prob": ["0.5"], "mixup_switch_prob": ["0.1"],
+    "mixup_mode": ["elem"], "data_path": ["FOLDER"], "data_set": ["IMNET", "--data-path", "FOLDER"],
+    "inat_category": None, "on_bad_image": ["skip"], "model": ["deit_tiny_patch16_224"],
+    "nb_classes": ["12"], "input_size": ["40"], "mean": ["0.5", "0.5", "0.50001"],
+    "std": ["0.5", "0.5", "0.50001"], "interpolation": ["bilinear"], "seed": ["1"],
+    "batch_size": ["32"], "teacher_model": ["resnet18"], "teacher_path": ["FILE"],
+    "teacher_weight": ["0.5"], "torchcompile": ["eager"],
+}  # fmt: skip
+CANNOT = {
+    "smoothing": "labels", "bce_loss": "loss", "resplit": "no effect", "val_split": "evaluation",
+    "eval_crop_ratio": "evaluation", "num_workers": "speed", "loader_timeout": "speed",
+    "pin_mem": "speed", "drop": "student", "drop_path": "student", "pretrained": "student",
+    "finetune": "student", "attn_only": "student", "grad_checkpointing": "student",
+    "train_mode": "student",
+}  # fmt: skip
+FREE = [["--val-split", "dev"], ["--eval-crop-ratio", "0.9"], ["--num-workers", "2"],
+        ["--smoothing", "0"], ["--drop-path", "0.3"], ["--epochs", "7"]]  # fmt: skip
+
+
+def facts(*flags: str) -> dict:
+    parser = get_args_parser()
+    pico = {name: read_recipe(QUICK_START)[name] for name in ("model", "teacher_model",
+            "teacher_path", "data_set")}  # fmt: skip
+    parser.set_defaults(**pico, distillation_type="hard", num_workers=0, batch_size=4)
+    args = parser.parse_args(flags)
+    inputs = models.build_input_config(args)
+    place = Processes(0, 0, 1, torch.device("cpu"), "single")
+    loaders = datasets.build_loaders(args, inputs, place)
+    return teachers.build_facts(args, loaders, inputs, place, None)
+
+
+def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    groups = {group.title: group for group in get_args_parser()._action_groups}
+    asked = {
+        action.dest: action
+        for title in ("augmentation and mixing", "data", "student")
+        for action in groups[title]._group_actions
+    }
+    assert not set(asked) - set(REACH) - set(CANNOT), "a new flag: does it reach the pixels?"
+    assert not set(REACH) & set(CANNOT)
+    torch.save({"model": {}}, tmp_path / "file.pth")
+    words = {"FOLDER": str(picture_folder), "FILE": str(tmp_path / "file.pth")}
+    ours = facts()
+    for name, value in REACH.items():
+        if value is None:  # it chooses the labels, and they are among the data
+            continue
+        flag = "--" + ("no-" if value is False else "") + name.replace("_", "-")
+        more = ["--data-set", "IMNET"] if name == "data_path" else []
+        assert facts(flag, *(words.get(word, word) for word in value or []), *more) != ours, flag
+    for flags in FREE:
+        assert facts(*flags) == ours, flags
+
+
+@pytest.mark.parametrize("change", [(pixels, "VERSION", 0), (teachers, "version", lambda name: 9)])
+def test_another_version_is_another_fact(change: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = facts()
+    monkeypatch.setattr(*change)
+    assert facts() != ours
+
+
+def test_data_that_are_never_mirrored_or_otherwise_kept_are_other_facts(
+    picture_folder: Path, tmp_path: Path
+) -> None:
+    target = str(tmp_path / "prepared")
+    assert prepare_data.main([str(picture_folder), target, "--num-workers", "0"]) == 0
+    kept = facts("--data-set", "PREPARED", "--data-path", target)
+    plain = facts("--data-set", "IMNET", "--data-path", str(picture_folder))
+    assert kept["form of the data"] == "prepared raw, short side 288"
+    assert kept["data"] != plain["data"] and kept["mirrored"] and not facts()["mirrored"]
+    manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
+    (tmp_path / "prepared" / "manifest.json").write_text(json.dumps(manifest | {"flips": False}))
+    again = facts("--data-set", "PREPARED", "--data-path", target)
+    assert list(differences(kept, again)) == ["mirrored was True and is False"]
+
+
+def test_a_teacher_in_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    ours = facts("--teacher-model", f"local-dir:{tmp_path}", "--teacher-path", "")
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    other = facts("--teacher-model", f"local-dir:{tmp_path}", "--teacher-path", "")
+    assert [line.split()[1] for line in differences(ours, other)] == ["weights"]
+    with pytest.raises(UserError, match="no such folder"):
+        facts("--teacher-model", f"local-dir:{tmp_path}/none", "--teacher-path", "")
+
+
+def test_a_cache_of_the_mean_is_not_taken_for_teachers_apart(run_inside, tmp_path: Path) -> None:
+    two = ["--teacher-model", "resnet_pico", "--teacher-path", ""] * 2
+    result = run_inside(*RUN, *two, "--teacher-logits", "apart", "--teacher-cache", str(tmp_path))
+    assert result.returncode == 2 and "keeps the mean of several teachers" in result.stderr
 
 
 def _live_written_and_read(rank: int, folder: str) -> None:
     import main
-    import teachers
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -173,10 +357,9 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     incomplete = run_inside(*kept, "--teacher-cache-mode", "write", "--on-bad-image", "skip")
     assert incomplete.returncode == 0, incomplete.stderr
     kept += ["--on-bad-image", "skip"]
-    done = tmp_path / "cache" / "marks.u8"
-    marks = bytearray(done.read_bytes())
-    marks[100:300] = bytes(200)  # as if the writing had been killed there
-    done.write_bytes(marks)
+    done = tmp_path / "cache" / "marks"
+    marks = np.memmap(done, dtype="<u4", mode="r+")
+    marks[100:300] = 0  # as if the writing had been killed there
     missing = run_inside(*kept, "--teacher-cache-mode", "read")
     assert missing.returncode == 2 and "200 of 1536 rows are missing" in missing.stderr
     again = run_inside(*kept, "--teacher-cache-mode", "write")
@@ -189,8 +372,8 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
     assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0, "mended"
     logits[700] += 1
-    marks = np.memmap(done, dtype="u1", mode="r+")
-    marks[700] = zlib.crc32(logits[700]) % 255 + 1
+    marks = np.memmap(done, dtype="<u4", mode="r+")
+    marks[700] = zlib.crc32(logits[700]) % (2**32 - 1) + 1
     wrong = run_inside(*kept, "--teacher-cache-mode", "verify")
     assert wrong.returncode == 2 and "not what the teacher says" in wrong.stderr
 
@@ -199,12 +382,12 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--reprob", "0.5"], "reprob: written with 0.25, now 0.5"),
-        (["--batch-size", "64"], "mixing"),
+        (["--reprob", "0.5"], "reprob was 0.25 and is 0.5"),
+        (["--batch-size", "64"], "mixing batch_size was 128 and is 64"),
         (["--seed", "1"], "seed"),
         (["--input-size", "40"], "input"),
-        (["--teacher-amp", "bf16"], "teacher precision: written with 'float32 on cpu'"),
-        (["--torchcompile", "eager"], "teacher compiled: written with 'no'"),
+        (["--teacher-amp", "bf16"], "teacher precision was 'float32 on cpu'"),
+        (["--torchcompile", "eager"], "teacher compiled was 'no'"),
     ],
 )
 def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:

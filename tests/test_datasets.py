@@ -28,6 +28,8 @@ from datasets import Loaders, auto_workers, build_dataset, build_loaders
 from distributed import Processes
 from errors import UserError
 from options import get_args_parser
+from prepared import Prepared, Writer
+from tools import prepare_data
 
 INPUTS = InputConfig((8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PLAIN = ["--aa", "", "--color-jitter", "0", "--reprob", "0"]
@@ -287,6 +289,65 @@ def test_what_is_wrong_with_inaturalist_is_told_in_one_line(tmp_path: Path) -> N
     assert "train2018.json: not readable as JSON" in told()
 
 
+# ---- which data it is ----
+
+
+def named(name: str, root: Path, *flags: str) -> str:
+    return loaders(name, root, "--batch-size", "2", *flags).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["IMNET", "folder"])
+def test_a_copied_folder_is_the_same_data_and_other_pictures_of_its_names_are_not(
+    name: str, folders: Path, tmp_path: Path
+) -> None:
+    known = named(name, folders)
+    copy = shutil.copytree(folders, tmp_path / "elsewhere")
+    assert named(name, copy) == known
+    picture = copy / "train" / "class1" / "2.png"
+    Image.open(picture).resize((6, 6)).save(picture)
+    assert named(name, copy) != known, "resized"
+    data = bytearray((folders / "train" / "class1" / "2.png").read_bytes())
+    data[-20] ^= 1
+    picture.write_bytes(data)
+    assert named(name, copy) != known, "as many bytes, but others"
+    picture.unlink()
+    picture.with_name("5.png").write_bytes(data)
+    assert named(name, copy) != known, "renamed"
+
+
+def test_of_many_pictures_those_looked_at_lie_all_over_the_list(monkeypatch) -> None:
+    assert sources._spread(3, 10) == [0, 1, 2]
+    assert sources._spread(1_281_167, 4) == [0, 320291, 640583, 960875]
+    seen: list[str] = []
+    monkeypatch.setattr(sources, "_size", lambda path: seen.append(path) or len(path))
+    names = [f"{number % 7}/{number}.png" for number in range(5000)]
+    sources.Files("nowhere", names, [number % 7 for number in range(5000)], None).identity()
+    assert len(seen) == sources.SIZES + sources.CONTENTS, "not a look at each of a million files"
+    assert {path.split("/")[1] for path in seen} == set("0123456")
+
+
+@pytest.mark.parametrize("part", ["pixel", "label", "size"])
+def test_pictures_without_files_are_known_by_pixels_and_labels(part: str) -> None:
+    def pairs() -> list:
+        return [(Image.new("RGB", (4, 6), (number,) * 3), number % 3) for number in range(20)]
+
+    known = sources.Pairs(pairs(), None, "greys").identity()
+    assert sources.Pairs(pairs(), None, "greys").identity() == known
+    other = pairs()
+    if part == "pixel":
+        other[13][0].putpixel((3, 2), (1, 2, 3))
+    else:
+        shape = (6, 4) if part == "size" else (4, 6)
+        other[13] = (Image.new("RGB", shape, (13,) * 3), 13 % 3 + (part == "label"))
+    assert sources.Pairs(other, None, "greys").identity() != known
+
+
+def test_the_train_data_are_known_apart() -> None:
+    both = [loaders("DIGITS", "", "--val-split", split) for split in ("test", "dev")]
+    assert both[0].fingerprint() != both[1].fingerprint()
+    assert both[0].fingerprint(of_train=True) == both[1].fingerprint(of_train=True)
+
+
 # ---- shards ----
 
 
@@ -340,6 +401,46 @@ def test_shards_are_streamed_and_evaluation_counts_what_comes(tmp_path: Path, wo
         assert set(epochs[-1]) <= set(range(8))
     assert epochs[0] != epochs[1]
     assert data.skipped() == 0
+
+
+@pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
+def test_shards_are_known_by_their_sizes(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "shards")
+    flags = ["--nb-classes", "2"]
+    known = named("wds/digits", root, *flags)
+    assert named("wds/digits", shutil.copytree(root, tmp_path / "copy"), *flags) == known
+    with open(root / "train-1.tar", "ab") as file:
+        file.write(bytes(10240))
+    assert named("wds/digits", root, *flags) != known
+
+
+@pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
+def test_shards_are_prepared_in_their_order_however_often_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root, made = write_shards(tmp_path / "shards"), tmp_path / "made"
+    command = [str(root), str(made), "--data-set", "wds/digits"]
+    append = Writer.append
+
+    def full(writer: Writer, *entry: object) -> None:
+        if writer.rows in stops:
+            stops.remove(writer.rows)
+            raise OSError("no space left")
+        append(writer, *entry)
+
+    stops = [2, 7]
+    monkeypatch.setattr(Writer, "append", full)
+    assert [prepare_data.main(command) for _ in range(3)] == [2, 2, 0]
+    assert "train: goes on after 7 of 8" in capsys.readouterr().out
+    for split, first, count in (("train", 0, 8), ("val", 8, 4)):
+        source = Prepared(made, split)
+        pictures = [source.load(index) for index in range(len(source))]
+        assert [int(picture.max()) for picture, _ in pictures] == list(range(first, first + count))
+        assert [label for _, label in pictures] == [number % 2 for number in range(count)]
+    with open(root / "train-1.tar", "ab") as file:
+        file.write(bytes(10240))
+    assert prepare_data.main(command) == 2, "other shards"
+    assert "pictures train was" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")

@@ -287,4 +287,4 @@ def test_a_run_augments_on_the_device_with_a_cached_teacher(run_inside, tmp_path
     assert found.returncode == 0, found.stderr
     refused = run_inside(*flags, "--teacher-cache-mode", "read")
     assert refused.returncode == 2
-    assert "augment_on: written with 'device', now 'worker'" in refused.stderr
+    assert "augment_on was 'device' and is 'worker'" in refused.stderr

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
+import checkpoint
 import models
 from tools import export
 
@@ -23,9 +26,25 @@ def run_folder(tmp_path: Path) -> Path:
                 "distillation_type": "hard", "teacher_model": "resnet_pico"}  # fmt: skip
     folder = tmp_path / "run"
     folder.mkdir()
-    torch.save({"model": network.state_dict(), "args": settings, "epoch": 2, "best_acc1": 71.25},
-               folder / "checkpoint.pth")  # fmt: skip
+    content = {"model": network.state_dict(), "args": settings, "epoch": 2, "best_acc1": 71.254321,
+               "classes": list("abcdefg"),
+               "projections": {"0.weight": torch.ones(2, 2)}}  # fmt: skip
+    torch.save(content, folder / "best_checkpoint.pth")
     return folder
+
+
+def change(folder: Path, args: dict | None = None, **content) -> Path:
+    """Change what a run's checkpoint holds, its settings under `args`; return its path."""
+    path = folder / "best_checkpoint.pth"
+    held = torch.load(path, weights_only=True)
+    torch.save(held | content | {"args": held["args"] | (args or {})}, path)
+    return path
+
+
+def card_of(folder: Path, *flags: str) -> str:
+    out = folder.with_name("card")
+    assert export.main([str(folder), str(out), "--formats", "safetensors", *flags]) == 0
+    return (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch_export", "onnx"])
@@ -38,10 +57,30 @@ def test_each_format_answers_as_the_student(
     assert "logits differ by at most" in shown
     card = (out / "README.md").read_text()
     assert str(tmp_path) not in card, "a path of this machine"
-    assert "71.25" in card and "resnet_pico" in card and "mean of its class" in card
+    assert (
+        "| top-1 | 71.25% after epoch 3 |" in card
+        and "resnet_pico" in card
+        and "mean of its class" in card
+    )
     if form == "safetensors":
         config = json.loads((out / "config.json").read_text())
         assert config["num_classes"] == 7 and config["pretrained_cfg"]["crop_pct"] == 0.9
+        assert config["label_names"] == list("abcdefg")
+        network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7)
+        assert set(load_file(out / "model.safetensors")) == set(network.state_dict())
+
+
+def test_an_export_answers_with_the_mean_of_both_heads(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert export.main([str(run_folder), str(out), "--formats", "torch_export"]) == 0
+    network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7).eval()
+    models.load_weights(network, str(run_folder / "best_checkpoint.pth"))
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        cls, dist = network(images, both=True)
+        found = torch.export.load(out / "model.pt2").module()(images)
+    torch.testing.assert_close(found, (cls + dist) / 2, rtol=0, atol=1e-5)
+    assert float((cls - dist).abs().max()) > 1e-3
 
 
 def test_plain_timm_loads_an_exported_student(tmp_path: Path) -> None:
@@ -82,8 +121,8 @@ def test_an_export_that_answers_otherwise_is_not_kept(
 
     monkeypatch.setattr(torch.export, "load", Wrong)
     code = export.main([str(run_folder), str(tmp_path / "out"), "--formats", "torch_export"])
-    assert code == 2 and "was not kept" in capsys.readouterr().err
-    assert not list((tmp_path / "out").glob("model.*"))
+    assert code == 2 and "nothing was written" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_without_onnx_a_line_says_what_to_install(
@@ -99,9 +138,83 @@ def test_without_onnx_a_line_says_what_to_install(
     assert needs in capsys.readouterr().err
 
 
+def test_a_card_tells_recipe_data_and_what_distils(run_folder: Path) -> None:
+    settings = {"recipe": "deit_tiny_token", "lr": 5e-4, "batch_size": 64, "grad_accum_steps": 2,
+                "unscale_lr": False, "mixup": 0.8, "cutmix": 0.0, "aa": "rand-m9", "opt": "adamw",
+                "data_set": "IMNET", "data_path": "/somewhere/flowers"}  # fmt: skip
+    change(run_folder, settings, facts={"processes": 8, "data": "90 + 30 pictures, 0a1b"})
+    card = card_of(run_folder)
+    for row in ("recipe | deit_tiny_token", "data | IMNET (flowers)", "epochs | 3",
+                "trained and evaluated on | 90 + 30 pictures", "learning rate | 0.001",
+                "effective batch | 1024: --batch-size 64, processes 8, --grad-accum-steps 2",
+                "augmentation and regularisation | aa rand-m9, mixup 0.8",
+                "distillation | hard, alpha None"):  # fmt: skip
+        assert f"| {row} |" in card
+    assert "/somewhere" not in card and "7 classes" in card and "logits: a, b, c" in card
+
+
+def test_a_run_without_a_teacher_has_none_on_its_card(run_folder: Path) -> None:
+    change(run_folder, {"distillation_type": "none", "teacher_path": __file__})
+    assert "teacher" not in card_of(run_folder) and "tau" not in card_of(run_folder)
+
+
+def test_the_teachers_hash_is_the_one_the_checkpoint_has(run_folder: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.pth"
+    teacher.write_bytes(b"as it was")
+    was = checkpoint.hash_of(teacher)
+    change(run_folder, {"teacher_path": str(teacher)}, facts={"teacher": [was]})
+    card = card_of(run_folder)
+    assert f"| sha256 of the teacher | {was} |" in card and "| note |" not in card
+    assert "| teacher | resnet_pico, teacher.pth |" in card
+    teacher.write_bytes(b"trained on")
+    now = checkpoint.hash_of(teacher)
+    card = card_of(run_folder)
+    assert f"| sha256 of the teacher | {was} |" in card
+    assert f"| note | the file now there is another: sha256 {now} |" in card
+    change(run_folder, facts={})  # as of DeiT
+    assert f"| sha256 of the teacher's file today | {now} |" in card_of(run_folder)
+
+
+def test_the_accuracy_is_that_of_the_weights_exported(run_folder: Path) -> None:
+    path = change(run_folder)
+    average = torch.load(path, weights_only=True)["model"]
+    change(run_folder, model_ema=average)
+    assert "| top-1 | not known, after epoch 3 |" in card_of(run_folder, "--key", "model_ema")
+    lines = [{"epoch": i, "test_acc1": 60.0 + i, "ema_acc1": 70.123 + i} for i in range(4)]
+    (run_folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "| top-1 | 62.00% after epoch 3 |" in card_of(run_folder)
+    assert "| top-1 | 72.12% after epoch 3 |" in card_of(run_folder, "--key", "model_ema")
+    change(run_folder, tally={"micro_steps": 5})
+    assert "| top-1 | not measured: stopped within epoch 4 |" in card_of(run_folder)
+
+
+def test_half_is_stored_as_half_and_loads_everywhere(
+    run_folder: Path, tmp_path: Path, capsys
+) -> None:
+    full, half = tmp_path / "full", tmp_path / "half"
+    for out, flags in ((full, []), (half, ["--half"])):
+        assert export.main([str(run_folder), str(out), "--formats", "safetensors", *flags]) == 0
+    rounded = {k: v.half() for k, v in load_file(full / "model.safetensors").items()}
+    torch.testing.assert_close(load_file(half / "model.safetensors"), rounded, rtol=0, atol=0)
+    assert "rounded to float16" in (half / "README.md").read_text()
+    network = timm.create_model(f"local-dir:{half}", pretrained=True)
+    assert torch.equal(network.head.weight, rounded["head.weight"].float())
+    large = torch.load(change(run_folder), weights_only=True)["model"]
+    large["head.bias"] += 1e5
+    change(run_folder, model=large)
+    assert export.main([str(run_folder), str(half), "--half"]) == 2
+    assert export.main([str(run_folder), str(tmp_path / "one.safetensors"), "--half"]) == 2
+    assert capsys.readouterr().err.count("head.bias has values too large for float16") == 2
+
+
+def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert export.main(["run", "out", "--format", "pt", "--halve"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_the_weights_alone_as_before(run_folder: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "weights.safetensors"
-    assert export.main([str(run_folder / "checkpoint.pth"), str(out), "--half"]) == 0
+    assert export.main([str(run_folder / "best_checkpoint.pth"), str(out), "--half"]) == 0
     network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7)
     models.load_weights(network, str(out))
     torch.save({"model": network.state_dict()}, tmp_path / "bare.pth")

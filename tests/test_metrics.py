@@ -51,6 +51,13 @@ def epoch(log: metrics.RunLog, number: int) -> None:
     log.epoch(number, {"loss": 1.0, "lr": 0.1}, {"loss": 2.0, "acc1": 3.0}, {"acc1": 4.0}, 7, 100)
 
 
+def test_a_log_is_read_without_the_line_that_is_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "log.txt"
+    assert metrics.read_log(path) == []
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert metrics.read_log(path) == [{"epoch": 0}, {"epoch": 1}]
+
+
 def test_a_log_line_starts_with_deits_keys(tmp_path: Path) -> None:
     log = metrics.RunLog(str(tmp_path))
     epoch(log, 0)

@@ -12,6 +12,7 @@ from torch import nn
 import models
 import options
 from errors import UserError
+from models import hub
 from models.deit import VITS, DistilledVisionTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,6 +244,25 @@ def test_a_model_without_position_embedding_can_be_finetuned(tmp_path: Path) -> 
     path = save(tmp_path / "x.pth", models.create_model("resnet_pico").state_dict())
     report = models.finetune(models.create_model("resnet_pico", num_classes=4), path)
     assert report.dropped == ["fc.weight", "fc.bias"] and not report.resampled
+
+
+def test_a_hub_that_does_not_answer_is_one_line_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    with pytest.raises(UserError, match="127.0.0.1 does not answer: Connection refused.*finetune"):
+        models.create_model("resnet10t", pretrained=True)
+    assert not [r for r in caplog.records if "etry" in r.getMessage()]
+    assert hub.constants.HF_HUB_OFFLINE is False  # for who asks next
+
+
+def test_a_hub_behind_a_proxy_is_left_to_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"http": "http://proxy:1"})
+    assert hub.silence() == ""
 
 
 def test_attention_only_is_chosen_by_module_type() -> None:

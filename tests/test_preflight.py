@@ -1,12 +1,16 @@
 """Before a run: sizes and costs without training, and what --check finds."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+import distributed
 import models
+import options
 import preflight
+from errors import UserError
 from preflight import label_order, measure, teacher_findings
 
 
@@ -46,25 +50,116 @@ def test_class_names_are_compared() -> None:
     assert "3 where" in label_order(["a", "b", "c"], ["a", "b"])[0]
 
 
+def planned(*flags: str) -> dict[str, str]:
+    """Return the lines of a plan, behind their settings, by their first word."""
+    args = options.parse_args(["--num_workers", "0", *flags]).args
+    processes = distributed.init_processes("cpu")
+    lines = preflight.build_plan(args, processes, models.build_input_config(args), None)
+    return dict(line.partition(": ")[::2] for line in lines if ": " in line)
+
+
+def test_a_dry_run_shows_the_line_of_the_run_itself(run_inside) -> None:
+    flags = ["--batch-size", "448", "--epochs", "1", "--warmup-epochs", "0", "--lr", "0.01",
+             "--no-unscale-lr", "--output_dir", ""]  # fmt: skip
+    said = [line for line in run_inside(*flags).stdout.splitlines() if line.startswith("recipe: ")]
+    found = planned(*flags)["recipe"]
+    assert said == [f"recipe: {found}"]
+    assert found == "1 epochs of 2 updates, effective batch 448, learning rate 0.00875"
+
+
+def test_a_plan_warns_where_the_scaled_rate_is_below_the_lowest() -> None:
+    flags = ["--batch-size", "64", "--no-unscale-lr", "--epochs", "9"]
+    assert "1e-06 is below --min-lr 1e-05" in planned(*flags, "--lr", "8e-6")["WARNING"]
+    assert "WARNING" not in planned(*flags, "--lr", "8e-5")  # just as low
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "updates"),
+    [
+        ("IMNET", "ImageNet's 1281167 pictures and 1000 classes assumed", 1281024 // 64),
+        ("CIFAR10", "CIFAR-10's 50000 pictures and 10 classes", 49920 // 64),
+        ("CIFAR", "CIFAR-100's 50000 pictures and 100 classes", 49920 // 64),
+        ("INAT", "iNaturalist 2018's 437513 pictures and 8142 classes", 437504 // 64),
+        ("INAT19", "iNaturalist 2019's 265240 pictures and 1010 classes", 265216 // 64),
+        ("PREPARED", "of unknown size, ImageNet's 1281167", 1281024 // 64),
+    ],
+)
+def test_data_that_is_not_there_is_counted_by_its_published_size(
+    data: str, words: str, updates: int
+) -> None:
+    found = planned("--data-set", data, "--data-path", "gone", "--model", "deit_pico_patch8_32")
+    assert words in found["data"] and "gone" in found["data"]
+    assert f" of {updates} updates," in found["recipe"]
+
+
+def test_data_that_is_there_and_cannot_be_used_ends_a_plan_as_it_would_the_run(tmp_path) -> None:
+    (tmp_path / "train" / "empty").mkdir(parents=True)
+    with pytest.raises(UserError, match="without pictures"):
+        planned("--data-path", str(tmp_path), "--model", "deit_pico_patch8_32")
+    with pytest.raises(UserError, match="larger than the 897"):
+        planned("--batch-size", "1000")
+
+
+def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
+    args = options.parse_args(["--model", "deit_tiny_patch16_224", "--drop-path", "0.1"]).args
+    inputs = models.build_input_config(args)
+
+    def student(**flags: bool) -> preflight.Planned:
+        return preflight._build_planned_student(Namespace(**vars(args) | flags), 10, inputs)
+
+    plain, spared = student(), student(grad_checkpointing=True)
+    frozen = student(attn_only=True)
+    assert spared.size.kept_bytes < plain.size.kept_bytes / 5
+    assert spared.size.kept_bytes > plain.size.kept_bytes / 12  # a block, and all inputs
+    assert frozen.size.trained < frozen.size.parameters == plain.size.trained
+    assert frozen.size.kept_bytes < plain.size.kept_bytes
+    words = preflight._build_memory(args, plain, [], None)
+    assert f"{preflight.amount(plain.size.kept_bytes * args.batch_size)} for the 64" in words
+    assert plain.size.kept_bytes > 12 * 197 * 192 * 4 * 10  # q, k, v, MLP and more, each block
+
+
+def test_a_plan_counts_the_views_of_a_cache_in_units_that_show_something() -> None:
+    flags = ["--distillation-type", "hard", "--teacher-cache-views", "2", "--teacher-cache-topk"]
+    found = planned(*flags, "hard")["cache"]
+    assert found == "71.8 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
+        "2 views"  # fmt: skip
+    assert "with all, 22.8 KiB with 3, " in planned(*flags, "3")["cache"]
+    assert preflight.amount(3 * 2**40) == "3.0 TiB" and preflight.amount(5) == "5.0 bytes"
+
+
+def test_a_plan_sees_every_teacher_at_the_size_it_was_trained_at(tmp_path: Path) -> None:
+    settings = {"model": "resnet_pico", "input_size": [40]}
+    torch.save({"model": {}, "args": settings}, tmp_path / "t.pth")
+    args = options.parse_args(
+        ["--distillation-type", "soft", "--teacher-model", "resnet_pico", "--teacher-path",
+         str(tmp_path / "t.pth"), "--teacher-model", "deit_pico_patch8_32", "--teacher-path", "x"]
+    ).args  # fmt: skip
+    found = preflight._build_planned_teachers(args, 10)
+    assert [teacher.side for teacher in found] == [(40, 40), (32, 32)]
+    assert preflight._build_planned_teachers(options.parse_args([]).args, 10) == []
+
+
 @pytest.mark.slow
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run_inside, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = run_inside("--dry-run", "--distillation-type", "hard", "--output_dir", str(out))
     assert result.returncode == 0, result.stderr
     for word in ("model: deit_pico", "student: ", "teacher: resnet_pico", "GFLOPs", "memory: about",
-                 "cache: 0.0 GiB with --teacher-cache-topk all", "26880 answers", "images/s",
-                 "30 epochs"):  # fmt: skip
+                 "cache: 1.1 MiB with all", "26910 answers", "images/s",
+                 "from a full cache of the teacher", "30 epochs"):  # fmt: skip
         assert word in result.stdout, word
     assert not out.exists()
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_a_recipe_needs_no_data(run_inside) -> None:
-    result = run_inside("--recipe", "deit_tiny_none", "--data-path", "nowhere", "--dry-run",
-                        "--batch-size", "8", "--model", "deit_pico_patch8_32")  # fmt: skip
+def test_a_dry_run_of_a_recipe_needs_no_data_and_no_weights(run_inside) -> None:
+    result = run_inside("--recipe", "deit_base_384", "--data-path", "nowhere", "--dry-run",
+                        "--batch-size", "8", "--model", "deit_pico_patch8_32", "--input-size", "32",
+                        "--finetune", "https://nowhere.invalid/x.pth")  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "ImageNet assumed" in result.stdout and "1281167 pictures" in result.stdout
-    assert "--model deit_pico_patch8_32 instead of deit_tiny_patch16_224" in result.stdout
+    assert "--model deit_pico_patch8_32 instead of deit_base_patch16_384" in result.stdout
+    assert "recipe deit_base_384: 83.1 ± 0.3% expected (DeiT" in result.stdout
+    assert "learning rate 5e-06" in result.stdout and "WARNING" not in result.stdout
 
 
 @pytest.mark.slow
@@ -84,3 +179,21 @@ def test_check_finds_few_patches_and_a_teacher_of_other_classes(
     assert result.returncode == 0, result.stderr
     assert "2 classes in another order" in result.stdout and "patches only" not in result.stdout
     assert preflight.classes_of("") is None
+
+
+@pytest.mark.slow
+def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> None:
+    flags = ["--check", "--distillation-type", "soft", "--teacher-model", "resnet_pico",
+             "--teacher-path", str(options.QUICK_START.parents[1] / "models" / "weights" /
+                                   "resnet_pico_digits.safetensors")]  # fmt: skip
+    other = models.create_model("deit_pico_patch8_32", num_classes=10, img_size=(32, 32))
+    torch.save({"model": other.state_dict()}, tmp_path / "t.pth")
+    flags += ["--teacher-model", "deit_pico_patch8_32", "--teacher-path", str(tmp_path / "t.pth")]
+    result = run_inside(*flags)
+    assert result.returncode == 0, result.stderr
+    found = [line for line in result.stdout.splitlines() if line.startswith("check: ")]
+    assert len(found) == 1 and found[0].startswith("check: teacher deit_pico_patch8_32: ")
+    match = "feature=hidden,loss=cos,layer_S=1,layer_T=1,tokens=patch,teacher=1"
+    shares = ["--teacher-weight", "1", "--teacher-weight", "0"]
+    looked = run_inside(*flags, *shares, "--match", match)
+    assert "suit the data and each other" in looked.stdout, looked.stdout + looked.stderr

@@ -1,8 +1,15 @@
 """A prepared data set: the same pictures in a few files, however often its making was stopped."""
 
+import contextlib
+import fcntl
+import io
 import json
+import multiprocessing
+import os
 import pickle
 import shutil
+import signal
+import sys
 import zlib
 from pathlib import Path
 
@@ -12,7 +19,9 @@ import torch
 from PIL import Image
 
 import datasets
+import pixels
 import prepared
+import sources
 from augment import InputConfig
 from datasets import build_dataset, build_loaders
 from distributed import Processes
@@ -164,16 +173,62 @@ def test_a_killed_preparation_goes_on_to_the_same_bits(
         assert content(prepare(folder, target, "--format", form)) == whole
 
 
-def test_two_processes_do_not_write_the_same_files(folder: Path, tmp_path: Path, capsys) -> None:
+def _prepare_and_die(folder: Path, target: Path) -> None:
+    append = prepared.Writer.append
+
+    def last(writer: prepared.Writer, *entry: object) -> None:
+        if writer.rows == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(writer, *entry)
+
+    prepared.Writer.append = last
+    prepare(folder, target, "--num-workers", "2")
+
+
+def test_after_a_kill_no_whole_picture_is_lost_and_no_worker_holds_the_files(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole = content(prepare(folder, tmp_path / "whole"))
+    fork = multiprocessing.get_context("fork")
+    killed = fork.Process(target=_prepare_and_die, args=(folder, tmp_path / "out"))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert content(prepare(folder, tmp_path / "out")) == whole, "at once, beside orphaned workers"
+    assert "train: goes on after 3 of 7" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_write_the_same_files(folder: Path, tmp_path: Path) -> None:
     made = prepare(folder, tmp_path / "out")
     plan = json.loads((made / prepared.MANIFEST).read_text())["plan"]
     (made / prepared.MANIFEST).unlink()
     (made / prepared.PLAN).write_text(json.dumps({"plan": plan}))
-    writer = prepared.Writer(made, "train")
-    assert tool.main([str(folder), str(made), "--short-side", "45", "--num-workers", "0"]) == 2
-    assert "another process is writing there" in capsys.readouterr().err
-    writer.close()
+    with open(made / "train.table", "r+b") as table:
+        fcntl.lockf(table, fcntl.LOCK_EX)
+        fork = multiprocessing.get_context("fork")
+        other = fork.Process(target=lambda: sys.exit(_refused(folder, made)))
+        other.start()
+        other.join()
+    assert other.exitcode == 0
     prepare(folder, made)
+
+
+def _refused(folder: Path, made: Path) -> int:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = tool.main([str(folder), str(made), "--short-side", "45", "--num-workers", "0"])
+    return 0 if code == 2 and "another process is writing there" in err.getvalue() else 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_picture_is_decoded_once(
+    form: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, decode = [], pixels.decode
+    for room in (pixels, sources):
+        monkeypatch.setattr(room, "decode", lambda data: seen.append(data) or decode(data))
+    prepare(folder, tmp_path / "out", "--format", form)
+    assert len(seen) == 10
 
 
 def test_what_was_damaged_while_it_was_off_is_made_again(folder: Path, tmp_path: Path) -> None:

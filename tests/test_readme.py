@@ -51,8 +51,7 @@ def test_a_documented_command_parses(page: str, command: str) -> None:
         return
     if words[program].endswith("run_with_submitit.py"):
         rest = run_with_submitit.get_submitit_parser().parse_known_args(rest)[1]
-    settings = options.parse_args(rest)
-    notes = [note for note in settings.notes if "keeps the effective batch" not in note]
+    notes = options.parse_args(rest).notes
     assert not notes, f"{page}: {notes}"
 
 
@@ -82,6 +81,15 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
 def test_the_readme_names_every_room() -> None:
     text = (ROOT / "README.md").read_text()
     assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []
+
+
+def test_the_readme_tells_the_same_story_of_own_pictures_as_their_page() -> None:
+    readme, page = (
+        [shlex.join(shlex.split(command)) for command in commands(path) if "runs/" in command
+         and "my_pictures" in command or "exported" in command]
+        for path in (ROOT / "README.md", ROOT / "docs" / "own-data.md")
+    )  # fmt: skip
+    assert len(readme) >= 6 and set(readme) <= set(page)
 
 
 def test_the_readme_has_commands() -> None:

@@ -135,7 +135,7 @@ def test_a_recipe_resolves_to_the_papers_batch_and_rate(
     student = models.Student(models.create_model("deit_pico_patch8_32"))
     assert optim.build_optimizer(args, student, processes)[1] == pytest.approx(lr)
     assert (args.model, recipe.find(name).acc1) == (model, acc1)
-    assert all("keeps the effective batch" in note for note in settings.notes)
+    assert settings.notes == () and recipe.find(name).expects() in settings.about[0]
     models.data_config(args.model)  # raises for a name nobody knows
     if args.distillation_type != "none":
         assert models.released.find(args.teacher_model).file == "regnety_160-a5fe301d.pth"
@@ -153,8 +153,21 @@ def test_a_recipe_has_the_flags_of_its_source_and_no_other(name: str) -> None:
 def test_what_the_command_line_says_wins_and_is_shown() -> None:
     settings = parse("deit_tiny_soft", "--epochs", "5", "--distillation-tau", "1", "--seed", "3")
     assert (settings.args.epochs, settings.args.distillation_tau) == (5, 1)
-    assert settings.args.distillation_alpha == 0.1 and "of 1024" in settings.notes[-1]
-    assert "--distillation-tau 1.0 instead of 3.0" in settings.notes[0]
+    assert settings.args.distillation_alpha == 0.1
+    expected, tau, batch = settings.about
+    assert expected.startswith("recipe deit_tiny_soft: 72.2 ± 0.4% expected (DeiT (arXiv")
+    assert "--distillation-tau 1.0 instead of 3.0" in tau
+    assert "--grad-accum-steps 4 keeps the effective batch of 1024" in batch
+
+
+def test_what_a_recipe_switches_on_the_command_line_can_switch_off() -> None:
+    known = options.get_args_parser()._option_string_actions
+    for name in recipe.names():
+        for flag, value in recipe.find(name).flags.items():
+            if isinstance(value, bool):
+                assert f"--no-{flag.replace('_', '-')}" in known, flag
+    settings = parse("deit3_small_21k", "--no-src", "--no-unscale-lr")
+    assert not settings.args.src and not settings.args.unscale_lr and settings.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -180,23 +193,63 @@ def test_the_effective_batch_is_kept_or_its_change_is_told(
 
 
 def test_an_unknown_recipe_names_the_known_and_a_missing_start_is_asked_for() -> None:
-    with pytest.raises(UserError, match="deit_tiny_token"):
+    with pytest.raises(UserError, match="unknown; did you mean deit_tiny_token or .*known: cifar"):
         options.parse_args(["--recipe", "deit_tiny_tokens"])
+    with pytest.raises(UserError, match="mine.yaml: not there"):
+        options.parse_args(["--recipe", "mine.yaml"])
     with pytest.raises(UserError, match="the checkpoint of deit3_base"):
         options.parse_args(["--recipe", "deit3_base_224", "--data-path", "x"])
 
 
-def test_a_recipe_of_ones_own_is_a_file(tmp_path) -> None:
+def test_a_recipe_of_ones_own_is_a_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("flags: {model: resnet18, epochs: 7, data-set: DIGITS}")
     args = options.parse_args(["--recipe", str(path)]).args
     assert (args.model, args.epochs) == ("resnet18", 7)
-    path.write_text("flags: {modle: resnet18}")
-    with pytest.raises(UserError, match="modle"):
-        options.parse_args(["--recipe", str(path)])
+    path.write_text("flags: {data-set: DIGITS, input-size: 40, teacher-path: here.pth}")
+    monkeypatch.chdir(tmp_path)
+    args = options.parse_args(["--recipe", "mine.yaml"]).args
+    assert (args.input_size, args.teacher_path) == ([40], "here.pth")  # not the repository's
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("flags: {modle: resnet18}", "modle"),
+        ("flags: {distillation-type: medium}", "medium; give none, soft, hard"),
+        ("flags: {epochs: many}", "invalid int value: 'many'"),
+        ("flags: [epochs", "not readable as YAML"),
+        ("epochs: 3", "no `flags:`"),
+        ("flags: {epochs: 3}\nexpected: 70", "names with values"),
+    ],
+)
+def test_a_faulty_recipe_of_ones_own_is_one_line(text: str, words: str, tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        options.parse_args(["--recipe", str(tmp_path / "mine.yaml")])
+    assert "\n" not in caught.value.line()
 
 
 def test_the_expected_accuracy_stands_beside_the_one_reached() -> None:
     found = recipe.find("deit_tiny_token")
     assert "within" in found.beside(74.2) and "outside" in found.beside(70)
-    assert recipe.find("quickstart").beside(90) == ""
+    assert recipe.find("deit3_base").beside(90) == ""
+    assert "no published accuracy (README_revenge" in recipe.find("deit3_base").expects()
+
+
+def test_the_quick_start_distils_to_what_its_table_says() -> None:
+    found = recipe.find("quickstart")
+    settings = options.parse_args(["--recipe", "quickstart"])
+    kind = settings.args.distillation_type
+    rows = (recipe.FOLDER.parent / "results" / "quickstart.md").read_text().splitlines()
+    row = next(row for row in rows if row.endswith(f"`--distillation-type {kind}` |"))
+    mean, deviation = map(float, row.split("|")[2].split("±"))
+    assert kind == "hard" and settings.notes == ()
+    assert (found.acc1, found.tolerance) == (round(mean, 1), round(2 * deviation))
+    # The rows of the table are runs without --recipe: the same flags, but for who teaches.
+    for flags in ([], ["--distillation-type", "none"], ["--distillation-type", kind]):
+        args = options.parse_args(flags).args
+        differ = {flag for flag, value in vars(args).items()
+                  if value != getattr(settings.args, flag)}  # fmt: skip
+        assert differ == {"recipe"} | ({"distillation_type"} if kind not in flags else set())
+    assert options.parse_args([]).args.distillation_type == "none"

@@ -1,6 +1,8 @@
 """The released checkpoints: every name builds, and the original files give timm's logits."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,19 +165,55 @@ def test_the_published_number_stands_beside_one_of_the_full_set_only() -> None:
     assert released.find("regnety_160.sw_in12k") is None
 
 
-def test_the_table_lists_what_matches() -> None:
-    lines = released.table("deit_small_patch16_LS").splitlines()
-    assert len(lines) == 5 and "deit_3_small_384_21k.pth" in lines[4]
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("deit_small_patch16_LS", 4), ("SMALL_patch16_ls", 4), ("384_21k", 3), ("cait_*", 10),
+     ("resmlp_?2", 3), ("*", len(RELEASED)), ("deit_base_patch16_384", 1)],
+)  # fmt: skip
+def test_the_table_lists_what_matches_a_part_or_a_wildcard(pattern: str, count: int) -> None:
+    lines = [line.split()[0] for line in released.table(pattern).splitlines()]
+    assert lines[0] == "name" and len([line for line in lines if line in RELEASED]) == count
+
+
+def test_the_table_has_a_hash_where_one_is_published() -> None:
+    rows = [line.split() for line in released.table().splitlines() if line.split()[0] in RELEASED]
+    assert {row[4] for row in rows if "deit_tiny_patch16" in row[0]} == {"a1311bcf"}
+    assert sum(row[4] == "-" for row in rows) == sum(
+        file.url.endswith("#unverified") for file in RELEASED.values()
+    )
     assert "PatchConv" in (released.__doc__ or "")
 
 
-def test_hub_serves_the_same_names() -> None:
-    import hubconf
+def test_a_pattern_that_nothing_matches_ends_in_one_line_and_code_2(run_inside) -> None:
+    result = run_inside("--list-models", "deit_smal_patch16_224")
+    assert result.returncode == 2 and not result.stdout
+    assert "no released checkpoint; did you mean deit_small_patch16_224 or" in result.stderr
+    assert "timm knows resnet50" in run_inside("--list-models", "resnet50").stderr
+    assert "--list-models alone" in run_inside("--list-models", "???").stderr
+    assert run_inside("--list-models", "resmlp_12").returncode == 0
 
-    assert {key.partition(".")[0] for key in RELEASED} <= set(vars(hubconf))
-    with torch.device("meta"):
-        network = hubconf.deit_small_patch16_LS(tag="384_1k")
-    assert network.pos_embed.shape == (1, 24 * 24, 384)
+
+def test_torch_hub_serves_the_same_names_with_what_it_says_it_needs() -> None:
+    code = """if True:
+        import sys
+        import torch
+        sys.modules |= dict.fromkeys(["sklearn", "submitit", "simplejpeg", "tensorboard"])
+        sys.path.insert(0, sys.argv[1])
+        import hubconf  # whose public callables are what torch.hub.list shows
+        names = [name for name in dir(hubconf)
+                 if callable(getattr(hubconf, name)) and name[0] != "_"]
+        with torch.device("meta"):
+            network = torch.hub.load(sys.argv[1], "deit_small_patch16_LS", source="local",
+                                     tag="384_1k", num_classes=7)
+        print(*names, *network.pos_embed.shape, *network.head.weight.shape)
+    """
+    root = Path(__file__).parents[1]
+    said = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True,
+                          timeout=300, cwd=root.parent)  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    *names, _, tokens, width, classes, _ = said.stdout.split()
+    assert set(names) == {key.partition(".")[0] for key in RELEASED}
+    assert (tokens, width, classes) == ("576", "384", "7")
 
 
 @pytest.mark.slow

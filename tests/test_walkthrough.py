@@ -1,5 +1,6 @@
 """What a newcomer does: the commands of docs/own-data.md in order, and every recipe, made small."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 import models
 import recipe
+import sources
 from tools import export, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,29 +31,52 @@ def test_the_commands_for_own_pictures_work_in_their_order(
 ) -> None:
     small = {"my_pictures": str(picture_folder), "resnet50": TEACHER,
              "deit_tiny_distilled_patch16_224": STUDENT, "exported": str(tmp_path / "exported"),
+             "local-dir:exported": f"local-dir:{tmp_path / 'exported'}",
              "report.html": str(tmp_path / "report.html"),
              "prepared": str(tmp_path / "prepared")}  # fmt: skip
-    done = []
+    done, evaluated = [], []
     for words in commands(ROOT / "docs" / "own-data.md"):
         words = [small.get(word, word.replace("runs/", f"{tmp_path}/")) for word in words]
-        words = [word for word in words if word != "--pretrained"]
-        if "--finetune" in words:  # no network here
-            at = words.index("--finetune")
-            words[at : at + 2] = []
+        if "local-dir:" not in " ".join(words):  # no network here
+            words = [word for word in words if word != "--pretrained"]
         program, flags = words[1], words[2:]
         done.append(program)
         if program == "main.py":
             model = [] if "--model" in flags else ["--model", STUDENT]
             result = run_inside(*flags, *model, *SMALL)
             assert result.returncode == 0, (words, result.stderr)
+            if "--eval" in flags:
+                evaluated.append(re.findall(r"^\* Acc@1 .*", result.stdout, re.MULTILINE)[0])
         else:
             tool = TOOLS[program]
             if tool is export:
                 flags += ["--formats", "safetensors", "torch_export"]
             assert tool.main(flags) == 0, capsys.readouterr().err
-    assert done == ["main.py"] * 5 + ["tools/report.py", "tools/export.py"] + [
+    assert done == ["main.py"] * 6 + ["tools/report.py", "tools/export.py", "main.py"] + [
         "tools/prepare_data.py"] * 2 + ["main.py"]  # fmt: skip
     assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
+    assert len(evaluated) == 2 and evaluated[0] == evaluated[1]  # the student, and what it became
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cached-teacher.md"])
+def test_the_commands_on_the_embedded_digits_work_in_their_order(
+    page: str, run_inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "DIGITS_ROWS", {"train": (0, 24), "test": (1197, 1213)})
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for _, program, *flags in commands(ROOT / page):
+        if program == "main.py" and not {"--data-path", "--list-models"} & set(flags):
+            result = run_inside(*flags, *SMALL)
+            assert result.returncode == 0, (flags, result.stderr)
+            ran.append(result.stdout)
+        elif program == "tools/export.py" and flags[0].endswith("teacher/checkpoint.pth"):
+            assert export.main(flags) == 0
+    if page == "README.md":
+        assert len(ran) == 2 and "teacher: resnet_pico" in ran[0] and "quickstart expects" in ran[0]
+        assert (tmp_path / "resnet_pico_digits.safetensors").exists()
+    else:
+        assert len(ran) == 2 and "Training time" in ran[1] and "Training time" not in ran[0]
 
 
 @pytest.mark.parametrize("name", recipe.names())

@@ -8,18 +8,21 @@ A folder gets `model.safetensors` with `config.json` (timm: `local-dir:exported`
 `model.pt2` (torch.export) and a card, README.md. They hold the student alone, no teacher and no
 projection, and answer with the mean of both heads where it has two. A name that ends in
 .safetensors gets the weights alone; they load with --resume (--eval), --finetune, --teacher-path.
+With --half the weights are rounded to float16, and .safetensors files store them so.
 """
 
 import argparse
 import importlib.util
 import json
 import logging
+import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -34,24 +37,40 @@ import models  # noqa: E402
 import options  # noqa: E402
 from augment import InputConfig  # noqa: E402
 from errors import UserError  # noqa: E402
-from models.loading import read_weights  # noqa: E402
+from models.loading import RAW_KEYS, read_weights, weight_keys  # noqa: E402
+from tools.export_card import Rows, card, history, settings_of  # noqa: E402
 
 TOLERANCE = 1e-5  # largest difference of logits (of their size, where that is above 1)
-CARD_FLAGS = ("model", "data_set", "epochs", "batch_size", "grad_accum_steps", "lr", "opt",
-              "distillation_type", "distillation_alpha", "distillation_tau", "teacher_model",
-              "teacher_path", "finetune", "seed")  # fmt: skip
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that requirements.txt lacks
 
 
 @dataclass(frozen=True)
 class Student:
-    """What is exported: the network in evaluation mode, its name, its input, and its history."""
+    """What is exported: the network in evaluation mode, its name, its input, and its history.
+
+    half: its weights are whole float16 numbers. classes: their names, None where not known.
+    """
 
     network: nn.Module
     name: str
     inputs: InputConfig
-    settings: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    rows: Rows
+    classes: list[str] | None = None
+    half: bool = False
+
+    def describe(self) -> str:
+        """Return sizes, normalisation and what answers, in two sentences."""
+        inputs, network = self.inputs, self.network
+        count = sum(p.numel() for p in network.parameters()) / 1e6
+        both = models.has_distillation_head(network)
+        answer = "the mean of its class and its distillation head" if both else "its class head"
+        rounded = ", rounded to float16 after they were evaluated" * self.half
+        return (
+            f"{count:.2f} M parameters{rounded}, {network.num_classes} classes. Input "
+            f"{'x'.join(map(str, inputs.input_size))} pixels, mean {inputs.mean}, std "
+            f"{inputs.std}, {inputs.interpolation}, crop {inputs.crop_ratio}. Its answer is "
+            f"{answer}."
+        )
 
     def examples(self, count: int) -> Tensor:
         """Return random pictures (count, 3, height, width), the same every time."""
@@ -60,8 +79,8 @@ class Student:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         if args.out.suffix == ".safetensors":
             _export_weights(args.source, args.out, args.key, args.half)
             return 0
@@ -69,8 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
         wanted = [name for name in args.formats or FORMATS if name not in left_out]
-        done = [FORMATS[name](student, args.out) for name in wanted]
-        (args.out / "README.md").write_text(card(student, done))
+        with tempfile.TemporaryDirectory(dir=args.out) as partial:  # all of it or nothing
+            done = [FORMATS[name](student, Path(partial)) for name in wanted]
+            about = card(student.name, student.describe(), student.rows, student.classes, done)
+            (Path(partial) / "README.md").write_text(about)
+            for file in Path(partial).iterdir():
+                os.replace(file, args.out / file.name)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
@@ -89,17 +112,27 @@ def _parser() -> argparse.ArgumentParser:
         help="default: all whose packages are installed")  # fmt: skip
     add("--model", help="its name, for a file that does not say")
     add("--key", help="model (default) or model_ema")
-    add("--half", action="store_true", help="round the weights to float16")
+    add("--half", action="store_true",
+        help="round the weights to float16; half the size in .safetensors")  # fmt: skip
     return parser
 
 
 def _export_weights(source: Path, out: Path, key: str | None, half: bool) -> None:
     weights = read_weights(str(file_of(source)), key)
     if half:
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        weights = to_half(weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, out)
     print(f"{out}: {len(weights)} tensors, {out.stat().st_size / 1024:.0f} KiB")
+
+
+def to_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights in float16, counts as they are. Raises UserError for one that is too large."""
+    halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    for name, value in halves.items():
+        if not checkpoint.is_finite(value):
+            raise UserError(f"--half: {name} has values too large for float16; leave --half out")
+    return halves
 
 
 def file_of(source: Path) -> Path:
@@ -117,8 +150,7 @@ def build_student(args: argparse.Namespace) -> Student:
     """Return the student of a run or file. Raises UserError if nothing says which model it is."""
     path = file_of(args.source)
     content = checkpoint.read_weights_file(path)
-    settings = content.get("args") or {}
-    settings = dict(settings if isinstance(settings, Mapping) else vars(settings))
+    settings = settings_of(content)
     name = args.model or settings.get("model")
     if not name:
         raise UserError(f"{path}: does not say which model it is; give --model")
@@ -133,19 +165,18 @@ def build_student(args: argparse.Namespace) -> Student:
     )
     models.load_weights(network, str(path), key=args.key)
     if args.half:
-        network = network.half().float()
-    facts = {"epoch": content.get("epoch"), "best top-1, %": content.get("best_acc1"),
-             "sha256 of the checkpoint": checkpoint.hash_of(path)}  # fmt: skip
-    teacher = str(settings.get("teacher_path") or "")
-    if settings.get("distillation_type", "none") != "none" and Path(teacher).is_file():
-        facts["sha256 of the teacher"] = checkpoint.hash_of(Path(teacher))
-    return Student(network.eval(), name, inputs, settings, facts)
+        network.load_state_dict(to_half(network.state_dict()))
+    rows = history(path, content, args.key or weight_keys(str(path))[0] or RAW_KEYS[0])
+    classes = content.get("classes")
+    if not classes or len(classes) != network.num_classes:
+        classes = None
+    return Student(network.eval(), name, inputs, rows, classes, args.half)
 
 
 def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> str:
     """Return the line that says what was written, once its logits are the student's.
 
-    Raises UserError, and takes the file away, if they differ by more than TOLERANCE.
+    Raises UserError if they differ by more than TOLERANCE.
     """
     worst = 0.0
     for count in (1, 3):
@@ -155,10 +186,9 @@ def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> 
         scale = max(1.0, float(wanted.abs().max()))
         worst = max(worst, float((wanted - found).abs().max()) / scale)
     if not worst <= TOLERANCE:
-        path.unlink()
         raise UserError(
-            f"{path}: its logits differ from the student's by {worst:.1e} (at most {TOLERANCE:g} "
-            "is allowed), so it was not kept"
+            f"{path.name}: its logits differ from the student's by {worst:.1e} (at most "
+            f"{TOLERANCE:g} is allowed), so nothing was written"
         )
     size = path.stat().st_size / 1024
     return f"{path.name}: {size:.0f} KiB, logits differ by at most {worst:.1e}"
@@ -173,6 +203,8 @@ def timm_name(name: str) -> str:
 def to_safetensors(student: Student, folder: Path) -> str:
     path, network = folder / "model.safetensors", student.network
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    if student.half:
+        weights = to_half(weights)
     save_file(weights, path, metadata={"format": "pt"})
     inputs = student.inputs
     embed = getattr(network, "patch_embed", getattr(network, "stem", None))
@@ -181,6 +213,7 @@ def to_safetensors(student: Student, folder: Path) -> str:
         "architecture": timm_name(student.name),
         "num_classes": network.num_classes,
         "num_features": network.num_features,
+        **({"label_names": student.classes} if student.classes else {}),
         "model_args": sized,
         "pretrained_cfg": {
             "input_size": [3, *inputs.input_size], "mean": list(inputs.mean),
@@ -191,6 +224,7 @@ def to_safetensors(student: Student, folder: Path) -> str:
         },
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it
     loaded = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
     return verify(student, path, loaded)
 
@@ -233,32 +267,6 @@ FORMATS: dict[str, Callable[[Student, Path], str]] = {
     "onnx": to_onnx,
     "torch_export": to_torch_export,
 }
-
-
-def card(student: Student, done: Sequence[str]) -> str:
-    """Return the card: what it is, how it was trained, what it was given, how to load it."""
-    inputs, network = student.inputs, student.network
-    count = sum(p.numel() for p in network.parameters()) / 1e6
-    flags = [f"| {key} | {student.settings[key]} |" for key in CARD_FLAGS
-             if student.settings.get(key) not in (None, "")]  # fmt: skip
-    facts = [f"| {key} | {value} |" for key, value in student.facts.items() if value is not None]
-    heads = "the mean of its class and its distillation head" * models.has_distillation_head(
-        network
-    )
-    size = "x".join(map(str, inputs.input_size))
-    return "\n".join([
-        f"# {student.name}", "",
-        f"{count:.2f} M parameters, {network.num_classes} classes. Input {size} pixels, mean "
-        f"{inputs.mean}, std {inputs.std}, {inputs.interpolation}, crop {inputs.crop_ratio}. Its "
-        f"answer is {heads or 'its class head'}.", "",
-        "| | |", "|---|---|", *flags, *facts, "",
-        "## Files", "", *(f"- {line}" for line in done), "",
-        "## Loading", "", "```python", "import timm, torch",
-        'network = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
-        'network = torch.export.load("FOLDER/model.pt2").module()', "```", "",
-        "A model that only this repository knows (the quick start's) needs `import models` before "
-        "it.", "",
-    ])  # fmt: skip
 
 
 if __name__ == "__main__":

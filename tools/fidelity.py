@@ -96,6 +96,11 @@ class Answers:
     token_cosine: list[float] = field(default_factory=list)
     strange: list[tuple[float, Tensor, int]] = field(default_factory=list)
 
+    def said(self) -> dict[str, Tensor]:
+        """Return the classes (P,) that the label names, and each network: the teacher first."""
+        names = [name for name in (TEACHER, STUDENT, CLS, DIST) if name in self.logits]
+        return {"label": self.labels} | {name: self.logits[name].argmax(1) for name in names}
+
 
 @torch.no_grad()
 def collect(
@@ -152,8 +157,8 @@ def collect(
 
 def numbers(answers: Answers, classes: list[str]) -> dict[str, Any]:
     """Return everything the report shows but the pictures, in plain types."""
-    labels, logits = answers.labels, answers.logits
-    said = {"label": labels, **{name: values.argmax(1) for name, values in logits.items()}}
+    labels, said = answers.labels, answers.said()
+    logits = {name: answers.logits[name] for name in said if name != "label"}
     found: dict[str, Any] = {
         "pictures": len(labels),
         "accuracy": {name: top(values, labels) for name, values in logits.items()},

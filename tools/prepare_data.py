@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import itertools
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -76,7 +77,7 @@ class Encoded(Dataset):
         place = self.first + index
         try:
             return place, *encode(self.source, place, *self.how)
-        except datasets.UNREADABLE as error:
+        except pixels.UNREADABLE as error:
             return place, f"{self.source.name(place)}: {' '.join(str(error).split())}"
 
 
@@ -84,14 +85,16 @@ def encode(
     source: sources.Source, place: int, kind: str, short_side: int, quality: int
 ) -> tuple[bytes, int, int, int]:
     """Return bytes, height, width and label of a picture; a JPEG file that fits stays as it is."""
-    if kind == prepared.JPEG and isinstance(source, sources.Files):
-        data = Path(source.name(place)).read_bytes()
-        if data.startswith(pixels.JPEG_START):
-            height, width = pixels.size_of(pixels.decode(data))
-            if min(height, width) <= short_side:
-                return data, height, width, int(source.labels[place])
-    picture, label = source.load(place)
-    return *prepared.encode(picture, kind, short_side, quality), int(label)
+    if not isinstance(source, sources.Files):
+        picture, label = source.load(place)
+        return *prepared.encode(picture, kind, short_side, quality), int(label)
+    data, label = Path(source.name(place)).read_bytes(), int(source.labels[place])
+    picture = pixels.decode(data)  # also what stays as it is, to find out damage
+    height, width = pixels.size_of(picture)
+    fits = min(height, width) <= short_side
+    if kind == prepared.JPEG and fits and data.startswith(pixels.JPEG_START):
+        return data, height, width, label
+    return *prepared.encode(picture, kind, short_side, quality), label
 
 
 def entries(
@@ -139,6 +142,7 @@ def plan_of(opened: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "short side": args.short_side,
         "bad pictures": args.on_bad_image,
         "Pillow": PIL.__version__,
+        "version of our pixels": pixels.VERSION,
     }
     return plan | ({"quality": args.quality} if args.format == prepared.JPEG else {})
 
@@ -244,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error}; start again when it is mended, it goes on", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

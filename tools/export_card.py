@@ -1,0 +1,160 @@
+"""The card of an export: how a student was trained, as its checkpoint tells, and what it reached.
+
+`content` is what `checkpoint.read_weights_file` returns. A file of DeiT's says less than one of
+ours; a bare state dict says nothing.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import metrics
+import models
+import optim
+import resume
+import teachers
+from models.loading import EMA_KEYS
+
+Rows = list[tuple[str, str]]
+AUGMENTATION = ("ThreeAugment", "src", "aa", "color_jitter", "reprob", "mixup", "cutmix",
+                "cutmix_minmax", "smoothing", "repeated_aug", "drop", "drop_path",
+                "bce_loss")  # fmt: skip
+SHOWN_CLASSES = 20  # of their names; all of them are in config.json
+
+
+def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that a checkpoint was trained with; {} if it does not tell."""
+    settings = content.get("args") or {}
+    return dict(settings if isinstance(settings, Mapping) else vars(settings))
+
+
+def history(path: Path, content: Mapping[str, Any], key: str) -> Rows:
+    """Return the rows of the card: accuracy of the weights under `key`, data, recipe, teacher."""
+    settings, facts = settings_of(content), content.get("facts") or {}
+    rows = _result(path, content, key)
+    if settings.get("data_set"):
+        folder = f" ({Path(settings['data_path']).name})" * bool(settings.get("data_path"))
+        counts = str(facts.get("data", "")).partition(",")[0]
+        rows.append(("data", f"{settings['data_set']}{folder}"))
+        if " + " in counts:
+            rows.append(("trained and evaluated on", counts))
+    rows += _recipe(settings, facts) + _teacher(settings, facts)
+    rows.append(("weights", f"{path.name}, {key}"))
+    return [*rows, ("sha256 of the checkpoint", checkpoint.hash_of(path))]
+
+
+def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
+    """Return the accuracy of exactly these weights, where the run has left it."""
+    found = models.released.published("", str(path))
+    if found is not None and found.acc1 is not None:
+        return [("published top-1", f"{found.acc1:g}%")]
+    epoch = content.get("epoch")
+    if not isinstance(epoch, int) or epoch < 0:
+        return []
+    if (content.get("tally") or {}).get("micro_steps"):
+        return [("top-1", f"not measured: stopped within epoch {epoch + 2}")]
+    name = "ema_acc1" if key in EMA_KEYS else "test_acc1"
+    acc1 = None
+    for line in metrics.read_log(path.with_name("log.txt")):
+        acc1 = line.get(name) if line.get("epoch") == epoch else acc1
+    if acc1 is None and path.name == resume.BEST and key not in EMA_KEYS:
+        acc1 = content.get("best_acc1")
+    where = f"after epoch {epoch + 1}"
+    return [("top-1", f"{acc1:.2f}% {where}" if acc1 is not None else f"not known, {where}")]
+
+
+def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
+    rows = [(name, str(settings[name])) for name in ("recipe", "epochs")
+            if settings.get(name)]  # fmt: skip
+    processes = facts.get("processes") or settings.get("world_size")
+    if processes and settings.get("batch_size"):
+        steps = settings.get("grad_accum_steps", 1)
+        effective = settings["batch_size"] * processes * steps
+        rows.append(("effective batch", f"{effective}: --batch-size {settings['batch_size']}, "
+                     f"processes {processes}, --grad-accum-steps {steps}"))  # fmt: skip
+        if settings.get("lr") is not None:
+            scale = 1 if settings.get("unscale_lr") else effective / optim.REFERENCE_BATCH
+            rows.append(("learning rate", f"{settings['lr'] * scale:.3g}"))
+    if settings.get("opt"):
+        rows.append(("optimizer", f"{settings['opt']}, weight decay "
+                     f"{settings.get('weight_decay')}, {settings.get('sched')} schedule, "
+                     f"{settings.get('warmup_epochs')} epochs of warm-up"))  # fmt: skip
+    on = [f"{name} {settings[name]}" for name in AUGMENTATION
+          if settings.get(name) not in (None, "", "none", False, 0, 0.0)]  # fmt: skip
+    if "mixup" in settings:
+        rows.append(("augmentation and regularisation", ", ".join(on) or "none"))
+    if settings.get("finetune"):
+        rows.append(("fine-tuned from", _brief(settings["finetune"])))
+    if "seed" in settings:
+        rows.append(("seed", str(settings["seed"])))
+    return rows
+
+
+def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
+    """Return whom the student learnt from, by the hash its checkpoint has of it; [] for nobody."""
+    kind = settings.get("distillation_type", "none")
+    if kind == "none" and not settings.get("match") and not settings.get("ranking_kl_weight"):
+        return []
+    rows = [("distillation", kind)]
+    if kind != "none":
+        tau = f", tau {settings.get('distillation_tau')}" * (kind == "soft")
+        rows = [("distillation", f"{kind}, alpha {settings.get('distillation_alpha')}{tau}")]
+    if settings.get("match"):
+        rows.append(("matched", ", ".join(map(str, settings["match"]))))
+    names, paths = teachers.build_sources(
+        Namespace(teacher_model=settings.get("teacher_model", ""),
+                  teacher_path=settings.get("teacher_path") or "")
+    )  # fmt: skip
+    recorded = facts.get("teacher") or []
+    for i, (name, path) in enumerate(zip(names, paths)):
+        rows.append(("teacher", f"{name}, {_brief(path) if path else 'published weights'}"))
+        there = Path(path)
+        now = checkpoint.hash_of(there) if path and there.is_file() else ""
+        if i < len(recorded) and path:
+            rows.append(("sha256 of the teacher", recorded[i]))
+            if now and now != recorded[i]:
+                rows.append(("note", f"the file now there is another: sha256 {now}"))
+        elif now:  # a checkpoint that is not ours
+            rows.append(("sha256 of the teacher's file today", now))
+    return rows
+
+
+def _brief(source: str) -> str:
+    """Return a URL as it is, and of a path the name alone: the folders are this machine's."""
+    return source if checkpoint.is_url(source) else Path(source).name
+
+
+def card(
+    title: str, about: str, rows: Rows, classes: Sequence[str] | None, files: Sequence[str]
+) -> str:
+    """Return the card as Markdown. about: the network and its input; files: a line for each."""
+    shown = list(classes or [])[:SHOWN_CLASSES]
+    more = f", ... ({len(classes)} in config.json)" if classes and len(classes) > len(shown) else ""
+    named = ["", f"Classes in the order of the logits: {', '.join(shown)}{more}."] if shown else []
+    names = {line.partition(":")[0] for line in files}
+    loading = []
+    if "model.safetensors" in names:
+        loading += [
+            "import timm, torch",
+            "# a model that only this repository knows (the quick start's) needs `import models`",
+            'network = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
+            "config = timm.data.resolve_model_data_config(network)",
+            "transform = timm.data.create_transform(**config, is_training=False)",
+        ]
+    if "model.pt2" in names:
+        loading += ["", "import torch", 'network = torch.export.load("FOLDER/model.pt2").module()']
+    if "model.onnx" in names:
+        loading += [
+            "",
+            "import onnxruntime",
+            'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
+            'logits = session.run(None, {"images": pictures})[0]  # a float32 array in',
+        ]
+    return "\n".join([
+        f"# {title}", "", about, *named, "",
+        "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "",
+        "## Files", "", *(f"- {line}" for line in files), "",
+        "## Loading", "", "```python", *loading, "```", "",
+    ])  # fmt: skip
