@@ -5,6 +5,7 @@ models' business. `save_atomically` writes a run's own files; what is in them is
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -20,7 +21,7 @@ import time
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlparse
@@ -152,6 +153,18 @@ def _check_tensors(content: Any) -> None:
             left += item
 
 
+@contextlib.contextmanager
+def in_one_line(words: str) -> Iterator[None]:
+    """Let whatever a strange file leads to end as a UserError that begins with `words`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{words} ({reason})") from error
+
+
 def is_finite(value: torch.Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
@@ -206,8 +219,8 @@ def fetch(url: str) -> Path:
     place = Path(torch.hub.get_dir()) / "checkpoints" / name
     with distributed.main_first():
         if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
             try:
+                place.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(
                     url.partition("#")[0], str(place), hash_prefix=prefix or None, progress=False
                 )
@@ -354,9 +367,10 @@ def lock_folder(folder: Path) -> IO[str]:
 
     The kernel lets it go with its process, however that ends. A holder on this machine is given
     `PATIENCE_S` to end, another machine's longer: a file server is slow to miss one that died.
-    Where the file system knows no locks there is none. Raises UserError if it stays taken.
+    Where the file system knows no locks there is none. Raises UserError if it stays taken, and
+    OSError if the file cannot be opened.
     """
-    file = (folder / LOCK).open("a+")
+    file = (folder / LOCK).open("a+", errors="replace")
     started, told = time.monotonic(), False
     while True:
         try:
@@ -371,15 +385,16 @@ def lock_folder(folder: Path) -> IO[str]:
         if time.monotonic() - started > patience:
             file.close()
             raise UserError(
-                f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"
+                f"--output_dir {folder}: {holder} writes its run there; end it, choose another, or "
+                f"remove {LOCK} in it if that is long dead"
             )
         if not told:
             _logger.warning("%s: waiting for %s, which writes its run there", folder, holder)
             told = True
         time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with contextlib.suppress(OSError):  # a disk that is full holds no name, but the lock
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
 
 

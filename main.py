@@ -242,6 +242,8 @@ def spares_bf16(device: torch.device) -> bool:
 def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float]:
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
     path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
+    if args.resume and not path:
+        raise UserError(f"--resume {args.resume}: {args.output_dir} has no checkpoint to evaluate")
     if not path:
         what = "published weights" if args.pretrained else "random weights (no --resume)"
         tell("weights", what)

@@ -306,6 +306,20 @@ def load_plugin(path: str) -> None:
         raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
 
 
+def load_given_plugins(given: Sequence[str], named: Sequence[str], source: object) -> None:
+    """Run the plugins that the user gives. Those that a file names are code of whoever wrote it.
+
+    Raises UserError where the file `source` names some and none is given.
+    """
+    if named and not given:
+        raise UserError(
+            f"{source}: its run had --plugin {' '.join(map(str, named))}; give --plugin FILE.py "
+            "with code that you trust, for what a file names is not run"
+        )
+    for path in given:
+        load_plugin(path)
+
+
 def check_objective(args: Namespace) -> None:
     """Raise UserError for an objective that cannot be, before any work is done."""
     matches = [read_match(match) for match in args.match]

@@ -286,7 +286,7 @@ def keep_epochs_before(path: Path, epoch: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["epoch"] < epoch:
                 kept.append(line + "\n")
@@ -298,7 +298,7 @@ def keep_epochs_before(path: Path, epoch: int) -> None:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Return the epochs of a log.txt, without one whose line is only half there; [] for no file."""
     epochs = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
             epochs.append(json.loads(line))
     return epochs

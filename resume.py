@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 FORMAT = 3
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-SAME_EVENT_S = 0.5  # torchrun passes on a signal that the process group has had already
+SAME_EVENT_S = 3.0  # torchrun, perhaps starved, passes on a signal that the group has had already
 SAVE = 1  # a wish below every signal's number
 REQUIRED = {"model": dict, "optimizer": dict, "epoch": int}
 OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dict,
@@ -100,17 +100,31 @@ class Keeper:
         self._agree = distributed.Agreement(device)
         self._saved_at = time.monotonic()
 
-    def move_in(self, *, fresh: bool) -> None:
-        """Take the folder for this run alone, without what a kill or (fresh) an earlier one left.
+    def move_in(self) -> None:
+        """Take the folder for this run alone, without what a kill has left half written.
 
         For the first process. Raises UserError while another run writes there.
         """
         if self.folder is None:
             return
-        self._lock = checkpoint.lock_folder(self.folder)
-        for leftover in self.folder.glob(".*.[0-9]*.tmp"):
-            leftover.unlink(missing_ok=True)
-        if fresh:
+        try:
+            self._lock = checkpoint.lock_folder(self.folder)
+            for leftover in self.folder.glob(".*.[0-9]*.tmp"):
+                leftover.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.folder}: {error.filename or checkpoint.LOCK}: "
+                f"{error.strerror}; mend it, or choose another"
+            ) from error
+
+    def clear(self, source: str) -> None:
+        """Set aside an earlier run in the folder, unless `source` (of --resume) goes on with it.
+
+        For the first process.
+        """
+        if self.folder is None or is_auto(source):
+            return
+        if not source or Path(source).resolve().parent != self.folder.resolve():
             set_aside(self.folder)
 
     # ---- when to save, when to stop
@@ -488,10 +502,12 @@ def build_keeper(
         every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
     )  # fmt: skip
     if not args.check:
-        distributed.on_main(lambda: keeper.move_in(fresh=not args.resume))
+        distributed.on_main(keeper.move_in)
     if args.resume:
         where = keeper.resume(args.resume, anyway=args.resume_anyway)
         _logger.info("resume: %s", where)
+    if not args.check:
+        distributed.on_main(lambda: keeper.clear(args.resume))
     return keeper
 
 

@@ -5,7 +5,6 @@ engine cannot tell what answers. Asked to observe, it returns `Observed`: logits
 """
 
 import logging
-import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
 
 _logger = logging.getLogger(__name__)
+MOST_PIXELS = 4096  # on a side; more than any classifier takes
 
 
 class InputAdapter(nn.Module):
@@ -478,12 +478,13 @@ def _trained_with(name: str, path: str) -> dict[str, Any]:
     settings = checkpoint.read_weights_file(path).get("args") if path else None
     if not isinstance(settings, dict) or settings.get("model") != name:
         return {}
-    for key, kind, counts in (
-        ("input_size", int, (1, 2)), ("mean", int | float, (3,)), ("std", int | float, (3,)),
+    for key, kind, counts, least, most in (
+        ("input_size", int, (1, 2), 1, MOST_PIXELS), ("mean", int | float, (3,), -1e6, 1e6),
+        ("std", int | float, (3,), 1e-6, 1e6),
     ):  # fmt: skip
         value = settings.get(key)
         fit = isinstance(value, list | tuple) and len(value) in counts and all(
-            isinstance(n, kind) and math.isfinite(n) and (key == "mean" or n > 0) for n in value
+            isinstance(n, kind) and not isinstance(n, bool) and least <= n <= most for n in value
         )  # fmt: skip
         if value is not None and not fit:
             raise UserError(f"--teacher-path {path}: its settings have {key} {value!r}: damaged")

@@ -3,12 +3,11 @@
 Shapes: D width, N tokens, C classes. Reading the file safely is `checkpoint.py`'s business.
 """
 
-import contextlib
 import inspect
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +27,16 @@ MIN_MATCH = 0.5  # fine-tuning from less than this share of the parameters is a 
 
 
 def weight_keys(source: str) -> list[str]:
-    """Return under which keys a file holds weights: raw ones, then the average; [""] if bare."""
+    """Return under which keys a file holds weights: raw ones, then the average; [""] if bare.
+
+    Raises UserError where something else has the place of either.
+    """
     content = checkpoint.read_weights_file(source)
     held = [[key for key in keys if _is_weights(content.get(key))] for keys in (RAW_KEYS, EMA_KEYS)]
+    for keys, found in zip((RAW_KEYS, EMA_KEYS), held):
+        if not found and (there := [key for key in keys if content.get(key) is not None]):
+            kind = type(content[there[0]]).__name__
+            raise UserError(f"{source}: {there[0]} is a {kind} without weights: damaged or changed")
     return [keys[0] for keys in held if keys] or [""]
 
 
@@ -46,7 +52,7 @@ def load_weights(
     without_head: the network has no classifier (0 classes), and the file's is left out.
     Raises UserError saying what the file seems to be, if it is not for this network.
     """
-    with _in_one_line(source):
+    with checkpoint.in_one_line(f"{source}: its weights do not fit the model"):
         _load(network, source, read_weights(source, key), without_head)
 
 
@@ -64,18 +70,6 @@ def _load(network: nn.Module, source: str, weights: Weights, without_head: bool)
         raise UserError(f"{source}: {_why_not(weights, wanted, wrong, network)}")
     checkpoint.check_numbers(weights, wanted)
     network.load_state_dict(weights)
-
-
-@contextlib.contextmanager
-def _in_one_line(source: str) -> Iterator[None]:
-    """Let whatever a strange file leads to end as a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except checkpoint.UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: its weights do not fit the model ({reason})") from error
 
 
 def read_weights(source: str, key: str | None = None) -> Weights:
@@ -224,7 +218,7 @@ def finetune(network: nn.Module, source: str) -> FinetuneReport:
     Raises UserError if less than half of the network's parameters come from the file, and for what
     is no number.
     """
-    with _in_one_line(f"--finetune {source}"):
+    with checkpoint.in_one_line(f"--finetune {source}: its weights do not fit the model"):
         return _finetune(network, source, read_weights(source))
 
 

@@ -1,6 +1,7 @@
 """Files: nothing in them is run, a kill leaves a whole file, a URL is checked."""
 
 import argparse
+import contextlib
 import hashlib
 import http.server
 import os
@@ -119,6 +120,15 @@ def test_a_url_with_another_hash_is_refused_and_leaves_nothing(server, tmp_path:
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
+def test_a_download_that_has_no_place_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hub").touch()
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match="cannot be downloaded .Not a directory"):
+        checkpoint.fetch("http://127.0.0.1:9/a-12345678.pth")
+
+
 def test_a_url_without_a_hash_is_refused_with_a_way_out(server) -> None:
     address, folder, asked = server
     torch.save({"w": torch.ones(3)}, folder / "a.pth")
@@ -196,6 +206,11 @@ def test_a_full_disk_is_one_line_and_the_file_before_survives(tmp_path: Path) ->
             checkpoint.save_atomically({"w": torch.ones(60_000)}, path, keep=2)
         assert checkpoint.read_weights_file(path)["w"].sum() == 20_000
         assert os.listdir(disk) == ["checkpoint.pth"]
+        with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        with checkpoint.lock_folder(disk):  # what a kill has left may be what fills it
+            assert (disk / ".lock").read_text() == ""
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -207,6 +207,20 @@ def test_half_is_stored_as_half_and_loads_everywhere(
     assert capsys.readouterr().err.count("head.bias has values too large for float16") == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "content"),
+    [({"model": 7}, {}), ({"input_size": "x"}, {}), ({}, {"classes": 7}), ({}, {"facts": [1]})],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    args: dict, content: dict, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    change(run_folder, args, **content)
+    assert export.main([str(run_folder), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {run_folder}: damaged") and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_unknown_flag_is_one_line(capsys: pytest.CaptureFixture) -> None:
     assert export.main(["run", "out", "--format", "pt", "--halve"]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -173,13 +173,21 @@ def test_a_bad_batch_is_computed_again_to_the_bit(
     )  # fmt: skip
     assert result.returncode == 2 and "bad_batch.pth" in result.stderr, result.stderr
     torch.manual_seed(1)  # of no consequence
-    saved, again = replay.replay(out / "bad_batch.pth")
+    plugin = str(tmp_path / "odd.py")
+    saved, again = replay.replay(out / "bad_batch.pth", plugins=[plugin])
     finite = {name for name, value in saved["terms"].items() if torch.isfinite(value)}
     assert len(finite) >= 2 and finite != set(saved["terms"])
     for name in finite:
         assert torch.equal(again[name], saved["terms"][name]), name
-    assert replay.tell([str(out / "bad_batch.pth")]) == 0
+    assert replay.tell([str(out / "bad_batch.pth"), "--plugin", plugin]) == 0
     assert "the run" in capsys.readouterr().out
+    (tmp_path / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert replay.tell([str(out / "bad_batch.pth")]) == 2 and not (tmp_path / "ran").exists()
+    assert "what a file names is not run" in capsys.readouterr().err
+    for key, value in (("args", "words"), ("model", {}), ("labels", [1]), ("terms", {"loss": 0})):
+        torch.save({**saved, key: value}, tmp_path / "damaged.pth")
+        assert replay.tell([str(tmp_path / "damaged.pth"), "--plugin", plugin]) == 2, key
+        assert capsys.readouterr().err.count("\n") == 1
     assert replay.tell([str(out / "checkpoint.pth")]) == 2
     assert "no bad_batch.pth" in capsys.readouterr().err
 

@@ -93,6 +93,13 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(
             assert torch.equal(value, saved[1][key][name]), name
 
 
+def test_evaluation_of_a_checkpoint_that_is_not_there_is_one_line(
+    run_inside, picture_folder: Path, tmp_path: Path
+) -> None:
+    flags = ["--eval", *TINY, "--data-path", str(picture_folder), "--output_dir", str(tmp_path)]
+    assert_one_line(run_inside(*flags, "--resume", "auto"), "no checkpoint to evaluate")
+
+
 def test_evaluation_needs_no_train_folder(run_inside, picture_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(picture_folder / "val", tmp_path / "data" / "val")
     result = run_inside("--eval", *TINY, "--data-path", str(tmp_path / "data"))

@@ -73,8 +73,9 @@ def test_no_epoch_comes_twice_and_a_half_written_line_goes(tmp_path: Path) -> No
     for number in range(3):
         epoch(log, number)
     log.close()
-    with (tmp_path / "log.txt").open("a") as file:
-        file.write('{"epoch": 3, "train')
+    with (tmp_path / "log.txt").open("ab") as file:
+        file.write(b'{"epoch": 3, "train\xff\x00')
+    assert len(metrics.read_log(tmp_path / "log.txt")) == 3
     again = metrics.RunLog(str(tmp_path), start_epoch=2)
     epoch(again, 2)
     again.close()

@@ -166,6 +166,16 @@ def test_the_average_is_loaded_when_it_is_asked_for(tmp_path: Path) -> None:
         models.load_weights(target, path, key="state_dict")
 
 
+@pytest.mark.parametrize("key", ["model", "model_ema"])
+def test_what_is_no_weights_is_not_passed_over_for_the_other(key: str, tmp_path: Path) -> None:
+    held = {"model": {"w": torch.ones(1)}, "model_ema": {"w": torch.ones(1)}}
+    torch.save(held | {key: "words"}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=f"{key} is a str without weights"):
+        models.weight_keys(str(tmp_path / "x.pth"))
+    torch.save(held | {key: None}, tmp_path / "x.pth")
+    assert len(models.weight_keys(str(tmp_path / "x.pth"))) == 1
+
+
 def test_deit_3_names_load_into_timms_model(tmp_path: Path) -> None:
     target = timm.create_model("deit3_small_patch16_224", depth=2)
     weights = {

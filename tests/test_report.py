@@ -365,3 +365,16 @@ def test_nothing_is_cut_in_print(made: Path, browser, shots: Path) -> None:
     finally:
         browser.ask("Emulation.setEmulatedMedia", media="")
     browser.pdf(shots / "report.pdf")
+
+
+def test_a_runs_settings_run_no_code_and_must_be_settings(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    for text, words in (
+        (f"plugin: [{tmp_path / 'evil.py'}]", "what a file names is not run"),
+        ("- a\n- list", "not the settings of a run"),
+        ("{", "not the settings of a run"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match=words):
+            report.build_runs(report._parser().parse_args([str(tmp_path)]))
+    assert not (tmp_path / "ran").exists()

@@ -278,6 +278,41 @@ def test_what_is_not_damaged_is_not_put_aside(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.pth.damaged-2").read_bytes() == b"torn"
 
 
+def test_going_on_from_a_file_elsewhere_moves_the_folders_own_run_aside(tmp_path: Path) -> None:
+    keeper(tmp_path / "from").end_epoch(1.0)
+    out = tmp_path / "out"
+    keeper(out).end_epoch(9.0)
+    kept = (out / "checkpoint.pth").read_bytes()
+    for own in ("auto", str(out / "checkpoint.pth"), "auto:elsewhere.pth"):
+        keeper(out).clear(own)
+    assert not (out / "previous-1").exists()
+    keeper(out).clear(str(tmp_path / "from" / "checkpoint.pth"))
+    assert (out / "previous-1" / "checkpoint.pth").read_bytes() == kept
+    assert (out / "previous-1" / "best_checkpoint.pth").exists()
+    assert [path.name for path in out.iterdir()] == ["previous-1"]
+
+
+@pytest.mark.slow
+def test_the_program_keeps_a_run_in_whose_folder_another_one_goes_on(
+    run_inside, small_run, tmp_path: Path
+) -> None:
+    folder, flags = small_run
+    out = shutil.copytree(folder, tmp_path / "out")
+    flags = [*flags, "--epochs", "1", "--output_dir", str(out), "--resume"]
+    result = run_inside(*flags, str(tmp_path / "gone.pth"))
+    assert result.returncode == 2 and not (out / "previous-1").exists(), "refused: nothing moves"
+    result = run_inside(*flags, str(folder / "checkpoint.pth"))
+    assert result.returncode == 0 and "holds an earlier run: moved" in result.stderr
+    assert {"checkpoint.pth", "log.txt"} <= {path.name for path in (out / "previous-1").iterdir()}
+
+
+@pytest.mark.parametrize("name", [".lock", ".checkpoint.pth.7.tmp"])
+def test_what_is_in_the_way_of_moving_in_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name}: Is a directory"):
+        keeper(tmp_path).move_in()
+
+
 def test_a_file_whose_name_begins_with_auto_is_a_file() -> None:
     assert resume.is_auto("auto") and resume.is_auto("auto:run.pth")
     assert not resume.is_auto("autosaved/run.pth") and not resume.is_auto("")

@@ -108,7 +108,8 @@ def test_a_teacher_of_ours_sees_what_it_was_trained_with(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "key, value", [("input_size", "wide"), ("input_size", [0]), ("mean", [0.5]),
+    "key, value", [("input_size", "wide"), ("input_size", [0]), ("input_size", [True]),
+                   ("input_size", [10**9]), ("mean", [0.5]), ("mean", [0.5, 0.5, float("nan")]),
                    ("std", [0.5, 0.0, 0.5]), ("std", torch.ones(3))],
 )  # fmt: skip
 def test_settings_that_are_none_are_refused_in_one_line(

@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out.suffix == ".safetensors":
             _export_weights(args.source, args.out, args.key, args.half)
             return 0
-        student = build_student(args)
+        with checkpoint.in_one_line(f"{args.source}: damaged, or of another version"):
+            student = build_student(args)
         args.out.mkdir(parents=True, exist_ok=True)
         left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
         wanted = [name for name in args.formats or FORMATS if name not in left_out]

@@ -40,9 +40,10 @@ def tell(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("batch", type=Path, help="bad_batch.pth of a run")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="default: the run's")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--plugin", default=[], action="append", help="the run's, to run it again")
     given = parser.parse_args(argv)
     try:
-        saved, found = replay(given.batch, amp=given.amp, device=given.device)
+        saved, found = replay(given.batch, amp=given.amp, device=given.device, plugins=given.plugin)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
@@ -54,20 +55,25 @@ def tell(argv: Sequence[str] | None = None) -> int:
 
 
 def replay(
-    path: Path, *, amp: str | None = None, device: str = "auto"
+    path: Path, *, amp: str | None = None, device: str = "auto", plugins: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what the file holds, and the loss and its terms as computed here.
 
-    amp: off, bf16, fp16 or auto; None is the run's. Raises UserError for any other file.
+    amp: off, bf16, fp16 or auto; None is the run's. plugins: files to run; the file's own are not.
+    Raises UserError for any other file, and one that is damaged.
     """
     saved = checkpoint.read_weights_file(path)
     if missing := [key for key in NEEDED if key not in saved]:
         raise UserError(f"{path}: has no {', '.join(missing)}, so it is no bad_batch.pth")
-    settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
-    args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
-    for plugin in args.plugin:
-        matching.load_plugin(plugin)
-    return saved, build_terms(args, saved, distributed.init_processes(device))
+    processes = distributed.init_processes(device)
+    with checkpoint.in_one_line(f"{path}: damaged, or of another version"):
+        settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
+        args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
+        matching.load_given_plugins(plugins, args.plugin, path)
+        found = build_terms(args, saved, processes)
+        if saved["terms"].keys() != found.keys():
+            raise ValueError(f"terms {', '.join(saved['terms'])}, here {', '.join(found)}")
+    return saved, found
 
 
 def build_terms(

@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="pictures at most, from all over the data; default: all")
     add("--batch-size", type=int, default=64)
     add("--device", default="auto")
+    add("--plugin", default=[], action="append", metavar="FILE.py", help="what the runs had")
     return parser
 
 
@@ -102,8 +103,8 @@ def build_runs(args: argparse.Namespace) -> list[Run]:
     """Return all runs of the command line, measured. Raises UserError."""
     folders = list(dict.fromkeys(args.runs))
     settings = [run_settings(folder) for folder in folders]
-    for plugin in dict.fromkeys(path for each in settings for path in each["plugin"]):
-        matching.load_plugin(plugin)
+    named = dict.fromkeys(path for each in settings for path in each["plugin"])
+    matching.load_given_plugins(args.plugin, list(named), ", ".join(map(str, folders)))
     short = len({folder.name for folder in folders}) == len(folders)
     names = [folder.name if short else str(folder) for folder in folders]
     distils = [i for i, each in enumerate(settings) if each["distillation_type"] != "none"]
@@ -262,7 +263,10 @@ def run_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no config.yaml in it; give the --output_dir of a run")
     defaults = vars(options.argparse_with_help().parse_args([]))
-    return defaults | yaml.safe_load(path.read_text())
+    try:
+        return defaults | yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, TypeError, ValueError) as error:  # no YAML, no mapping, no text
+        raise UserError(f"{path}: not the settings of a run") from error
 
 
 def checkpoint_of(folder: Path, name: str = "") -> Path:
