@@ -147,7 +147,7 @@ class ProgressLogger:
 
 
 def bar(share: float, width: int = 12) -> str:
-    """Return a progress bar of `width` steps, in ASCII for every terminal. share: of the work, from 0 to 1."""
+    """Return a bar of `width` steps, in ASCII for every terminal. share: of the work, 0 to 1."""
     full = int(share * width)
     return f"[{'#' * full}{'.' * (width - full)}]"
 
