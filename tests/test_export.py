@@ -175,6 +175,15 @@ def test_the_teachers_hash_is_the_one_the_checkpoint_has(run_folder: Path, tmp_p
     assert f"| sha256 of the teacher's file today | {now} |" in card_of(run_folder)
 
 
+def test_a_released_teacher_is_known_by_the_hash_in_its_name(run_folder: Path) -> None:
+    change(run_folder, {"teacher_model": "regnety_160.deit_in1k"}, facts={"teacher": ["timm's"]})
+    card = card_of(run_folder)
+    assert "| teacher | regnety_160.deit_in1k, regnety_160-a5fe301d.pth |" in card
+    assert "| sha256 of the teacher | begins with a5fe301d |" in card
+    change(run_folder, {"teacher_model": "resnet50"})
+    assert "| teacher | resnet50, timm's published weights |" in card_of(run_folder)
+
+
 def test_the_accuracy_is_that_of_the_weights_exported(run_folder: Path) -> None:
     path = change(run_folder)
     average = torch.load(path, weights_only=True)["model"]

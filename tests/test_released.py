@@ -195,6 +195,7 @@ def test_the_table_has_a_hash_where_one_is_published() -> None:
         file.url.endswith("#unverified") for file in RELEASED.values()
     )
     assert "PatchConv" in (released.__doc__ or "")
+    assert "timm also" not in released.table() and "timm also" in released.table("cait_*")
 
 
 def test_a_pattern_that_nothing_matches_ends_in_one_line_and_code_2(run_inside) -> None:
@@ -202,6 +203,7 @@ def test_a_pattern_that_nothing_matches_ends_in_one_line_and_code_2(run_inside) 
     assert result.returncode == 2 and not result.stdout
     assert "no released checkpoint; did you mean deit_small_patch16_224 or" in result.stderr
     assert "timm knows resnet50" in run_inside("--list-models", "resnet50").stderr
+    assert "timm has no PatchConvNet" in run_inside("--list-models", "patchconv*").stderr
     assert "--list-models alone" in run_inside("--list-models", "???").stderr
     assert run_inside("--list-models", "resmlp_12").returncode == 0
 
