@@ -229,3 +229,13 @@ def test_the_weights_alone_as_before(run_folder: Path, tmp_path: Path, capsys) -
     torch.save({"model": network.state_dict()}, tmp_path / "bare.pth")
     assert export.main([str(tmp_path / "bare.pth"), str(tmp_path / "out")]) == 2
     assert "give --model" in capsys.readouterr().err
+
+
+def test_weights_alone_that_read_back_otherwise_are_not_kept(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real = export.load_file
+    monkeypatch.setattr(export, "load_file", lambda path: {k: v + 1 for k, v in real(path).items()})
+    out = tmp_path / "new" / "weights.safetensors"
+    assert export.main([str(run_folder / "best_checkpoint.pth"), str(out)]) == 2
+    assert "nothing was written" in capsys.readouterr().err and not list(out.parent.iterdir())
