@@ -125,6 +125,18 @@ def test_an_export_that_answers_otherwise_is_not_kept(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_files_of_an_earlier_export_do_not_stay_beside_a_new_card(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert export.main([str(run_folder), str(out), "--formats", "safetensors"]) == 0
+    before = (out / "README.md").read_text()
+    assert export.main([str(run_folder), str(out), "--formats", "torch_export"]) == 2
+    assert "model.safetensors of an earlier export" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == before and not (out / "model.pt2").exists()
+    assert export.main([str(run_folder), str(out), "--formats", "safetensors"]) == 0
+
+
 def test_without_onnx_a_line_says_what_to_install(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

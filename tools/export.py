@@ -92,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = [FORMATS[name](student, Path(partial)) for name in wanted]
             about = card(student.name, student.describe(), student.rows, student.classes, done)
             (Path(partial) / "README.md").write_text(about)
+            old = {path.name for path in args.out.glob("model.*")} - set(os.listdir(partial))
+            if old:
+                raise UserError(
+                    f"{args.out}: {', '.join(sorted(old))} of an earlier export would lie beside "
+                    "the new card; write all formats at once (--formats), or give another folder"
+                )
             for file in Path(partial).iterdir():
                 os.replace(file, args.out / file.name)
     except UserError as error:
