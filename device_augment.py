@@ -8,6 +8,7 @@ so a sample is what the worker would have made of it, to within the tolerances t
 """
 
 import copy
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from errors import UserError
 from pixels import Picture
 
 COLUMNS = 8  # of a program's row: the operation, then its numbers
-NOTHING, AFFINE, COLOR, SHARPNESS, BLUR, ERASE, TABLES = range(7)
+NOTHING, AFFINE, COLOR, SHARPNESS, BLUR, ERASE = range(6)
 # Operations that look every value up in a table of its sample and channel
 (INVERT, AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS,
  CONTRAST) = range(10, 18)  # fmt: skip
@@ -224,47 +225,74 @@ class Augment:
     mean, std: (3, 1, 1), of values in [0, 1]. fill: (red, green, blue), what comes from outside a
     picture. noise: whether erased boxes hold normal noise, or else a colour.
     Called with pictures (B, 3, H, W) uint8, programs (B, S, 8) on the CPU and a device, it returns
-    (B, 3, H, W) float32 there. No sample depends on its neighbours.
+    (B, 3, H, W) float32 there; the pictures stay as they are. No sample depends on its neighbours.
+    Who gets what is sorted out on the CPU, and goes to the device once, from pinned memory: where
+    the loader has pinned the pictures too, the host never waits for the device.
     """
 
     def __init__(
         self, mean: Tensor, std: Tensor, *, fill: Sequence[int] = (128,) * 3, noise: bool = True
     ) -> None:
-        self.mean, self.std, self.noise = mean, std, noise
-        self.fill = torch.tensor(fill, dtype=torch.float32)
+        self.noise = noise
+        self.mean, self.std, self.fill = (
+            tuple(torch.as_tensor(values, dtype=torch.float32).flatten().tolist())
+            for values in (mean, std, fill)
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, programs: Tensor, device: torch.device) -> Tensor:
-        images = images.to(device, non_blocking=True)
-        numbers = programs[..., 1:].to(device, non_blocking=True)  # (B, S, 7)
-        operations = programs[..., 0].long()  # on the CPU: what comes next is asked without waiting
-        kinds = torch.where(operations >= INVERT, TABLES, operations)
+        jobs = plan(programs[..., 0].numpy())
+        samples = np.concatenate([np.empty(0, np.int64), *jobs.values()])
+        images = images.to(device, non_blocking=True, copy=True)
+        numbers = _send(programs, device)[..., 1:]  # (B, S, 7)
+        found = _send(torch.from_numpy(samples), device).split([*map(len, jobs.values())])
+        mean, std, fill = (_constant(values, device) for values in (self.mean, self.std, self.fill))
         erased = []
-        for step in range(programs.shape[1]):
-            for kind in kinds[:, step].unique().tolist():
-                found = (kinds[:, step] == kind).nonzero()[:, 0]
-                if kind == ERASE:
-                    erased.append((found.to(device), numbers[found.to(device), step]))
-                    continue
-                if kind == NOTHING:
-                    continue
-                for which in found.split(CHUNK):
-                    here, by = which.to(device), operations[which, step]
-                    some = images[here]
-                    row = numbers[here, step]
-                    if kind == TABLES:
-                        some = look_up(some, tables(some, by, row))
-                    elif kind == AFFINE:
-                        some = affine(some, row, self.fill.to(device))
-                    else:
-                        some = PIXELWISE[kind](some, row[:, 0])
-                    images[here] = some
-        mean, std = self.mean.to(device), self.std.to(device)
+        for (step, operation), which in zip(jobs, found):
+            for here in which.split(CHUNK):
+                row = numbers[:, step][here]
+                if operation == ERASE:
+                    erased.append((here, row))
+                else:
+                    images[here] = carried_out(operation, images[here], row, fill)
         floats = images.float().div_(255).sub_(mean).div_(std)
-        for found, rows in erased:
-            for which, row in zip(found.split(CHUNK), rows.split(CHUNK)):
-                floats[which] = erase(floats[which], row, self.noise)
+        for here, row in erased:
+            floats[here] = erase(floats[here], row, self.noise)
         return floats
+
+
+def plan(operations: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+    """Return which samples each step does an operation to, by (step, operation), in order.
+
+    operations: (B, S), the first column of the programs.
+    """
+    return {
+        (step, int(operation)): np.flatnonzero(column == operation)
+        for step, column in enumerate(operations.T)
+        for operation in np.unique(column[column != NOTHING])
+    }
+
+
+def carried_out(operation: int, images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
+    """Return pictures (B, 3, H, W) uint8 after one operation. numbers: (B, 7); fill: (3, 1, 1)."""
+    if operation == AFFINE:
+        return affine(images, numbers, fill)
+    if operation in PIXELWISE:
+        return PIXELWISE[operation](images, numbers[:, 0])
+    return look_up(images, TABLE_OF[operation](images, numbers[:, :1, None]))
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it, which takes pinned memory."""
+    if device.type == "cuda" and not values.is_pinned():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+@functools.cache
+def _constant(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Return a number for each channel on the device, (3, 1, 1) float32, always the same tensor."""
+    return torch.tensor(values).view(3, 1, 1).to(device)
 
 
 def blend(one: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -328,25 +356,10 @@ PIXELWISE = {COLOR: color, SHARPNESS: sharpness, BLUR: blur}
 
 def histograms(images: Tensor) -> Tensor:
     """Return how often each value occurs, (B, C, 256), in (B, C, H, W) uint8."""
-    batch, channels = images.shape[:2]
-    first = torch.arange(batch * channels, device=images.device)[:, None] * 256
-    places = images.reshape(batch * channels, -1).long() + first
-    return torch.bincount(places.flatten(), minlength=batch * channels * 256).view(
-        batch, channels, 256
-    )
-
-
-def tables(images: Tensor, operations: Tensor, numbers: Tensor) -> Tensor:
-    """Return what each value becomes, (B, 3, 256) uint8.
-
-    images: (B, 3, H, W) uint8; operations: (B,) on the CPU; numbers: (B, 7), of which the first
-    counts.
-    """
-    found = torch.empty(len(images), 3, 256, dtype=torch.uint8, device=images.device)
-    for operation in operations.unique().tolist():
-        which = (operations == operation).nonzero()[:, 0].to(images.device)
-        found[which] = TABLE_OF[operation](images[which], numbers[which, :1, None])
-    return found
+    values = images.flatten(2).long()
+    one = torch.ones((), dtype=torch.long, device=images.device)
+    count = torch.zeros(*images.shape[:2], 256, dtype=torch.long, device=images.device)
+    return count.scatter_add_(2, values, one.expand_as(values))  # bincount asks for the greatest
 
 
 def _values(images: Tensor) -> Tensor:
@@ -397,6 +410,8 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     return blend(mean.view(-1, 1, 1), _values(images), factor)
 
 
+# From pictures (B, 3, H, W) uint8 and a number each, (B, 1, 1), to what each value becomes, (B, 3,
+# 256) uint8
 TABLE_OF: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     INVERT: lambda images, _: (255 - _values(images)).to(torch.uint8),
     AUTOCONTRAST: _autocontrast,
@@ -418,7 +433,7 @@ def affine(images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
     """Return pictures whose pixel (x, y) comes from (a x + b y + c, d x + e y + f), as in Pillow.
 
     images: (B, 3, H, W) uint8; numbers: (B, 7), a to f, and 1 for bicubic (a = -1, Pillow's, where
-    torch's has -0.75) or 0 for bilinear; fill: (3,), for what comes from outside.
+    torch's has -0.75) or 0 for bilinear; fill: (3, 1, 1), for what comes from outside.
     """
     height, width = images.shape[2:]
     across = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5
@@ -440,7 +455,7 @@ def affine(images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
         total += row * share[:, None]
     # Pillow cuts; a whole number must not fall below itself for a rounding of the weights
     values = (total + 1e-3).clamp_(0, 255)
-    return torch.where(inside[:, None], values, fill[:, None, None]).to(torch.uint8)
+    return torch.where(inside[:, None], values, fill).to(torch.uint8)
 
 
 def _taps(part: Tensor, cubic: Tensor) -> list[Tensor]:

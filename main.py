@@ -113,9 +113,9 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
-    answers = None
-    if live and args.distillation_type != "none":
-        answers = teachers.Answers(teacher)
+    answers, asked = None, teacher if live else getattr(teacher, "live", None)
+    if asked is not None and args.distillation_type != "none":
+        answers = teachers.Answers(asked)
     teacher_stats = examine(args, student, answers, loaders, inputs, device)
     if args.check:
         return {}
@@ -200,7 +200,7 @@ def examine(args, student, answers, loaders, inputs, device) -> dict[str, float]
     """
     if args.check or args.teacher_check:
         found = preflight.build_findings(args, student, answers, loaders, inputs, device)
-        for line in found or ["student and teacher suit the data and each other"] * args.check:
+        for line in found or [preflight.check_passed(args, answers)] * args.check:
             tell("check", line)
     if answers is None or args.check or not args.teacher_check:
         return {}

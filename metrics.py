@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -77,8 +78,9 @@ def _mean(sum_and_count: Tensor) -> float:
 class ProgressLogger:
     """One line every `interval` steps: step, time left, numbers, pictures a second, data wait.
 
-    On a terminal the lines overwrite each other; redirected, they follow each other. Only the
-    first process prints. start: steps done before, by a run that this one goes on from.
+    On a terminal the lines have a bar, are cut to its width and overwrite each other; redirected,
+    they are whole and follow each other. Only the first process prints. start: steps done before,
+    by a run that this one goes on from.
     """
 
     def __init__(self, length: int, header: str, *, interval: int = 10, start: int = 0) -> None:
@@ -98,7 +100,7 @@ class ProgressLogger:
             asked = time.perf_counter()
         if self._speaks:
             if self._overwrites:
-                print("\r\033[K", end="")
+                print()  # the last line stays: it has the numbers
             seconds = time.perf_counter() - self._begin
             share = 100 * self._waited / max(seconds, 1e-9)
             print(f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
@@ -131,14 +133,23 @@ class ProgressLogger:
         rates["memory_mib"] = peak_memory() / 2**20
         parts.append(f"memory {rates['memory_mib']:.0f} MiB")
         self._mark, self._steps_at_mark = now, done
-        line = f"{self.header} {'  '.join(parts)}"
-        print(f"\r{line}\033[K" if self._overwrites else line,
-              end="" if self._overwrites else "\n", flush=True)  # fmt: skip
+        if self._overwrites:
+            line = f"{self.header} {bar(done / self.length)} {'  '.join(parts)}"
+            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
+            print(f"\r{line[:width]}\033[K", end="", flush=True)
+        else:
+            print(f"{self.header} {'  '.join(parts)}", flush=True)
         return rates
 
     def wait_share(self, now: float) -> float:
         """Return the share of the time so far that went into waiting for data, from 0 to 1."""
         return self._waited / max(now - self._begin, 1e-9)
+
+
+def bar(share: float, width: int = 12) -> str:
+    """Return a bar of `width` steps, in ASCII for every terminal. share: of the work, 0 to 1."""
+    full = int(share * width)
+    return f"[{'#' * full}{'.' * (width - full)}]"
 
 
 def peak_memory() -> int:

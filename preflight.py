@@ -341,6 +341,18 @@ def build_findings(
     return found
 
 
+def check_passed(args: Namespace, answers: Answers | None) -> str:
+    """Return what --check says where it finds nothing: that all suits which it examined."""
+    if answers is not None:
+        return "student and teacher suit the data and each other"
+    why = "there is no teacher"
+    if args.teacher_cache:
+        why = "its teacher is not asked, since all answers are in the cache"
+    elif args.match or args.ranking_kl_weight:
+        why = "its teacher is asked for no classes"
+    return f"the student suits the data; {why}"
+
+
 def enlarged(size_T: int, size: int) -> list[str]:
     """Return a finding if a teacher of `size_T` pixels sees much smaller pictures enlarged."""
     if size_T <= 1.25 * size:

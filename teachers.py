@@ -450,7 +450,7 @@ def build_teacher(
             lean = f"{str(amp_dtype).removeprefix('torch.')}, {folded} BatchNorms folded"
         members.append(
             Teacher(
-                network, adapter, name=f"{name} from {path or 'timm'}", amp_dtype=amp_dtype,
+                network, adapter, name=f"{name} from {path or _whose(name)}", amp_dtype=amp_dtype,
                 adaptor=adaptor, lean=lean, backend=args.torchcompile,
             )
         )  # fmt: skip
@@ -501,7 +501,9 @@ def _network(
     """Return a teacher's network with its weights, and with a classifier if it is to answer."""
     own_classes = models.data_config(name)["num_classes"]
     if classifies and not path and own_classes not in (None, num_classes):
-        raise UserError(_other_classes(name, "timm's weights", own_classes, num_classes))
+        raise UserError(
+            _other_classes(name, f"weights from {_whose(name)}", own_classes, num_classes)
+        )
     classes = num_classes if classifies else 0
     network = models.create_model(name, num_classes=classes, pretrained=not path, img_size=img_size)
     if path:
@@ -513,6 +515,12 @@ def _network(
                 f"python main.py --model {name} --data-path ... --output_dir teacher"
             ) from error
     return network
+
+
+def _whose(name: str) -> str:
+    """Return in words where the weights of a teacher without a file come from."""
+    file = models.released.find(name)
+    return f"{file.file} of DeiT's" if file else "timm"
 
 
 def _other_classes(name: str, what: str, found: int, wanted: int) -> str:

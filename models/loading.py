@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import checkpoint
 from errors import UserError
 from models.deit import VITS
+from models.released import NETWORKS
 
 Weights = dict[str, Tensor]
 RAW_KEYS = ("model", "state_dict")
@@ -160,7 +161,7 @@ def _why_not(
 
 def seems_to_be(weights: Mapping[str, Tensor]) -> str:
     """Return what network a state dict belongs to, as far as its names and shapes tell."""
-    patch = weights.get("patch_embed.proj.weight")
+    patch = weights.get("patch_embed.proj.weight", weights.get("stem.proj.weight"))
     numbers = [int(m.group(1)) for name in weights if (m := re.match(r"blocks\.(\d+)\.", name))]
     if patch is None or patch.dim() != 4 or not numbers:
         size = sum(value.numel() for value in weights.values())
@@ -169,14 +170,29 @@ def seems_to_be(weights: Mapping[str, Tensor]) -> str:
         )
         return f"{kind} of {size / 1e6:.2f} M numbers (first: {next(iter(weights), 'nothing')})"
     width, side, depth = patch.shape[0], patch.shape[-1], max(numbers) + 1
-    distilled = "dist_token" in weights
-    names = [
-        name
-        for name, vit in VITS.items()
-        if (vit.width, vit.patch, vit.depth, "distilled" in name) == (width, side, depth, distilled)
-    ]
+    kind, names = _family(weights)
     shape = f"width {width}, depth {depth}, patch {side}"
-    return f"{names[0]} ({shape})" if names else f"a ViT of {shape}"
+    found = [name for name, own in names.items() if own == (width, depth, side)]
+    return f"{found[0]} ({shape})" if found else f"{kind} of {shape}"
+
+
+def _family(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, tuple[int, int, int]]]:
+    """Return in words what a state dict with patches and blocks is of, by timm's names or DeiT's,
+    and the models of that kind: their width, depth and patch."""
+    for kind, prefix, marks in (
+        ("a CaiT", "cait", ("blocks_token_only.0.attn.q.weight",)),
+        ("a ResMLP", "resmlp", ("blocks.0.linear_tokens.weight", "blocks.0.attn.weight")),
+        ("a ViT with LayerScale", "deit", ("blocks.0.ls1.gamma", "blocks.0.gamma_1")),
+    ):
+        if any(mark in weights for mark in marks):
+            shapes = {name: own for name, (_, own) in NETWORKS.items() if name.startswith(prefix)}
+            return kind, {
+                name: (own["embed_dim"], own.get("depth") or own["num_blocks"], own["patch_size"])
+                for name, own in shapes.items()
+            }
+    distilled = "dist_token" in weights
+    return "a ViT", {name: (vit.width, vit.depth, vit.patch) for name, vit in VITS.items()
+                     if ("distilled" in name) == distilled}  # fmt: skip
 
 
 def head_names(network: nn.Module) -> list[str]:

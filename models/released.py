@@ -224,7 +224,7 @@ def table(pattern: str = "*") -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
              for row in rows]  # fmt: skip
-    if others:
+    if others and pattern.strip("*"):
         lines.append(f"timm also knows {_some(others)}")
     return "\n".join(lines)
 
@@ -241,6 +241,8 @@ def _instead(pattern: str, others: list[str]) -> str:
     """Return in words what may have been meant by a pattern that no released name matches."""
     if others:
         return f"timm knows {_some(others)}, which --model takes too"
+    if "patchconv" in pattern.lower():
+        return "timm has no PatchConvNet, so DeiT's files of it are left out"
     names = list(dict.fromkeys(key.partition(".")[0] for key in RELEASED))
     close = difflib.get_close_matches(pattern, names, n=3)
     return f"did you mean {' or '.join(close)}?" if close else "--list-models alone prints all"

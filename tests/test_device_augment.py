@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from timm.data import auto_augment
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
 import device_augment
@@ -22,7 +23,7 @@ from errors import UserError
 from options import get_args_parser
 from tests.test_pixels import scene
 
-CPU = torch.device("cpu")
+CPU, META = torch.device("cpu"), torch.device("meta")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 INPUTS = InputConfig((40, 56), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 FILL = (124, 116, 104)
@@ -157,9 +158,10 @@ def test_the_device_makes_the_sample_that_the_worker_would_make(case: str) -> No
     before = images.clone()
     ours = recorded.carry_out(images, programs, CPU)
     assert ours.dtype == torch.float32 and ours.shape == (40, 3, 40, 56)
+    assert images.equal(before), "the caller's pictures are the caller's"
     std = torch.tensor(INPUTS.std).view(3, 1, 1)
     changed = 0
-    for seed, one, crop in zip(seeds, ours, before):
+    for seed, one, crop in zip(seeds, ours, images):
         far = (one - seeded(worker, picture, seed)).abs() * std * 255
         # a step before a contrast or an equalization may become several
         assert far.mean() < 0.1 and (far > 2.5).float().mean() < 0.01, seed
@@ -190,17 +192,48 @@ def test_noise_is_normal_fills_timms_boxes_and_follows_from_its_key() -> None:
 def test_no_sample_depends_on_its_neighbours(case: str) -> None:
     _, recorded = both(*TRANSFORMS[case])
     images, programs = samples(recorded, scene(90, 70), range(23))
-    together = recorded.carry_out(images.clone(), programs, CPU)
+    together = recorded.carry_out(images, programs, CPU)
     order = torch.randperm(23, generator=torch.Generator().manual_seed(0))[:11]
     apart = recorded.carry_out(images[order], programs[order], CPU)
     assert apart.equal(together[order])
+
+
+class Copies(TorchDispatchMode):
+    """Counts what is copied to a device without data."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and (
+            not args[0].is_meta and (kwargs or {}).get("device") == META
+        )
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", TRANSFORMS)
+def test_the_host_asks_the_device_for_nothing_and_sends_a_batch_in_three_copies(case: str) -> None:
+    _, recorded = both(*TRANSFORMS[case])
+    images, programs = samples(recorded, scene(90, 70), range(100))
+    recorded.carry_out(images, programs, META)  # mean, std and fill go there once
+    with Copies() as copies:
+        found = recorded.carry_out(images, programs, META)  # has no numbers to be asked for
+    assert found.is_meta and found.shape == images.shape
+    assert copies.count == 3, "pictures, programs, and which samples are meant"
+
+
+def test_a_batch_without_anything_to_do_is_only_normalised() -> None:
+    _, recorded = both("--aa", "none", "--color-jitter", "0", "--reprob", "0")
+    images, programs = samples(recorded, scene(90, 70), range(3))
+    assert not programs.any()
+    exact = augment.Normalize(INPUTS.mean, INPUTS.std)
+    assert recorded.carry_out(images, programs, CPU).equal(torch.stack([*map(exact, images)]))
 
 
 @pytest.mark.skipif(len(DEVICES) < 2, reason="no GPU here")
 def test_the_gpu_makes_what_the_cpu_makes() -> None:
     _, recorded = both("--reprob", "0.5")
     images, programs = samples(recorded, scene(90, 70), range(200))
-    one, other = (recorded.carry_out(images.clone(), programs, d).cpu() for d in DEVICES)
+    one, other = (recorded.carry_out(images, programs, d).cpu() for d in DEVICES)
     far = (one - other).abs() * 0.225 * 255
     assert far.mean() < 1e-2 and (far > 1.5).float().mean() < 1e-3
 

@@ -125,6 +125,18 @@ def test_an_export_that_answers_otherwise_is_not_kept(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_files_of_an_earlier_export_do_not_stay_beside_a_new_card(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    assert export.main([str(run_folder), str(out), "--formats", "safetensors"]) == 0
+    before = (out / "README.md").read_text()
+    assert export.main([str(run_folder), str(out), "--formats", "torch_export"]) == 2
+    assert "model.safetensors of an earlier export" in capsys.readouterr().err
+    assert (out / "README.md").read_text() == before and not (out / "model.pt2").exists()
+    assert export.main([str(run_folder), str(out), "--formats", "safetensors"]) == 0
+
+
 def test_without_onnx_a_line_says_what_to_install(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -173,6 +185,15 @@ def test_the_teachers_hash_is_the_one_the_checkpoint_has(run_folder: Path, tmp_p
     assert f"| note | the file now there is another: sha256 {now} |" in card
     change(run_folder, facts={})  # as of DeiT
     assert f"| sha256 of the teacher's file today | {now} |" in card_of(run_folder)
+
+
+def test_a_released_teacher_is_known_by_the_hash_in_its_name(run_folder: Path) -> None:
+    change(run_folder, {"teacher_model": "regnety_160.deit_in1k"}, facts={"teacher": ["timm's"]})
+    card = card_of(run_folder)
+    assert "| teacher | regnety_160.deit_in1k, regnety_160-a5fe301d.pth |" in card
+    assert "| sha256 of the teacher | begins with a5fe301d |" in card
+    change(run_folder, {"teacher_model": "resnet50"})
+    assert "| teacher | resnet50, timm's published weights |" in card_of(run_folder)
 
 
 def test_the_accuracy_is_that_of_the_weights_exported(run_folder: Path) -> None:
@@ -234,3 +255,13 @@ def test_the_weights_alone_as_before(run_folder: Path, tmp_path: Path, capsys) -
     torch.save({"model": network.state_dict()}, tmp_path / "bare.pth")
     assert export.main([str(tmp_path / "bare.pth"), str(tmp_path / "out")]) == 2
     assert "give --model" in capsys.readouterr().err
+
+
+def test_weights_alone_that_read_back_otherwise_are_not_kept(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    real = export.load_file
+    monkeypatch.setattr(export, "load_file", lambda path: {k: v + 1 for k, v in real(path).items()})
+    out = tmp_path / "new" / "weights.safetensors"
+    assert export.main([str(run_folder / "best_checkpoint.pth"), str(out)]) == 2
+    assert "nothing was written" in capsys.readouterr().err and not list(out.parent.iterdir())

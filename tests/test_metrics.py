@@ -40,6 +40,23 @@ def test_the_progress_line_has_step_eta_numbers_rate_and_wait(capsys) -> None:
     assert "data wait" in lines[2]
 
 
+def test_on_a_terminal_a_bar_overwrites_itself_within_the_width(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    progress = metrics.ProgressLogger(4, "Epoch: [1/2]", interval=2)
+    for step, _ in enumerate(progress(range(4))):
+        if progress.due(step):
+            progress.log(step, dict.fromkeys(("loss", "base", "distillation"), 0.5))
+    _, half, whole = capsys.readouterr().out.split("\r")
+    for line, step in ((half, "[######......] [2/4]"), (whole, "[############] [4/4]")):
+        shown, cleared, rest = line.partition("\033[K")
+        assert shown.startswith(f"Epoch: [1/2] {step}  eta 0:00:00  loss") and len(shown) == 59
+        assert cleared and bool(rest) == (line is whole)
+    assert rest.splitlines()[1].startswith("Epoch: [1/2] 4 steps in"), "the last line stays"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00:00"), (3725, "1:02:05"), (90000, "25:00:00")]
 )

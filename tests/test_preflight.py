@@ -121,9 +121,9 @@ def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
 def test_a_plan_counts_the_views_of_a_cache_in_units_that_show_something() -> None:
     flags = ["--distillation-type", "hard", "--teacher-cache-views", "2", "--teacher-cache-topk"]
     found = planned(*flags, "hard")["cache"]
-    assert found == "71.8 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
+    assert found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
         "2 views"  # fmt: skip
-    assert "with all, 22.8 KiB with 3, " in planned(*flags, "3")["cache"]
+    assert "with all, 28.0 KiB with 3, " in planned(*flags, "3")["cache"]
     assert preflight.amount(3 * 2**40) == "3.0 TiB" and preflight.amount(5) == "5.0 bytes"
 
 
@@ -197,3 +197,18 @@ def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> Non
     shares = ["--teacher-weight", "1", "--teacher-weight", "0"]
     looked = run_inside(*flags, *shares, "--match", match)
     assert "suit the data and each other" in looked.stdout, looked.stdout + looked.stderr
+
+
+@pytest.mark.slow
+def test_check_praises_no_teacher_that_it_has_not_asked(run_inside, tmp_path: Path) -> None:
+    alone = run_inside("--check")
+    assert "check: the student suits the data; there is no teacher" in alone.stdout, alone.stderr
+    flags = ["--distillation-type", "hard", "--epochs", "1", "--warmup-epochs", "0",
+             "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]  # fmt: skip
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"model": models.create_model("resnet_pico", num_classes=10).state_dict()}, wrong)
+    asked = run_inside("--check", *flags, "--teacher-path", str(wrong))
+    assert "check: teacher: " in asked.stdout, asked.stdout + asked.stderr
+    assert "teacher: accuracy on" in run_inside(*flags, "--teacher-path", str(wrong)).stdout
+    again = run_inside("--check", *flags, "--teacher-path", str(wrong))
+    assert "its teacher is not asked, since all answers are in the cache" in again.stdout

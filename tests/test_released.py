@@ -98,9 +98,22 @@ def test_an_original_deit_file_gives_the_logits_of_timms_class(name: str, tmp_pa
 def test_a_wrong_file_is_refused_with_what_it_seems_to_be(tmp_path: Path) -> None:
     cait = timm.create_model("cait_XXS24_224", depth=1)
     torch.save(original(cait), tmp_path / "cait.pth")
-    with pytest.raises(UserError, match="it looks like a ViT of width 192, depth 1, patch 16"):
+    with pytest.raises(UserError, match="it looks like a CaiT of width 192, depth 1, patch 16"):
         models.load_weights(
             timm.create_model("deit_small_patch16_LS", depth=1), str(tmp_path / "cait.pth")
+        )
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *(name for name, vit in VITS.items() if vit.file)])
+def test_every_family_is_known_by_its_files_of_old_and_new_names(name: str) -> None:
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    old = original(network)
+    old = {key.removeprefix("module."): value for key, value in old.get("model", old).items()}
+    for weights in (network.state_dict(), old):
+        found = models.loading.seems_to_be(weights).partition(" (")[0]
+        assert found.removesuffix("_224").removesuffix("_384") == (
+            name.removesuffix("_224").removesuffix("_384")
         )
 
 
@@ -182,6 +195,7 @@ def test_the_table_has_a_hash_where_one_is_published() -> None:
         file.url.endswith("#unverified") for file in RELEASED.values()
     )
     assert "PatchConv" in (released.__doc__ or "")
+    assert "timm also" not in released.table() and "timm also" in released.table("cait_*")
 
 
 def test_a_pattern_that_nothing_matches_ends_in_one_line_and_code_2(run_inside) -> None:
@@ -189,6 +203,7 @@ def test_a_pattern_that_nothing_matches_ends_in_one_line_and_code_2(run_inside) 
     assert result.returncode == 2 and not result.stdout
     assert "no released checkpoint; did you mean deit_small_patch16_224 or" in result.stderr
     assert "timm knows resnet50" in run_inside("--list-models", "resnet50").stderr
+    assert "timm has no PatchConvNet" in run_inside("--list-models", "patchconv*").stderr
     assert "--list-models alone" in run_inside("--list-models", "???").stderr
     assert run_inside("--list-models", "resmlp_12").returncode == 0
 

@@ -336,6 +336,8 @@ def test_a_browser_shows_the_whole_page(width: int, made: Path, browser, shots: 
     pictures = browser.value("deep('img').map(one => [one.naturalWidth, one.clientWidth])")
     assert len(pictures) == 24 and all(wide == 160 and shown > 90 for wide, shown in pictures)
     assert browser.value("screen.width") == width and browser.value(CUT) == []
+    wide = "deep('.scroll').map(box => box.scrollWidth - box.clientWidth)"
+    assert set(browser.value(wide)) == {0}, "two runs need no scrolling"
 
 
 @pytest.mark.slow

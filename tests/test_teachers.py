@@ -204,3 +204,8 @@ def test_a_teacher_comes_from_a_timm_folder(tmp_path: Path) -> None:
     assert torch.equal(teacher.network.fc.bias, weights["fc.bias"])
     with pytest.raises(UserError, match="10 classes"):
         build(4, "--teacher-model", f"local-dir:{tmp_path}")
+
+
+def test_deits_own_teacher_is_not_said_to_be_timms() -> None:
+    assert teachers._whose("regnety_160") == "regnety_160-a5fe301d.pth of DeiT's"
+    assert teachers._whose("resnet50") == "timm"

@@ -10,6 +10,9 @@ many entries, whose pictures are those of the sample, from a new process each.
 """
 
 import argparse
+import contextlib
+import hashlib
+import io
 import json
 import os
 import platform
@@ -30,6 +33,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -55,6 +59,10 @@ TARGETS = {
     "JPEG files, whole recipe": 1.5,
 }  # fmt: skip
 GROWTH = (10**4, 10**5, 10**6)
+ORIGINAL = 375  # pixels of the shorter side, about that of ImageNet's originals
+SCALES = (0.08, 0.25, 0.5, 1.0)  # of a crop, from DeiT's least to its greatest
+QUALITY = 90  # of JPEG, as tools/prepare_data.py has it
+COPIES = [(256, prepared.RAW), (288, prepared.RAW), (288, prepared.JPEG), (320, prepared.RAW)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", default="", help="folder with val/<class>/*.jpg; empty: made-up pictures")
     add("--enlarge", default=0, type=int, metavar="SIDE",
-        help="first store the pictures again with this shorter side, as JPEG of quality 97; 375 is "
-        "about that of ImageNet's originals, where --data has shrunk ones")  # fmt: skip
+        help="first store the pictures again with this shorter side, as JPEG of quality 97: "
+        f"{ORIGINAL}, about ImageNet's originals', where --data has shrunk ones")  # fmt: skip
     add("--pictures", default=150, type=int, help="of a round")
     add("--rounds", default=7, type=int, help="after two that do not count")
     add("--json", default="", metavar="FILE", help="write all numbers there")
@@ -187,13 +195,14 @@ def measure(
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return, by row, pictures a second, and the median and the ends of the rounds' ratios."""
+    """Return, by row, pictures a second, and the rounds' ratios' median and quartiles."""
     found = {}
     for name, values in seconds.items():
         ratios = [base / value for base, value in zip(seconds[FULL], values)]
         to_crop = [base / value for base, value in zip(seconds[CROP], values)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[name] = {
-            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+            "ratio": middle, "low": low, "high": high,
             "ratio_to_crop": statistics.median(to_crop),
             "pictures_per_second": 1 / statistics.median(values),
         }  # fmt: skip
@@ -207,7 +216,7 @@ def grow(base: Path, work: Path, entries: int) -> Path:
     manifest = json.loads((base / prepared.MANIFEST).read_text())
     table = np.resize(np.fromfile(base / "val.table", prepared.ROW), entries)
     facts = manifest["splits"]["val"] | {
-        "pictures": entries, "table": prepared.hashlib.sha256(table.tobytes()).hexdigest()
+        "pictures": entries, "table": hashlib.sha256(table.tobytes()).hexdigest()
     }  # fmt: skip
     for split in ("train", "val"):
         table.tofile(folder / f"{split}.table")
@@ -252,55 +261,140 @@ def read_grown(folder: str, count: int, rounds: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+def softness(folder: Path, count: int) -> dict[str, list[float]]:
+    """Return how much less sharp crops of shrunk copies are, by copy and by scale of the crop.
+
+    The mean difference in steps of 255 between a crop of the picture and the same crop of what a
+    prepared data set keeps of it, both resized to the network's input. Copies and input are scaled
+    to the size of the pictures, as if their shorter side were `ORIGINAL` pixels.
+    """
+    places = sorted((folder / "val").glob("*/*"))
+    chosen = np.random.default_rng(0).permutation(len(places))[:count]
+    pictures = [Image.open(places[number]).convert("RGB") for number in chosen]
+    bicubic, bilinear = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+
+    def over_scales(copies: Sequence[Image.Image], mode: Image.Resampling) -> list[float]:
+        return [
+            statistics.mean(
+                difference(one, copy, scale, mode, seed)
+                for seed, (one, copy) in enumerate(zip(pictures, copies))
+            )
+            for scale in SCALES
+        ]
+
+    found = {"for comparison: bilinear instead of bicubic": over_scales(pictures, bilinear)}
+    for side, kind in COPIES:
+        copies = []
+        for picture in pictures:
+            short = round(min(picture.size) * side / ORIGINAL)
+            data, height, width = prepared.encode(picture, kind, short, QUALITY)
+            copies.append(Image.frombytes("RGB", (width, height), data) if kind == prepared.RAW
+                          else pixels.as_image(pixels.decode(data)))  # fmt: skip
+        found[f"copy of {side} px, {kind}"] = over_scales(copies, bicubic)
+    return found
+
+
+def difference(
+    picture: Image.Image, copy: Image.Image, scale: float, mode: Image.Resampling, seed: int
+) -> float:
+    """Return the mean difference in steps of 255 between a crop of a picture and of its copy.
+
+    scale: the crop's share of the picture's area; mode: how the copy's crop is resized; seed: of
+    the crop's place and shape.
+    """
+    side = round(min(picture.size) * SIDE / ORIGINAL)
+    random.seed(seed)
+    shape = torch.empty(3, picture.height, picture.width)
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(
+        shape, (scale, scale), (3 / 4, 4 / 3)
+    )
+    box = np.array([left, top, left + width, top + height], float)
+    factor = np.array(copy.size * 2) / (picture.size * 2)
+    one = picture.resize((side, side), Image.Resampling.BICUBIC, box=tuple(box))
+    other = copy.resize((side, side), mode, box=tuple(box * factor))
+    return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
+
+
+def grown(work: Path, pictures: int, rounds: int) -> dict[int, dict[str, float]]:
+    """Return what `read_grown` finds, each in a new process, by number of entries."""
+    found = {}
+    for entries in GROWTH:
+        target = grow(work / prepared.RAW, work, entries)
+        command = [sys.executable, str(Path(__file__).resolve()), "--grown", str(target),
+                   "--pictures", str(pictures), "--rounds", str(rounds)]  # fmt: skip
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[entries] = json.loads(done.stdout)
+        shutil.rmtree(target)
+    return found
+
+
+def run(data: str, side: int, pictures: int, rounds: int) -> dict[str, Any]:
+    """Measure everything on one thread; return it with the lines of the tables.
+
+    data: folder with val/<class>/*.jpg, or empty for made-up pictures; side: to which they are
+    enlarged before, or 0.
+    """
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    if args.grown:
-        print(json.dumps(read_grown(args.grown, 10 * args.pictures, args.rounds)))
-        return 0
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         work = Path(name)
-        folder = Path(args.data) if args.data else make_up(work / "made", args.pictures)
-        if args.enlarge:
-            folder = enlarge(folder, args.enlarge, work / "enlarged")
-        functions = rows(folder, work, args.pictures)
-        found = summary(measure(functions, args.pictures, args.rounds))
-        grown: dict[int, dict[str, float]] = {}
-        for entries in GROWTH:
-            target = grow(work / prepared.RAW, work, entries)
-            command = [sys.executable, str(Path(__file__).resolve()), "--grown", str(target),
-                       "--pictures", str(args.pictures), "--rounds", str(args.rounds)]  # fmt: skip
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            grown[entries] = json.loads(done.stdout)
-            shutil.rmtree(target)
+        given = Path(data) if data else make_up(work / "made", pictures)
+        folder = enlarge(given, side, work / "enlarged") if side else given
+        seconds = measure(rows(folder, work, pictures), pictures, rounds)
+        found: dict[str, Any] = {"rows": summary(seconds), "targets": TARGETS}
+        found["growth"] = grown(work, pictures, rounds)
+        found["softness"] = softness(given, pictures) if data else {}
         sizes = [path.stat().st_size for path in (folder / "val").glob("*/*")]
-    facts = {
-        "pictures": len(sizes), "mean_kB": statistics.mean(sizes) / 1e3, "torch": torch.__version__,
-        "timm": timm.__version__, "Pillow": PIL.__version__,
+    torch.set_num_threads(threads)
+    found["facts"] = {
+        "pictures": len(sizes), "mean_kB": round(statistics.mean(sizes) / 1e3, 1),
+        "torch": torch.__version__, "timm": timm.__version__, "Pillow": PIL.__version__,
         "simplejpeg": getattr(pixels.simplejpeg, "__version__", "none"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }  # fmt: skip
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"\n{'one core, ratio to the whole recipe by timm':50} {'ratio':>6} {'rounds':>13} "
-          f"{'asked':>6} {'to crop':>8} {'1/s':>8}")  # fmt: skip
-    for name, row in found.items():
-        asked = f">={TARGETS[name]:g}" if name in TARGETS else ""
-        spread = f"{row['lowest']:.2f}-{row['highest']:.2f}"
-        print(
-            f"{name:50} {row['ratio']:6.2f} {spread:>13} {asked:>6} {row['ratio_to_crop']:8.2f} "
-            f"{row['pictures_per_second']:8.0f}"
+    return found | {"lines": table(found)}
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Return the tables in Markdown."""
+    lines = [", ".join(f"{key} {value}" for key, value in found["facts"].items()) + ".", "",
+             "| one core | x timm's whole recipe | asked | x timm up to the crop | pictures/s |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for name, row in found["rows"].items():
+        asked = f"{TARGETS[name]:g}" if name in TARGETS else ""
+        lines.append(
+            f"| {name} | {row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f}) | "
+            f"{asked} | {row['ratio_to_crop']:.2f} | {row['pictures_per_second']:.0f} |"
         )
-    print(f"\n{'prepared raw, up to the crop':30} {'ratio':>6} {'1/s':>8} {'start-up, s':>12} "
-          f"{'memory, MiB':>12} {'its growth':>11}")  # fmt: skip
-    for entries, row in grown.items():
-        ratio = row["pictures_per_second"] / grown[GROWTH[0]]["pictures_per_second"]
-        print(
-            f"{entries:22} entries {ratio:6.2f} {row['pictures_per_second']:8.0f} "
-            f"{row['start_up_s']:12.2f} {row['own_mib']:12.1f} {row['growth_mib']:11.1f}"
+    lines += ["", "| prepared raw, up to the crop | x the first | pictures/s | start-up, s | "
+              "own memory, MiB | its growth, MiB |", "|---|---|---|---|---|---|"]  # fmt: skip
+    first = found["growth"][GROWTH[0]]["pictures_per_second"]
+    for entries, row in found["growth"].items():
+        rate = row["pictures_per_second"]
+        lines.append(
+            f"| {entries:,} entries | {rate / first:.2f} | {rate:.0f} | "
+            f"{row['start_up_s']:.2f} | {row['own_mib']:.1f} | {row['growth_mib']:.1f} |"
         )
+    if not found["softness"]:
+        return [*lines, "", "Not measured: how soft shrunk copies are, which takes real pictures."]
+    lines += ["", f"| mean difference of a crop of so much of the picture, of {ORIGINAL} px | "
+              + " | ".join(f"{100 * scale:g} %" for scale in SCALES) + " |",
+              "|" + "---|" * (len(SCALES) + 1)]  # fmt: skip
+    for name, values in found["softness"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.grown:
+        torch.set_num_threads(1)
+        print(json.dumps(read_grown(args.grown, 10 * args.pictures, args.rounds)))
+        return 0
+    found = run(args.data, args.enlarge, args.pictures, args.rounds)
+    print("\n".join(found["lines"]))
     if args.json:
-        content = {"facts": facts, "rows": found, "growth": grown, "targets": TARGETS}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -53,22 +53,29 @@ def main() -> int:
 
 
 def one_run(folder: Path, seed: int, flags: list[str], threads: int) -> dict:
-    """Run main.py once, unless `folder` has it already; return the last line of its log.txt."""
+    """Run main.py once; return the last line of its log.txt."""
     command = [sys.executable, str(ROOT / "main.py"), *flags, "--seed", str(seed),
                "--output_dir", str(folder)]  # fmt: skip
-    done = folder / "command.txt"
-    if not (done.exists() and done.read_text() == shlex.join(command[2:])):
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "stdout.txt").open("w") as out:
-            result = subprocess.run(
-                command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            )  # fmt: skip
-        if result.returncode:
-            raise SystemExit(f"failed: {shlex.join(command)}\nsee {folder / 'stdout.txt'}")
-        done.write_text(shlex.join(command[2:]))
+    if run_once(folder, command, threads):
         print(f"{folder.parent.name} seed {seed}: done", file=sys.stderr, flush=True)
     return json.loads((folder / "log.txt").read_text().splitlines()[-1])
+
+
+def run_once(folder: Path, command: list[str], threads: int) -> bool:
+    """Run a Python program, unless `folder` has it complete already; return whether it ran."""
+    done, words = folder / "command.txt", shlex.join(command[2:])
+    if done.exists() and done.read_text() == words:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "stdout.txt").open("w") as out:
+        result = subprocess.run(
+            command, stdout=out, stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+    if result.returncode:
+        raise SystemExit(f"failed: {shlex.join(command)}\nsee {folder / 'stdout.txt'}")
+    done.write_text(words)
+    return True
 
 
 def table(rows: list, found: dict[str, list[dict]], args: argparse.Namespace) -> str:

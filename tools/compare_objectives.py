@@ -57,7 +57,7 @@ def main() -> int:
     if not teacher.exists():
         subprocess.run([sys.executable, str(ROOT / "main.py"), "--model", TEACHER, *recipe,
                         "--epochs", str(args.teacher_epochs), "--output_dir",
-                        str(teacher.parent)], check=True, cwd=ROOT)  # fmt: skip
+                        str(teacher.parent)], check=True)  # fmt: skip
     rows = [word for name, flags in ROWS.items() for word in ("--row", f"{name}: {flags}")]
     write = ["--write", str(args.write)] if args.write else []
     common = ["--model", STUDENT, "--teacher-model", TEACHER, "--teacher-path", str(teacher)]

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,6 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = [FORMATS[name](student, Path(partial)) for name in wanted]
             about = card(student.name, student.describe(), student.rows, student.classes, done)
             (Path(partial) / "README.md").write_text(about)
+            old = {path.name for path in args.out.glob("model.*")} - set(os.listdir(partial))
+            if old:
+                raise UserError(
+                    f"{args.out}: {', '.join(sorted(old))} of an earlier export would lie beside "
+                    "the new card; write all formats at once (--formats), or give another folder"
+                )
             for file in Path(partial).iterdir():
                 os.replace(file, args.out / file.name)
     except UserError as error:
@@ -122,8 +128,15 @@ def _export_weights(source: Path, out: Path, key: str | None, half: bool) -> Non
     weights = read_weights(str(file_of(source)), key)
     if half:
         weights = to_half(weights)
+    weights = {name: value.contiguous() for name, value in weights.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in weights.items()}, out)
+    with tempfile.TemporaryDirectory(dir=out.parent) as partial:
+        file = Path(partial) / out.name
+        save_file(weights, file)
+        loaded = load_file(file)
+        if not all(torch.equal(value, loaded[name]) for name, value in weights.items()):
+            raise UserError(f"{out}: does not read back as it was, so nothing was written")
+        os.replace(file, out)
     print(f"{out}: {len(weights)} tensors, {out.stat().st_size / 1024:.0f} KiB")
 
 

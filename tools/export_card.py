@@ -109,13 +109,17 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
     )  # fmt: skip
     recorded = facts.get("teacher") or []
     for i, (name, path) in enumerate(zip(names, paths)):
-        rows.append(("teacher", f"{name}, {_brief(path) if path else 'published weights'}"))
+        known = None if path else models.released.find(name)
+        weights = _brief(path) if path else known.file if known else "timm's published weights"
+        rows.append(("teacher", f"{name}, {weights}"))
         there = Path(path)
         now = checkpoint.hash_of(there) if path and there.is_file() else ""
         if i < len(recorded) and path:
             rows.append(("sha256 of the teacher", recorded[i]))
             if now and now != recorded[i]:
                 rows.append(("note", f"the file now there is another: sha256 {now}"))
+        elif known and known.hash:  # the file is held to it whenever it is read
+            rows.append(("sha256 of the teacher", f"begins with {known.hash}"))
         elif now:  # a checkpoint that is not ours
             rows.append(("sha256 of the teacher's file today", now))
     return rows

@@ -118,10 +118,10 @@ def run_section(run: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -
 
 
 def agreement_table(found: Mapping[str, Any]) -> str:
-    """Return a matrix of shares with its names."""
-    rows = [[name, *(f"{100 * share:.1f}%" for share in row)]
+    """Return a matrix of shares with its names, without a sign in each cell: a phone is narrow."""
+    rows = [[name, *(f"{100 * share:.1f}" for share in row)]
             for name, row in zip(found["names"], found["matrix"])]  # fmt: skip
-    about = "<p>Share of the pictures in which the two name the same class.</p>"
+    about = "<p>Percent of the pictures in which the two name the same class.</p>"
     return about + table(["", *found["names"]], rows)
 
 
@@ -144,7 +144,8 @@ def text(value: Any) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table whose first column names the rows; it scrolls by itself on a phone."""
-    top = "".join(f"<th scope=col>{text(name)}</th>" for name in head)
+    broken = (text(name).replace("distill", "distil&shy;l") for name in head)  # on a phone
+    top = "".join(f"<th scope=col>{name}</th>" for name in broken)
     body = "".join(
         f"<tr><th scope=row>{text(row[0])}</th>"
         + "".join(f"<td>{text(cell)}</td>" for cell in row[1:])
