@@ -268,8 +268,12 @@ class DeviceLoader(DataLoader):
         self.carry_out, self.device = recorded.carry_out, device
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        for (images, programs), labels in super().__iter__():
-            yield self.carry_out(images, programs, self.device), labels
+        return map(self.finish, super().__iter__())
+
+    def finish(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the pictures (B, 3, H, W) and labels (B,) of a batch that workers have begun."""
+        (images, programs), labels = batch
+        return self.carry_out(images, programs, self.device), labels
 
 
 def collate_present(samples: list[Any]) -> Any:

@@ -5,15 +5,16 @@ Shapes: B batch, C classes, H heads, N tokens. All results are uint8 tensors (3,
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from augment import InputConfig
+from datasets import DeviceLoader
 from errors import UserError
 from models.features import FeatureTaps, Tap, layout_of
 
@@ -76,9 +77,10 @@ def train_batch(
     ):
         return None
     keys = list(itertools.islice(iter(loader.sampler), count))
-    pairs: list[Any] = [loader.dataset[key] for key in keys]
-    images = torch.stack([image for image, _ in pairs]).to(device)
-    labels = torch.tensor([label for _, label in pairs], device=device)
+    batch = default_collate([loader.dataset[key] for key in keys])
+    if isinstance(loader, DeviceLoader):
+        batch = loader.finish(batch)
+    images, labels = (part.to(device) for part in batch)
     if mixup_fn is not None:
         images, labels = mixup_fn(images, labels)
     width = len(classes) if classes else int(labels.max()) + 1

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from timm.data import auto_augment
 from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import augment
 import device_augment
+import pictures
 from augment import InputConfig, build_transform
 from datasets import build_loaders
 from device_augment import Recorded, Tape
@@ -267,6 +269,16 @@ def test_neither_workers_nor_processes_nor_a_resume_change_a_sample() -> None:
         rank.set_epoch(1)
     for (ours, _), *parts in zip(alone, *(rank.train for rank in ranks)):
         assert torch.stack([images for images, _ in parts], 1).flatten(0, 1).equal(ours)
+
+
+def test_tensorboard_shows_what_the_device_makes_of_the_batch() -> None:
+    data = load("--batch-size", "4", "--num-workers", "0")
+    data.set_epoch(0)
+    images, labels = next(iter(data.train))
+    inputs = InputConfig((40, 40), INPUTS.mean, INPUTS.std)
+    shown = pictures.train_batch(data.train, inputs, data.classes, CPU, count=4)
+    captions = [[pictures.opinion(row.float(), data.classes)] for row in F.one_hot(labels, 10)]
+    assert shown.equal(pictures.grid(pictures.to_uint8(images, inputs), captions))
 
 
 def test_evaluation_stays_as_it_is() -> None:
