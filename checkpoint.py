@@ -367,9 +367,12 @@ def lock_folder(folder: Path) -> IO[str]:
 
     The kernel lets it go with its process, however that ends. A holder on this machine is given
     `PATIENCE_S` to end, another machine's longer: a file server is slow to miss one that died.
-    Where the file system knows no locks there is none. Raises UserError if it stays taken, and
-    OSError if the file cannot be opened.
+    Where the file system knows no locks there is none, and a Slurm job that was started again takes
+    what a dead node's server still keeps for its earlier start. Raises UserError if it stays taken,
+    and OSError if the file cannot be opened.
     """
+    job = os.environ.get("SLURM_JOB_ID", "")
+    me = f"process {os.getpid()}{f' of job {job}' * bool(job)} on {socket.gethostname()}"
     file = (folder / LOCK).open("a+", errors="replace")
     started, told = time.monotonic(), False
     while True:
@@ -384,6 +387,9 @@ def lock_folder(folder: Path) -> IO[str]:
         here = holder.endswith(f" {socket.gethostname()}")
         patience = PATIENCE_S if here else PATIENCE_AFAR_S
         if time.monotonic() - started > patience:
+            if job and not here and f" of job {job} on " in holder:  # which runs once at a time
+                _logger.warning("%s: taken over from %s", folder, holder)
+                return file
             file.close()
             raise UserError(
                 f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"
@@ -395,7 +401,7 @@ def lock_folder(folder: Path) -> IO[str]:
         time.sleep(0.2)
     with contextlib.suppress(OSError):  # a disk that is full holds no name, but the lock
         os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.write(file.fileno(), f"{me}\n".encode())
     return file
 
 

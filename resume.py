@@ -286,9 +286,10 @@ class Keeper:
             if differ(was[name], now[name]):
                 flag = "--" + name.replace("_", "-")
                 yield f"{flag} was {reprlib.repr(was[name])} and is {now[name]!r}"
-        for name, value in self.facts.items():
-            if differ(saved["facts"].get(name), value):
-                yield f"{name}: was {reprlib.repr(saved['facts'].get(name))} and is {value!r}"
+        for name in sorted(set(saved["facts"]) & set(self.facts)):
+            before, value = saved["facts"][name], self.facts[name]
+            if differ(before, value):
+                yield f"{name}: was {reprlib.repr(before)} and is {value!r}"
 
     def _restore(self, path: str | Path, saved: Mapping[str, Any]) -> None:
         """Take up what `saved` holds. Raises UserError if it does not fit or is no number."""

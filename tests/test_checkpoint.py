@@ -240,16 +240,21 @@ def test_a_folder_is_one_runs_alone_until_its_process_ends(
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], cwd=Path(checkpoint.__file__).parent,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"SLURM_JOB_ID": "7"},
     )  # fmt: skip
     try:
         assert other.stdout.readline() == "held\n"
-        words = f"process {other.pid} on .* writes its run there; end it, or choose another"
+        words = (
+            f"process {other.pid} of job 7 on .* writes its run there; end it, or choose another"
+        )
         with pytest.raises(UserError, match=f"{words}$"):
             checkpoint.lock_folder(tmp_path)
         monkeypatch.setattr(checkpoint, "PATIENCE_AFAR_S", 0.3)
         monkeypatch.setattr(checkpoint.socket, "gethostname", lambda: "elsewhere")
         with pytest.raises(UserError, match=f"{words}; if its machine is dead, remove .lock"):
             checkpoint.lock_folder(tmp_path)
+        monkeypatch.setenv("SLURM_JOB_ID", "7")  # started again, and the other node is dead
+        checkpoint.lock_folder(tmp_path).close()
     finally:
         other.kill()
         other.wait()
