@@ -243,6 +243,8 @@ def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float
     path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
     if not path:
         what = "published weights" if args.pretrained else "random weights (no --resume)"
+        if args.pretrained and args.model.startswith("local-dir:"):
+            what = args.model
         tell("weights", what)
         found = models.released.published(args.model) if args.pretrained else None
         return report(
