@@ -246,6 +246,8 @@ def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float
         raise UserError(f"--resume {args.resume}: {args.output_dir} has no checkpoint to evaluate")
     if not path:
         what = "published weights" if args.pretrained else "random weights (no --resume)"
+        if args.pretrained and args.model.startswith("local-dir:"):
+            what = args.model
         tell("weights", what)
         found = models.released.published(args.model) if args.pretrained else None
         return report(

@@ -180,7 +180,8 @@ def build_student(
         drop_path_rate=args.drop_path,
         pretrained=args.pretrained and with_weights,
     )
-    origin = "from its published weights" if args.pretrained and not args.resume else ""
+    published = args.pretrained and not args.resume and not args.model.startswith("local-dir:")
+    origin = "from its published weights" if published else ""
     if args.finetune and not args.resume and with_weights:
         origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
     if args.attn_only:

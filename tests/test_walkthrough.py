@@ -46,6 +46,7 @@ def test_the_commands_for_own_pictures_work_in_their_order(
             result = run_inside(*flags, *model, *SMALL)
             assert result.returncode == 0, (words, result.stderr)
             if "--eval" in flags:
+                assert "published" not in result.stdout
                 evaluated.append(re.findall(r"^\* Acc@1 .*", result.stdout, re.MULTILINE)[0])
         else:
             tool = TOOLS[program]
