@@ -389,7 +389,7 @@ def lock_folder(folder: Path) -> IO[str]:
         if time.monotonic() - started > patience:
             if job and not here and f" of job {job} on " in holder:  # which runs once at a time
                 _logger.warning("%s: taken over from %s", folder, holder)
-                return file
+                break
             file.close()
             raise UserError(
                 f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"

@@ -259,4 +259,4 @@ def test_a_folder_is_one_runs_alone_until_its_process_ends(
         other.kill()
         other.wait()
     with checkpoint.lock_folder(tmp_path):
-        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+        assert f"process {os.getpid()} of job 7 on" in (tmp_path / ".lock").read_text()
