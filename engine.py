@@ -442,6 +442,7 @@ def evaluate(
     # loss, top-1, top-5, count, and how many processes broke off
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
+    share = " (own share)" * (distributed.world_size() > 1)  # of the printed line; the end has all
     for step, (images, labels, *_) in enumerate(progress(data_loader)):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
@@ -454,9 +455,8 @@ def evaluate(
         top1, top5 = accuracy(logits, labels, topk=(1, 5))
         sums[:4] += torch.stack([loss, top1, top5, loss.new_tensor(labels.shape[0])]).double()
         if progress.due(step):
-            progress.log(
-                step, {"loss": float(sums[0] / sums[3]), "acc1": 100 * float(sums[1] / sums[3])}
-            )
+            means = (sums[:2] / sums[3]).tolist()
+            progress.log(step, {f"loss{share}": means[0], f"acc1{share}": 100 * means[1]})
         if interrupt is not None and interrupt.heard:
             sums[4] += 1
             break

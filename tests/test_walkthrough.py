@@ -100,3 +100,10 @@ def test_every_recipe_runs_on_a_few_pictures(
     assert "2 updates" in result.stdout
     if recipe.find(name).acc1 is not None:
         assert f"{name} expects" in result.stdout and "outside" in result.stdout
+
+
+def test_a_recipe_of_deit_3_runs_its_own_network(run_inside, picture_folder: Path) -> None:
+    flags = ["--data-set", "IMNET", "--data-path", str(picture_folder), "--input-size", "32"]
+    result = run_inside("--recipe", "deit3_small", *flags, *SMALL, "--output_dir", "")
+    assert result.returncode == 0, result.stderr
+    assert "student: deit_small_patch16_LS" in result.stdout
