@@ -257,7 +257,8 @@ def test_other_settings_and_foreign_folders_are_refused(
     (tmp_path / "letter.txt").write_text("dear")
     assert tool.main([str(folder), str(tmp_path)]) == 2
     assert "holds other files" in capsys.readouterr().err
-    assert tool.main([str(folder), str(tmp_path / "new"), "--quality", "0"]) == 2
+    for flags in (["--quality", "0"], ["--short-side", "0"], ["--num-workers", "-1"]):
+        assert tool.main([str(folder), str(tmp_path / "new"), *flags]) == 2
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.table"])
