@@ -358,3 +358,11 @@ def test_every_checksum_is_of_its_pictures_bytes(made: Path) -> None:
     for row in rows:
         start = int(row["offset"])
         assert zlib.crc32(data[start : start + int(row["size"])]) == row["crc"]
+
+
+def test_a_manifest_that_lacks_a_word_is_refused(tmp_path: Path) -> None:
+    (tmp_path / prepared.MANIFEST).write_text(
+        json.dumps({"format": 1, "splits": {}, "flips": True})
+    )
+    with pytest.raises(UserError, match="does not say classes, kind;"):
+        prepared.read_manifest(tmp_path)
