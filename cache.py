@@ -40,7 +40,7 @@ def read_topk(text: str, num_classes: int) -> str | int:
     """
     if text in (ALL, HARD):
         return text
-    if not text.isdigit() or not 1 <= int(text) < num_classes:
+    if not text.isdecimal() or not 1 <= int(text) < num_classes:
         raise UserError(
             f"--teacher-cache-topk {text}: give all, hard, or a number from 1 to {num_classes - 1}"
         )

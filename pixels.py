@@ -24,7 +24,7 @@ except ImportError:  # only faster, by a half
 # Of what becomes of a picture by its key (seed, view, index) and its place in a batch. Raise it
 # with any change, here, in augment, device_augment, samplers or the engine's mixing, by which the
 # same key gives other pixels: answers of teachers that were kept before are then refused.
-VERSION = 1
+VERSION = 2
 Picture = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
 # what Pillow raises for files that are no whole picture

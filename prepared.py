@@ -179,6 +179,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder}: format {manifest.get('format')}, this program reads {FORMAT}; {AGAIN}"
         )
+    if lacks := {"splits", "kind", "classes", "flips"} - manifest.keys():
+        raise UserError(f"{folder / MANIFEST}: does not say {', '.join(sorted(lacks))}; {AGAIN}")
     return manifest
 
 

@@ -110,7 +110,7 @@ def test_a_cache_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> Non
     assert store(tmp_path).missing() == 12
 
 
-@pytest.mark.parametrize("text", ["0", "5", "-1", "some", "2.5"])
+@pytest.mark.parametrize("text", ["0", "5", "-1", "some", "2.5", "²"])
 def test_a_number_of_classes_that_cannot_be_kept_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="all, hard, or a number from 1 to 4"):
         cache.read_topk(text, 5)

@@ -1,6 +1,7 @@
 """What is done in less time than Pillow takes, held against Pillow."""
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,15 @@ def test_shifts_by_the_nearest_pixel_are_pillows() -> None:
     picture = scene(40, 30)
     assert not steps(augment.Shift(exact, "ShearX")(picture, 0.2, **options),
                      exact(picture, 0.2, **options)).any()  # fmt: skip
+
+
+def test_shifts_give_the_pixels_of_this_version() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
+    by = np.arange(24) / 4 - 2  # quarters, in which every machine reckons exactly
+    moved = [pixels.shift_rows(Image.fromarray(noise), by, (128, 9, 200), cubic=cubic)
+             for cubic in (False, True)]  # fmt: skip
+    found = [pixels.VERSION, *(zlib.crc32(np.asarray(each).tobytes()) for each in moved)]
+    assert found == [2, 1782900816, 2445857807], "other pixels: raise pixels.VERSION"
 
 
 def test_normalising_is_torchvisions_bit_for_bit() -> None:

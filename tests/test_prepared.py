@@ -257,7 +257,8 @@ def test_other_settings_and_foreign_folders_are_refused(
     (tmp_path / "letter.txt").write_text("dear")
     assert tool.main([str(folder), str(tmp_path)]) == 2
     assert "holds other files" in capsys.readouterr().err
-    assert tool.main([str(folder), str(tmp_path / "new"), "--quality", "0"]) == 2
+    for flags in (["--quality", "0"], ["--short-side", "0"], ["--num-workers", "-1"]):
+        assert tool.main([str(folder), str(tmp_path / "new"), *flags]) == 2
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.table"])
@@ -357,3 +358,11 @@ def test_every_checksum_is_of_its_pictures_bytes(made: Path) -> None:
     for row in rows:
         start = int(row["offset"])
         assert zlib.crc32(data[start : start + int(row["size"])]) == row["crc"]
+
+
+def test_a_manifest_that_lacks_a_word_is_refused(tmp_path: Path) -> None:
+    (tmp_path / prepared.MANIFEST).write_text(
+        json.dumps({"format": 1, "splits": {}, "flips": True})
+    )
+    with pytest.raises(UserError, match="does not say classes, kind;"):
+        prepared.read_manifest(tmp_path)

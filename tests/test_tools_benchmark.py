@@ -35,6 +35,18 @@ def test_the_watch_leaves_out_the_lead_and_the_first_step(monkeypatch) -> None:
     assert watch.per_step() == 10
 
 
+@pytest.mark.parametrize("flag", ["--rounds", "--steps", "--gpu-steps", "--growth-steps"])
+def test_too_few_to_make_a_number_are_refused_before_anything_is_measured(
+    flag: str, monkeypatch
+) -> None:
+    few = "1" if flag == "--rounds" else "0"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--parts", "optimizer", flag, few])
+    with pytest.raises(SystemExit, match="must be at least"):
+        benchmark.main()
+    with pytest.raises(SystemExit, match="must be at least"):
+        bench_loader.main(["--rounds", "1"])
+
+
 @pytest.mark.slow
 def test_a_stretch_from_a_loader_begins_behind_what_workers_have_ready(tmp_path) -> None:
     words = "--gpu-batch-size 4 --gpu-steps 2 --rounds 2 --teacher resnet_pico --num-workers 1"

@@ -74,3 +74,11 @@ def test_the_comparison_runs_from_the_teacher_to_the_table(monkeypatch, tmp_path
     assert live[0] == "| live" and cached[0] == "| 1 view, writing counted"
     assert live[4:] == cached[4:], "one epoch of one view is what the live run saw"
     assert live[6] != rows[3][6], "the labels alone have another loss"
+
+
+def test_a_part_of_no_data_is_refused_before_anything_runs(monkeypatch, tmp_path) -> None:
+    argv = ["compare_views.py", "--pictures", "10", "--runs", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr(compare, "run_once", None)
+    with pytest.raises(SystemExit, match="--data, which is not given"):
+        compare_views.main()

@@ -391,6 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         print(json.dumps(read_grown(args.grown, 10 * args.pictures, args.rounds)))
         return 0
+    if args.rounds < 2 or args.pictures < 1:
+        raise SystemExit("--rounds must be at least 2, --pictures 1")
     found = run(args.data, args.enlarge, args.pictures, args.rounds)
     print("\n".join(found["lines"]))
     if args.json:

@@ -41,6 +41,7 @@ import optim  # noqa: E402
 import options  # noqa: E402
 import preflight  # noqa: E402
 import teachers  # noqa: E402
+from errors import UserError  # noqa: E402
 from tools import bench_loader  # noqa: E402
 from tools.bench_gpu import measure_gpu  # noqa: E402
 from tools.bench_growth import measure_growth  # noqa: E402
@@ -272,6 +273,9 @@ def main() -> int:
         raise SystemExit("give one --batch-size for each --teacher")
     if len(args.gpu_students) != len(args.gpu_batch_size):
         raise SystemExit("give one --gpu-batch-size for each of --gpu-students")
+    if args.rounds < 2 or args.steps < 1 or args.gpu_steps < 1 or args.growth_steps < 10:
+        raise SystemExit("--rounds must be at least 2, --steps and --gpu-steps 1, "
+                         "--growth-steps 10")  # fmt: skip
     warnings.filterwarnings("ignore")
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # beyond 8 networks of a kind it gives up
@@ -324,4 +328,8 @@ def capable(unit: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        sys.exit(2)

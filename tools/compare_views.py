@@ -256,6 +256,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--timed"]:  # a run, in a process of its own
         return timed(sys.argv[2:])
     args = _parser().parse_args()
+    if args.pictures and not args.data:
+        raise SystemExit("--pictures takes some of --data, which is not given")
     runs = Runs(args)
     pace = runs.pace(args.seeds[0])
     rows = rows_of(args.epochs, args.views, pace)

@@ -236,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.short_side < 1 or not 1 <= args.quality <= 95:
             raise UserError("--short-side must be at least 1, --quality from 1 to 95")
+        if args.num_workers < 0:
+            raise UserError(f"--num-workers {args.num_workers}: must be at least 0")
         if args.verify:
             verify(args.source)
         elif args.target is None:
