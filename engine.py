@@ -32,7 +32,10 @@ def seed_step(*parts: int | str) -> None:
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.manual_seed(seed)
+    else:  # the same for CPUs, without a walk up the stack for a GPU that nobody has woken
+        torch.default_generator.manual_seed(seed)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
