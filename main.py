@@ -47,6 +47,8 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     )
     metrics.set_up_logging(processes.rank)
     device = processes.device
+    if device.type == "cpu":
+        models.fast.keep_memory()
     amp_dtype = pick_amp(args.amp, device)
     teacher_amp = pick_amp(args.amp if args.teacher_amp == "auto" else args.teacher_amp, device)
     engine.seed_step(args.seed, "model")

@@ -1,11 +1,16 @@
 """The same network, faster: what changes, by how much, and what is refused."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import models
@@ -13,7 +18,8 @@ from errors import UserError
 from models import fast
 from models.features import FeatureTaps, Tap
 
-SHIPPED = Path(__file__).resolve().parents[1] / "models/weights/resnet_pico_digits.safetensors"
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "models/weights/resnet_pico_digits.safetensors"
 CPU, SIZE = "cpu", (32, 32)
 
 
@@ -108,6 +114,62 @@ def test_a_cpu_gets_its_products_in_float32_alone(dtype, monkeypatch: pytest.Mon
         fast.suit_device(layer, device, dtype)
         theirs = device == CPU and dtype is None
         assert type(layer) is (fast.OneDnnLinear if theirs else nn.Linear)
+
+
+def test_patches_are_embedded_by_a_product_that_is_the_convolution() -> None:
+    images, found = torch.randn(3, 3, 32, 32), []
+    for product in (False, True):
+        network = vit().train()
+        if product:
+            fast.use_patch_products(network)
+        layer = network.patch_embed.proj
+        assert type(layer) is (fast.PatchProduct if product else nn.Conv2d)
+        assert torch.equal(layer(images), nn.functional.conv2d(images, *layer.parameters(), 4))
+        with torch.autocast(CPU, torch.bfloat16):
+            maps, tokens = layer(images), network.patch_embed(images)
+        assert maps.shape == (3, 64, 8, 8) and maps.dtype == tokens.dtype == torch.bfloat16
+        tokens.float().square().sum().backward()
+        found.append([maps, tokens, layer.weight.grad, layer.bias.grad])
+    for theirs, ours in zip(*found):
+        assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
+        assert (theirs - ours).abs().max() < 0.01 * theirs.abs().max()
+    with torch.autocast(CPU, torch.bfloat16):  # a convolution leaves out what fills no patch
+        assert layer(torch.randn(1, 3, 34, 33)).shape == (1, 64, 8, 8)
+
+
+def test_only_patches_that_do_not_overlap_are_multiplied() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), PatchEmbed(32, 4, embed_dim=8))
+    network[1].proj.stride = (2, 2)
+    fast.use_patch_products(network)
+    assert [type(m) for m in network.modules() if isinstance(m, nn.Conv2d)] == [nn.Conv2d] * 2
+
+
+FAULTS = """
+import resource, torch
+from models import fast
+kept = fast.keep_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        blocks = [torch.zeros(2**18) for _ in range(20)]  # 20 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeping memory is glibc's")
+@pytest.mark.parametrize("told", ["", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_freed_memory_is_kept_for_the_next_step(told: str) -> None:
+    value = "glibc.malloc.trim_threshold=131072" if "TUNABLES" in told else "131072"
+    own = {told: value} if told else {}
+    clean = {name: each for name, each in os.environ.items() if "MALLOC" not in name.upper()}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, env=clean | own, capture_output=True, text=True
+    )
+    kept, faults = done.stdout.split()
+    assert (kept == "True") == (not told), done.stderr
+    assert int(faults) < 100 if not told else int(faults) > 1000
 
 
 @torch.no_grad()
