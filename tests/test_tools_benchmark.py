@@ -1,12 +1,14 @@
 """The benchmark: every part runs, and its numbers are put together as they should be."""
 
 import json
+import os
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
+from errors import UserError
 from tools import bench_gpu, bench_loader, bench_race, benchmark
 from tools.bench_steps import Case
 
@@ -17,6 +19,37 @@ def test_a_race_warms_up_and_rotates_the_order(capsys) -> None:
     seconds = bench_race.race(entries, 3, 5)
     assert "".join(ran) == "bcacababcbcacab"
     assert seconds == {name: [1.0] * 3 for name in "abc"}
+
+
+class Counter:
+    def __init__(self, start: int) -> None:
+        self.at = start
+
+    def __call__(self, steps: int) -> float:
+        self.at += steps
+        return float(os.getpid())
+
+    def fail(self) -> None:
+        raise ValueError("no such thing")
+
+    def die(self) -> None:
+        os._exit(7)
+
+
+def test_contestants_run_in_processes_of_their_own() -> None:
+    both = [bench_race.Apart(Counter, start) for start in (10, 20)]
+    pids = {each(3) for each in both}
+    assert len(pids | {os.getpid()}) == 3
+    assert [each.get("at") for each in both] == [13, 23]
+    with pytest.raises(UserError, match="no such thing"):
+        both[0].get("fail")
+    with pytest.raises(UserError, match="ended by itself .7."):
+        both[1].get("die")
+    with pytest.raises(UserError, match="TypeError"):
+        bench_race.Apart(Counter)
+    last = bench_race.Apart(Counter, 1)
+    last.end()
+    assert last.process.exitcode == 0
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:

@@ -1,12 +1,17 @@
 """A race: all contestants in turn, in an order that rotates, and what comes of it as a table."""
 
+import multiprocessing
 import statistics
 import sys
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from errors import UserError
 
 WARM_UPS = 2
 Turn = Callable[[int], float]  # steps -> seconds a step
@@ -24,6 +29,67 @@ def race(contestants: Mapping[str, Turn], rounds: int, steps: int) -> dict[str, 
                 seconds[name].append(took)
     print("\r\033[K", end="", file=sys.stderr)
     return seconds
+
+
+class Apart:
+    """A contestant in a process of its own, as a program that runs alone: what others leave in the
+    heap does not reach it.
+
+    make: returns the contestant, from `arguments` that can be pickled. Called like the contestant;
+    `get` reads one of its attributes, or what it returns if it is a method.
+    Raises UserError with the other process's traceback when something fails there.
+    """
+
+    def __init__(self, make: Callable[..., Turn], *arguments: Any, **named: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, make, arguments, named), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self._answer()  # it is made
+
+    def __call__(self, steps: int) -> float:
+        return self.get("__call__", steps)
+
+    def get(self, name: str, *arguments: Any) -> Any:
+        self.pipe.send((name, arguments))
+        return self._answer()
+
+    def end(self) -> None:
+        """End the process, and its memory with it."""
+        self.pipe.close()
+        self.process.join()
+
+    def _answer(self) -> Any:
+        try:
+            answer, fault = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise UserError(
+                f"a contestant's process ended by itself ({self.process.exitcode}); is there "
+                "memory for all of them? take fewer --precision or --teacher at a time"
+            ) from None
+        if fault:
+            raise UserError(f"a contestant failed:\n{fault}")
+        return answer
+
+
+def _serve(pipe: Any, make: Callable[..., Turn], arguments: Any, named: Any) -> None:
+    warnings.filterwarnings("ignore")
+    contestant: Any = None
+    try:
+        contestant = make(*arguments, **named)
+        pipe.send((None, ""))
+        while True:
+            name, told = pipe.recv()
+            found = getattr(contestant, name)
+            pipe.send((found(*told) if callable(found) else found, ""))
+    except EOFError:  # the race is over
+        pass
+    except BaseException:
+        pipe.send((None, traceback.format_exc()))
 
 
 class Stopwatch:

@@ -7,11 +7,10 @@ import argparse
 import contextlib
 import io
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,10 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Case:
-    """What all contestants share: names, sizes, the batch on the host, the teacher's weights."""
+    """What all contestants share: names, sizes, the batch on the host, the teacher's weights.
+
+    The weights are a file in `folder`, so that a copy in another process has the same.
+    """
 
     student: str
     teacher: str
@@ -50,16 +52,26 @@ class Case:
     folder: Path
 
     def __post_init__(self) -> None:
-        torch.manual_seed(0)
-        self.network_T = models.create_model(self.teacher, num_classes=CLASSES)
-        settle(self.network_T)
         self.weights = self.folder / f"{self.teacher}.pth"
-        torch.save(self.network_T.state_dict(), self.weights)
-        self.network_T.to(self.device).eval().requires_grad_(False)
+        if not self.weights.exists():
+            torch.manual_seed(0)
+            network = models.create_model(self.teacher, num_classes=CLASSES)
+            settle(network)
+            torch.save(network.state_dict(), self.weights)
+        torch.manual_seed(0)
         images = torch.randn(self.batch, 3, self.size, self.size)
         labels = torch.randint(CLASSES, (self.batch,))
         pinned = self.device.type == "cuda"
         self.data = tuple(x.pin_memory() if pinned else x for x in (images, labels))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Case, tuple(getattr(self, each.name) for each in fields(self))
+
+    def network_T(self) -> nn.Module:
+        """Return the teacher as it is, in float32."""
+        network = models.create_model(self.teacher, num_classes=CLASSES)
+        network.load_state_dict(torch.load(self.weights))
+        return network.to(self.device).eval().requires_grad_(False)
 
     def args(self, *flags: str) -> argparse.Namespace:
         return options.parse_args([
@@ -91,7 +103,7 @@ class Reference:
             case.student, num_classes=CLASSES, img_size=(case.size,) * 2, drop_path_rate=0.1
         )
         models.fast.set_attention(network, fused=False)
-        self.network = network.to(case.device).train()
+        self.network, self.network_T = network.to(case.device).train(), case.network_T()
         self.optimizer = create_optimizer_v2(self.network, opt="adamw", lr=1e-4, weight_decay=0.05)
         self.ema = ModelEma(self.network, decay=0.99996)
         self.mixup = augment.build_mixup(case.args(), CLASSES)
@@ -99,7 +111,7 @@ class Reference:
 
     def loss(self, images: Tensor, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         with torch.no_grad():
-            logits_T = self.case.network_T(images)
+            logits_T = self.network_T(images)
         hard = F.cross_entropy(outputs[1], logits_T.argmax(dim=1))
         return self.base(outputs[0], labels) * 0.5 + hard * 0.5
 
@@ -134,7 +146,7 @@ class Timm(Reference):
         network = factory(num_classes=CLASSES, img_size=case.size, drop_path_rate=0.1)
         network = network.to(case.device).train()
         self.task = TokenDistillationTask(
-            network, self.case.network_T, SoftTargetCrossEntropy(), distill_type="hard",
+            network, case.network_T(), SoftTargetCrossEntropy(), distill_type="hard",
             task_loss_weight=0.5, device=case.device, verbose=False,
         ).train()  # fmt: skip
         if backend:
@@ -159,30 +171,37 @@ class Timm(Reference):
 class Ours:
     """The engine's step, with what `main.py` would build from the flags.
 
-    teacher: "live", "none" (labels alone), or "cached": its answers, once written into a folder,
-    are read again in every step. The seconds a picture that the writing took are in `write_s`.
+    teacher: "live", "none" (labels alone), or "cached": its answers are read again in every step,
+    from a folder that a live one has written (`answers`), or made up.
     """
 
     def __init__(
         self, case: Case, amp_dtype: torch.dtype | None, teacher: str, *, backend: str = "",
-        steps: int = 0,
+        steps: int = 0, answers: str = "",
     ) -> None:  # fmt: skip
+        if case.device.type == "cpu":
+            models.fast.keep_memory()
         kind = "none" if teacher == "none" else "hard"
         compiled = ["--torchcompile", backend] if backend else []
         args = case.args("--distillation-type", kind, *compiled)
         inputs = models.build_input_config(args)
         student = models.build_student(args, CLASSES, inputs).to(case.device)
         models.fast.suit_device(student.network, case.device.type, amp_dtype)
-        self.case, self.student, self.backend = case, student, backend
-        live = teachers.build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
+        self.case, self.amp_dtype, self.student = case, amp_dtype, student
         self.mixup_fn = augment.build_mixup(args, CLASSES)
-        criterion = objective.build_objective(
-            args, student, live, mixing=True, input_size=inputs.input_size, total_updates=10**6
-        )
-        optimizer, _ = optim.build_optimizer(args, student, 1)
-        self.views, self.teacher = 0, live
+        self.views, self.teacher = 0, None
         if teacher == "cached":
-            self.views, self.teacher = 1, self.written(live, amp_dtype, steps + 1)
+            if not answers:
+                answers = tempfile.mkdtemp(dir=case.folder)
+                self._write(answers, steps + 1, lambda x, place: torch.randn(len(x), CLASSES))
+            self.views, self.teacher = 1, self._cached(answers, steps + 1, None)
+        elif teacher == "live":
+            self.teacher = teachers.build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
+        criterion = objective.build_objective(
+            args, student, self.teacher, mixing=True, input_size=inputs.input_size,
+            total_updates=10**6,
+        )  # fmt: skip
+        optimizer, _ = optim.build_optimizer(args, student, 1)
         if backend:
             student.compile(backend=backend, dynamic=False)
         self.engine: dict[str, Any] = {
@@ -195,31 +214,33 @@ class Ours:
     def loader(self, steps: int) -> list[tuple[Tensor, ...]]:
         return [self.case.data] * steps
 
-    def written(
-        self, live: Callable[[Tensor, Any], Tensor], amp_dtype: torch.dtype | None, batches: int
+    def _cached(
+        self, folder: str, batches: int, network: Callable[[Tensor, Any], Tensor] | None
     ) -> teachers.CachedTeacher:
-        """Write the answers to `batches` batches, and return a teacher that has nothing else."""
-        rows, folder = batches * self.case.batch, tempfile.mkdtemp(dir=self.case.folder)
-        facts = {"rows": rows, "classes": CLASSES, "precision": str(amp_dtype)}
+        rows = batches * self.case.batch
+        store = cache.Store(
+            folder, rows=rows, num_classes=CLASSES, keep="all", may_create=network is not None,
+            facts={"rows": rows, "classes": CLASSES, "precision": str(self.amp_dtype)},
+        )  # fmt: skip
+        return teachers.CachedTeacher(
+            store, network, epoch_rows=rows, needed=rows, batch_size=self.case.batch, rank=0,
+            world_size=1,
+        )  # fmt: skip
 
-        def cached(network: Callable | None, may_create: bool) -> teachers.CachedTeacher:
-            store = cache.Store(folder, rows=rows, num_classes=CLASSES, keep="all", facts=facts,
-                                may_create=may_create)  # fmt: skip
-            return teachers.CachedTeacher(
-                store, network, epoch_rows=rows, needed=rows, batch_size=self.case.batch, rank=0,
-                world_size=1,
-            )  # fmt: skip
-
-        ask = {"mixup_fn": self.mixup_fn, "seed": 0, "header": "Write:"}
+    def _write(self, folder: str, batches: int, network: Callable[[Tensor, Any], Tensor]) -> float:
+        writer, start = self._cached(folder, batches, network), time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            for _ in range(2):  # the first pass warms up, the second is timed
-                shutil.rmtree(folder)
-                writer = cached(live, True)
-                start = time.perf_counter()
-                engine.ask_teacher(self.loader(batches), writer, self.case.device, 0, **ask)
-                writer.store.flush()
-                self.write_s = (time.perf_counter() - start) / rows
-        return cached(None, False)
+            engine.ask_teacher(
+                self.loader(batches), writer, self.case.device, 0, mixup_fn=self.mixup_fn, seed=0,
+                header="Write:",
+            )  # fmt: skip
+        writer.store.flush()
+        return time.perf_counter() - start
+
+    def write(self, folder: str, batches: int) -> float:
+        """Write the live teacher's answers to `batches` batches; return the seconds a picture."""
+        self._write(tempfile.mkdtemp(dir=self.case.folder), batches, self.teacher)  # a warm-up
+        return self._write(folder, batches, self.teacher) / (batches * self.case.batch)
 
     def reading_s(self, batches: int) -> float:
         """Return the seconds that a cache's answers to one batch take."""

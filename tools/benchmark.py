@@ -13,6 +13,7 @@ Shapes: B batch, C classes.
 import argparse
 import gc
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -45,7 +46,7 @@ from errors import UserError  # noqa: E402
 from tools import bench_loader  # noqa: E402
 from tools.bench_gpu import measure_gpu  # noqa: E402
 from tools.bench_growth import measure_growth  # noqa: E402
-from tools.bench_race import Stopwatch, Turn, race, table  # noqa: E402
+from tools.bench_race import Apart, Stopwatch, Turn, race, table  # noqa: E402
 from tools.bench_steps import CLASSES, PRECISIONS, Case, Ours, Reference, Timm  # noqa: E402
 
 PARTS = ("step", "optimizer", "agreement", "loader", "gpu", "growth")
@@ -58,26 +59,36 @@ SHIPPED = ROOT / "models" / "weights" / "resnet_pico_digits.safetensors"
 def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Race the whole step, live, cached and without a teacher, against the reference's and timm's.
 
-    Returns the seconds by contestant; the lines of the tables are under "lines".
+    Every contestant has a process of its own. Returns the seconds by contestant; the lines of the
+    tables are under "lines".
     """
-    entries: dict[str, Any] = {}
+    entries: dict[str, Apart] = {}
     write_s: dict[str, float] = {}
     backends = {"": "", " compiled": args.torchcompile} if args.torchcompile else {"": ""}
     for precision in args.precision:
-        dtype = PRECISIONS[precision]
-        entries[f"reference, {precision}"] = Reference(case, dtype)
+        dtype, folder = PRECISIONS[precision], case.folder / f"{case.teacher} {precision}"
+        entries[f"reference, {precision}"] = Apart(Reference, case, dtype)
         for suffix, backend in backends.items():
             kind = precision + suffix
             if hasattr(timm.models.deit, case.student):
-                entries[f"timm, {kind}"] = Timm(case, dtype, backend)
-            entries[f"live, {kind}"] = Ours(case, dtype, "live", backend=backend)
-            entries[f"no teacher, {kind}"] = Ours(case, dtype, "none", backend=backend)
-            cached = Ours(case, dtype, "cached", backend=backend, steps=args.steps)
-            entries[f"cached, {kind}"] = cached
-            write_s.setdefault(precision, cached.write_s)
-    last = args.precision[-1]
-    entries[f"no teacher, {last} again"] = Ours(case, PRECISIONS[last], "none")  # the A/A control
+                entries[f"timm, {kind}"] = Apart(Timm, case, dtype, backend)
+            live = entries[f"live, {kind}"] = Apart(Ours, case, dtype, "live", backend=backend)
+            if precision not in write_s:
+                write_s[precision] = live.get("write", str(folder), args.steps + 1)
+            for again in ("", " again"):  # which is the A/A control
+                entries[f"no teacher, {kind}{again}"] = Apart(
+                    Ours, case, dtype, "none", backend=backend
+                )
+            entries[f"cached, {kind}"] = Apart(
+                Ours, case, dtype, "cached", backend=backend, steps=args.steps, answers=str(folder)
+            )
     seconds = race(entries, args.rounds, args.steps)
+    reading_s = {
+        precision: entries[f"cached, {precision}"].get("reading_s", args.steps + 1)
+        for precision in args.precision
+    }
+    for entry in entries.values():
+        entry.end()
 
     flops = preflight.measure(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
@@ -88,13 +99,19 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     def precision_of(name: str) -> str:
         return name.partition(", ")[2].split()[0]
 
-    lines += table(seconds, {
+    def kind_of(name: str) -> str:
+        return name.partition(", ")[2].removesuffix(" again")
+
+    columns = {
         "x reference, same precision": lambda name: f"reference, {precision_of(name)}",
         "x timm, same precision": lambda name: f"timm, {precision_of(name)}",
+        "x timm, both compiled": lambda name: f"timm, {kind_of(name)}" * ("compiled" in name),
         "x reference, fp32": lambda name: "reference, fp32",
-        "x no teacher, same precision": lambda name: "no teacher, "
-        + name.partition(", ")[2].removesuffix(" again"),
-    })  # fmt: skip
+        "x no teacher, same kind": lambda name: f"no teacher, {kind_of(name)}",
+    }
+    if not args.torchcompile:
+        del columns["x timm, both compiled"]
+    lines += table(seconds, columns)
     if not any(name.startswith("timm") for name in seconds):
         lines += ["", "Not measured: timm's task, which has no distilled student of that name."]
     lines += ["", f"The student's step is 3 x {flops / 1e9:.2f} GFLOP a picture."]
@@ -103,9 +120,9 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             statistics.median(seconds[f"{kind}, {precision}"]) / case.batch
             for kind in ("live", "cached")
         )
-        reading = entries[f"cached, {precision}"].reading_s(args.steps + 1)
+        reading = 1e3 * reading_s[precision]
         lines += ["", f"Cache, {precision}: {break_even(write_s[precision], live, cached)} Reading "
-                  f"the answers to a batch takes {1e3 * reading:.3f} ms of a step."]  # fmt: skip
+                  f"the answers to a batch takes {reading:.3f} ms of a step."]  # fmt: skip
     return {"case": f"{case.student} {case.teacher} {case.size} {case.batch}", "seconds": seconds,
             "write_s": write_s, "lines": lines}  # fmt: skip
 
@@ -279,6 +296,7 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # beyond 8 networks of a kind it gives up
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool for each contestant
     device = distributed.pick_device(args.device, 0)
     found: dict[str, Any] = {"about": about(device)}
     print("\n".join(found["about"]), flush=True)
