@@ -8,6 +8,7 @@ student. What becomes of it in a run is the business of `objective.py`.
 import importlib.util
 import json
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ from models.features import ADAPTOR_KEYS, ADAPTORS, ATTENTION_KINDS, FEATURES, T
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, pick
 
 __all__ = ["ADAPTORS", "ADAPTOR_KEYS", "PROJ_MAP", "DistillationConfig", "IntermediateMatch"]
+PLUGIN = "plugin_"  # before its file's name in Python's table of modules
 BUILT_IN = frozenset(losses.MATCH_LOSS_MAP)  # a plugin's losses may take any layers and features
 TWO_LAYERS = ("fsp", "gram", "nst", "mmd")
 TOKENS = ("all", "patch", "cls", "dist")
@@ -298,12 +300,25 @@ def read_schedule(text: str) -> str | list[Any]:
 
 
 def load_plugin(path: str) -> None:
-    """Run a file that adds entries to the registries. Raises UserError naming what went wrong."""
+    """Run a file that adds entries to the registries, timm's of models included.
+
+    Raises UserError naming what went wrong.
+    """
+    name = f"{PLUGIN}{Path(path).stem}"
     try:
-        spec = importlib.util.spec_from_file_location(f"plugin_{Path(path).stem}", path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))  # type: ignore[union-attr]
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules[name] = module  # where timm's register_model looks for it
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
     except Exception as error:  # whatever the user's own code raises
+        sys.modules.pop(name, None)
         raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+
+
+def plugin_of(made: object) -> str:
+    """Return the file of the plugin that a function or class comes from, "" where none does."""
+    name = getattr(made, "__module__", None) or ""
+    return str(sys.modules[name].__file__) if name.startswith(PLUGIN) else ""
 
 
 def load_given_plugins(given: Sequence[str], named: Sequence[str], source: object) -> None:

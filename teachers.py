@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from augment import InputConfig, is_mixing
 from datasets import Loaders, may_mirror
 from distributed import Processes
 from errors import UserError
+from matching import plugin_of
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
 
@@ -338,15 +340,22 @@ def build_identity(args: Namespace) -> list[str]:
     """Return what says which weights each teacher has; [] if nobody teaches.
 
     A hash of the file, or of the files in the folder of `local-dir:`. Of published weights only
-    their address is known here, or that they are those of timm's version.
+    their address is known here, or that they are those of timm's version. A network that a plugin
+    has registered is known by the plugin's file too.
     Raises UserError for a file that is not there.
     """
     if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
         return []
     return [
-        checkpoint.fingerprint(path) if path else _published(name)
+        (checkpoint.fingerprint(path) if path else _published(name)) + _code(name)
         for name, path in zip(*build_sources(args))
     ]
+
+
+def _code(name: str) -> str:
+    """Return which code a network of the registry is, where it is a plugin's; else ""."""
+    file = plugin_of(timm.model_entrypoint(name)) if timm.is_model(name) else ""
+    return f", network by {checkpoint.fingerprint(file)}" if file else ""
 
 
 def _published(name: str) -> str:

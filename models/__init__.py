@@ -136,14 +136,15 @@ def create_model(
 def data_config(name: str) -> dict[str, Any]:
     """Return timm's resolved data configuration of a model: what its input must look like.
 
-    Keys: input_size (3, height, width), mean, std, interpolation, crop_pct, and num_classes.
+    Keys: input_size (3, height, width), mean, std, interpolation, crop_pct, and num_classes. A
+    network that a plugin registered without any is shown what timm shows by default.
     """
     check_name(name)
     if name.startswith(SOURCES):
         config = create_model(name).pretrained_cfg
     else:
         config = timm.models.get_pretrained_cfg(name)
-        config = config.to_dict() if config is not None else {}
+        config = config.to_dict() if config is not None else {"input_size": (3, 224, 224)}
     resolved = resolve_data_config({}, pretrained_cfg=config)
     return resolved | {
         "num_classes": config.get("num_classes"),

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+import checkpoint
 import models
 import options
 import teachers
@@ -209,3 +211,33 @@ def test_a_teacher_comes_from_a_timm_folder(tmp_path: Path) -> None:
 def test_deits_own_teacher_is_not_said_to_be_timms() -> None:
     assert teachers._whose("regnety_160") == "regnety_160-a5fe301d.pth of DeiT's"
     assert teachers._whose("resnet50") == "timm"
+
+
+OWN_NETWORK = """
+import torch
+from timm.models import register_model
+
+
+@register_model
+def my_own_cnn(num_classes=10, **kwargs):
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+    return torch.nn.Sequential(*layers, torch.nn.Linear(8, num_classes))
+"""
+
+
+def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> None:
+    plugin, weights = tmp_path / "nets.py", tmp_path / "cnn.pth"
+    flags = ["--distillation-type", "hard", "--teacher-model", "my_own_cnn", "--teacher-path",
+             str(weights), "--plugin", str(plugin)]  # fmt: skip
+    identities = []
+    for code in (OWN_NETWORK, OWN_NETWORK, OWN_NETWORK + "# changed\n"):
+        plugin.write_text(code)
+        args = options.parse_args(flags).args
+        torch.manual_seed(0)
+        torch.save(timm.create_model("my_own_cnn").state_dict(), weights)
+        teacher = teachers.build_teacher(args, 10, HALF, torch.device("cpu"))
+        assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+        identities += teachers.build_identity(args)
+    assert identities[0] == identities[1] != identities[2]
+    assert identities[0].startswith(checkpoint.fingerprint(str(weights)))
+    assert "network by" in identities[0]
