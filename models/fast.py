@@ -22,7 +22,8 @@ from errors import UserError
 FOLDING_ERROR = 1e-3  # of the largest output; folding moves it by about 1e-5
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LEAST_FEATURES = 128  # of a matrix product that is worth another library
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # of malloc.h and mman.h
+HEAP, HUGE_PAGE = 2**29, 2**21  # bytes
 
 
 def suit_device(network: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
@@ -38,17 +39,25 @@ def keep_memory() -> bool:
     """Let this process keep the memory that it frees, for its next step; return whether it will.
 
     Unless told otherwise glibc gives large blocks and the free end of its heap back, and the kernel
-    has to clear thousands of pages anew in every step on a CPU. A process that was started with
-    thresholds of its own (MALLOC_..._THRESHOLD_, GLIBC_TUNABLES), or without glibc, is left alone.
+    has to clear thousands of pages anew in every step on a CPU. The first `HEAP` bytes are to be
+    huge pages where Linux has them on demand. A process that was started with thresholds of its own
+    (MALLOC_..._THRESHOLD_, GLIBC_TUNABLES), or without glibc, is left alone.
     """
     told = " ".join([*os.environ, os.environ.get("GLIBC_TUNABLES", "")]).lower()
     if "mmap_threshold" in told or "trim_threshold" in told:
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        kept = libc.mallopt(M_MMAP_THRESHOLD, 2 * HEAP), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        size, place = ctypes.c_size_t, ctypes.c_void_p
+        libc.malloc.restype = libc.sbrk.restype = place
+        start = libc.sbrk(0)
+        libc.free(place(libc.malloc(size(HEAP))))  # addresses, no memory yet
+        aligned = -(-start // HUGE_PAGE) * HUGE_PAGE
+        libc.madvise(place(aligned), size(max(0, libc.sbrk(0) - aligned)), MADV_HUGEPAGE)
     except (AttributeError, OSError, TypeError):
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, 1 << 30), mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)])
+    return all(kept)
 
 
 @functools.cache
