@@ -454,7 +454,9 @@ def build_teacher(
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
         lean = ""
-        if amp_dtype is not None:  # float32 is the network as it is, for exact comparisons
+        if amp_dtype is None:  # nothing is folded, for exact comparisons
+            models.fast.suit_device(network, device.type, None)
+        else:
             network, folded = models.fast.lighten(network, amp_dtype, adapter.size, device.type)
             lean = f"{str(amp_dtype).removeprefix('torch.')}, {folded} BatchNorms folded"
         members.append(
