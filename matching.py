@@ -1,14 +1,12 @@
-"""What to match between student and teacher, as the user writes it: flags, files and plugins.
+"""What to match between student and teacher, as the user writes it: flags and files.
 
 Suffix _S student, _T teacher. A match names one layer of each network (or two, for `fsp` and
 `nst`), a loss of `losses.MATCH_LOSS_MAP` and, where the widths differ, a projection of the
 student. What becomes of it in a run is the business of `objective.py`.
 """
 
-import importlib.util
 import json
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,7 +25,6 @@ from models.features import ADAPTOR_KEYS, ADAPTORS, ATTENTION_KINDS, FEATURES, T
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, pick
 
 __all__ = ["ADAPTORS", "ADAPTOR_KEYS", "PROJ_MAP", "DistillationConfig", "IntermediateMatch"]
-PLUGIN = "plugin_"  # before its file's name in Python's table of modules
 BUILT_IN = frozenset(losses.MATCH_LOSS_MAP)  # a plugin's losses may take any layers and features
 TWO_LAYERS = ("fsp", "gram", "nst", "mmd")
 TOKENS = ("all", "patch", "cls", "dist")
@@ -227,7 +224,7 @@ def _check_keys(given: Mapping[str, Any], kind: type, where: str) -> None:
         raise UserError(f"{where}: unknown {', '.join(unknown)}; the keys are {', '.join(known)}")
 
 
-# --- the file and the plugins -----------------------------------------------------------------
+# --- the file ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -297,42 +294,6 @@ def read_schedule(text: str) -> str | list[Any]:
     """Return `name` as it is, and `name:1:2` as ["name", 1.0, 2.0], which the registries take."""
     name, *values = text.split(":")
     return [name, *map(float, values)] if values else name
-
-
-def load_plugin(path: str) -> None:
-    """Run a file that adds entries to the registries, timm's of models included.
-
-    Raises UserError naming what went wrong.
-    """
-    name = f"{PLUGIN}{Path(path).stem}"
-    try:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        sys.modules[name] = module  # where timm's register_model looks for it
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except Exception as error:  # whatever the user's own code raises
-        sys.modules.pop(name, None)
-        raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
-
-
-def plugin_of(made: object) -> str:
-    """Return the file of the plugin that a function or class comes from, "" where none does."""
-    name = getattr(made, "__module__", None) or ""
-    return str(sys.modules[name].__file__) if name.startswith(PLUGIN) else ""
-
-
-def load_given_plugins(given: Sequence[str], named: Sequence[str], source: object) -> None:
-    """Run the plugins that the user gives. Those that a file names are code of whoever wrote it.
-
-    Raises UserError where the file `source` names some and none is given.
-    """
-    if named and not given:
-        raise UserError(
-            f"{source}: its run had --plugin {' '.join(map(str, named))}; give --plugin FILE.py "
-            "with code that you trust, for what a file names is not run"
-        )
-    for path in given:
-        load_plugin(path)
 
 
 def check_objective(args: Namespace) -> None:

@@ -22,6 +22,7 @@ import recipe
 from augment import is_mixing
 from distributed import find_launcher
 from errors import UserError
+from models import plugins
 from resume import is_auto
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
@@ -334,7 +335,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     given = vars(_parse(argv, suppress=True))
     explicit = frozenset(given)
     for plugin in given.get("plugin", ()):
-        matching.load_plugin(plugin)
+        plugins.load_plugin(plugin)
     defaults, notes = read_distill_config(given)
     args = _parse(argv, defaults=defaults)
     about: list[str] = []

@@ -26,7 +26,6 @@ from augment import InputConfig, is_mixing
 from datasets import Loaders, may_mirror
 from distributed import Processes
 from errors import UserError
-from matching import plugin_of
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
 
@@ -354,7 +353,7 @@ def build_identity(args: Namespace) -> list[str]:
 
 def _code(name: str) -> str:
     """Return which code a network of the registry is, where it is a plugin's; else ""."""
-    file = plugin_of(timm.model_entrypoint(name)) if timm.is_model(name) else ""
+    file = models.plugins.plugin_of(timm.model_entrypoint(name)) if timm.is_model(name) else ""
     return f", network by {checkpoint.fingerprint(file)}" if file else ""
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from augment import InputConfig
 from errors import UserError
-from models import fast, hub, released
+from models import fast, hub, plugins, released
 from models.deit import DistilledVisionTransformer
 from models.loading import (
     FinetuneReport,
@@ -37,6 +37,7 @@ __all__ = [
     "has_distillation_head",
     "head_names",
     "load_weights",
+    "plugins",
     "released",
     "weight_keys",
 ]

@@ -24,7 +24,6 @@ import checkpoint  # noqa: E402
 import distributed  # noqa: E402
 import engine  # noqa: E402
 import main  # noqa: E402
-import matching  # noqa: E402
 import models  # noqa: E402
 import objective  # noqa: E402
 import options  # noqa: E402
@@ -69,7 +68,7 @@ def replay(
     with checkpoint.in_one_line(f"{path}: damaged, or of another version"):
         settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
         args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
-        matching.load_given_plugins(plugins, args.plugin, path)
+        models.plugins.load_given_plugins(plugins, args.plugin, path)
         found = build_terms(args, saved, processes)
         if saved["terms"].keys() != found.keys():
             raise ValueError(f"terms {', '.join(saved['terms'])}, here {', '.join(found)}")

@@ -29,7 +29,6 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import datasets  # noqa: E402
 import distributed  # noqa: E402
-import matching  # noqa: E402
 import metrics  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
@@ -104,7 +103,7 @@ def build_runs(args: argparse.Namespace) -> list[Run]:
     folders = list(dict.fromkeys(args.runs))
     settings = [run_settings(folder) for folder in folders]
     named = dict.fromkeys(path for each in settings for path in each["plugin"])
-    matching.load_given_plugins(args.plugin, list(named), ", ".join(map(str, folders)))
+    models.plugins.load_given_plugins(args.plugin, list(named), ", ".join(map(str, folders)))
     short = len({folder.name for folder in folders}) == len(folders)
     names = [folder.name if short else str(folder) for folder in folders]
     distils = [i for i, each in enumerate(settings) if each["distillation_type"] != "none"]
