@@ -27,6 +27,7 @@ import augment
 import pixels
 from errors import UserError
 from pixels import Picture
+from transfer import send
 
 COLUMNS = 8  # of a program's row: the operation, then its numbers
 NOTHING, AFFINE, COLOR, SHARPNESS, BLUR, ERASE = range(6)
@@ -243,7 +244,7 @@ class Augment:
     def __call__(self, images: Tensor, programs: Tensor, device: torch.device) -> Tensor:
         jobs = plan(programs[..., 0].numpy())
         samples = np.concatenate([np.empty(0, np.int64), *jobs.values()])
-        images = images.to(device, non_blocking=True, copy=True)
+        images = images.clone() if images.device == device else send(images, device)
         numbers = _send(programs, device)[..., 1:]  # (B, S, 7)
         found = _send(torch.from_numpy(samples), device).split([*map(len, jobs.values())])
         mean, std, fill = (_constant(values, device) for values in (self.mean, self.std, self.fill))
@@ -284,9 +285,7 @@ def carried_out(operation: int, images: Tensor, numbers: Tensor, fill: Tensor) -
 
 def _send(values: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting for it, which takes pinned memory."""
-    if device.type == "cuda" and not values.is_pinned():
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)
+    return send(values.pin_memory() if device.type == "cuda" else values, device)
 
 
 @functools.cache

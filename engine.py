@@ -22,6 +22,7 @@ from errors import UserError
 from metrics import Meter, ProgressLogger, accuracy
 from optim import Ema, Schedule
 from samplers import derive_seed
+from transfer import send
 
 Place = tuple[int, int]  # epoch of the views' cycle, micro-step in it
 _logger = logging.getLogger(__name__)
@@ -163,8 +164,7 @@ def train_one_epoch(
         update, last_of_update = micro // accum_steps, (micro + 1) % accum_steps == 0
         last_of_update |= micro + 1 == micro_steps
         in_update = min(accum_steps, micro_steps - update * accum_steps)
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        images, labels = send(images, device), send(labels, device)
         if schedule is not None and micro % accum_steps == 0:
             schedule.step(epoch * updates + update, epoch)
         images, labels, teacher_outputs = show(
@@ -250,7 +250,7 @@ def ask_teacher(
     """Show the teacher an epoch's batches as training would, without a student."""
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     for micro, (images, labels, *_) in enumerate(progress(data_loader)):
-        images, labels = images.to(device), labels.to(device)
+        images, labels = send(images, device), send(labels, device)
         show(images, labels, (epoch, micro), seed, mixup_fn, teacher)
         if progress.due(micro):
             count = images.shape[0] * distributed.world_size()
@@ -447,8 +447,7 @@ def evaluate(
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     share = " (own share)" * (distributed.world_size() > 1)  # of the printed line; the end has all
     for step, (images, labels, *_) in enumerate(progress(data_loader)):
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+        images, labels = send(images, device), send(labels, device)
         with autocast(device, amp_dtype):
             logits = model(images)
         if isinstance(logits, tuple):

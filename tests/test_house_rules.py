@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
-    0: {"errors", "distributed", "schedules", "pixels"},
+    0: {"errors", "distributed", "schedules", "pixels", "transfer"},
     1: {
         "losses",
         "checkpoint",
