@@ -244,7 +244,8 @@ class Augment:
     def __call__(self, images: Tensor, programs: Tensor, device: torch.device) -> Tensor:
         jobs = plan(programs[..., 0].numpy())
         samples = np.concatenate([np.empty(0, np.int64), *jobs.values()])
-        images = images.clone() if images.device == device else send(images, device)
+        there = images.device.type == device.type
+        images = images.clone() if there else send(images, device)
         numbers = _send(programs, device)[..., 1:]  # (B, S, 7)
         found = _send(torch.from_numpy(samples), device).split([*map(len, jobs.values())])
         mean, std, fill = (_constant(values, device) for values in (self.mean, self.std, self.fill))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -352,8 +351,8 @@ def build_identity(args: Namespace) -> list[str]:
 
 
 def _code(name: str) -> str:
-    """Return which code a network of the registry is, where it is a plugin's; else ""."""
-    file = models.plugins.plugin_of(timm.model_entrypoint(name)) if timm.is_model(name) else ""
+    """Return which code a registered network is, where it is neither timm's nor ours; else ""."""
+    file = models.plugins.source_of(name)
     return f", network by {checkpoint.fingerprint(file)}" if file else ""
 
 
@@ -391,11 +390,14 @@ def build_facts(
     names, _ = build_sources(args)
     source = loaders.data[0].source
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
+    where = processes.device.type
+    if where == "cpu" and amp_dtype is None and models.fast.prefers_onednn():
+        where = "cpu by oneDNN"  # whose last digits are others
     facts: dict[str, Any] = {
         "teacher": list(names),
         "teacher weights": build_identity(args),
         "teacher shares": args.teacher_weight or [],
-        "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
+        "teacher precision": f"{amp_dtype or 'float32'} on {where}",
         "teacher compiled": args.torchcompile or "no",
         "data": loaders.fingerprint(of_train=True),
         "form of the data": getattr(source, "form", "as it came"),

@@ -23,7 +23,7 @@ FOLDING_ERROR = 1e-3  # of the largest output; folding moves it by about 1e-5
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LEAST_FEATURES = 128  # of a matrix product that is worth another library
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # of malloc.h and mman.h
-HEAP, HUGE_PAGE = 2**29, 2**21  # bytes
+HEAP, HUGE_PAGE, MOST_OF_OLD_GLIBC = 2**29, 2**21, 2**25  # bytes
 
 
 def suit_device(network: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
@@ -48,7 +48,8 @@ def keep_memory() -> bool:
         return False
     try:
         libc = ctypes.CDLL(None)
-        kept = libc.mallopt(M_MMAP_THRESHOLD, 2 * HEAP), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        blocks = any(libc.mallopt(M_MMAP_THRESHOLD, most) for most in (2 * HEAP, MOST_OF_OLD_GLIBC))
+        heap = libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         size, place = ctypes.c_size_t, ctypes.c_void_p
         libc.malloc.restype = libc.sbrk.restype = place
         start = libc.sbrk(0)
@@ -57,7 +58,7 @@ def keep_memory() -> bool:
         libc.madvise(place(aligned), size(max(0, libc.sbrk(0) - aligned)), MADV_HUGEPAGE)
     except (AttributeError, OSError, TypeError):
         return False
-    return all(kept)
+    return bool(blocks and heap)
 
 
 @functools.cache
@@ -113,8 +114,8 @@ class PatchProduct(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, C, H, W). Returns (B, D, H/P, W/P)."""
-        (height, width), (p, q) = input.shape[2:], self.kernel_size
-        even = not height % p and not width % q
+        (height, width), (p, q) = input.shape[-2:], self.kernel_size
+        even = input.dim() == 4 and not height % p and not width % q
         if not even or input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
             return super().forward(input)
         rows = input.to(torch.get_autocast_dtype("cpu")).unflatten(3, (-1, q)).unflatten(2, (-1, p))
@@ -208,6 +209,8 @@ def lighten(
         if isinstance(module, CAST_BY_AUTOCAST):
             module.to(dtype)
     set_attention(network, fused=prefers_fused_attention(device_type, dtype))
+    if device_type == "cpu":
+        use_patch_products(network)
     return network.to(memory_format=torch.channels_last), count
 
 

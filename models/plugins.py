@@ -2,12 +2,15 @@
 
 import importlib.util
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import timm
+
 from errors import UserError
 
-PLUGIN = "plugin_"  # before its file's name in Python's table of modules
+TIMMS_AND_OURS = ("timm", "models")
 
 
 def load_plugin(path: str) -> None:
@@ -15,9 +18,12 @@ def load_plugin(path: str) -> None:
 
     Raises UserError naming what went wrong.
     """
-    name = f"{PLUGIN}{Path(path).stem}"
+    place = Path(path).absolute()
+    if place.suffix != ".py":
+        raise UserError(f"--plugin {path}: not a .py file")
+    name = f"plugin_{place.stem}_{zlib.crc32(bytes(place)):08x}"  # others may have the file's name
     try:
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec = importlib.util.spec_from_file_location(name, place)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
         sys.modules[name] = module  # where timm's register_model looks for it
         spec.loader.exec_module(module)  # type: ignore[union-attr]
@@ -26,10 +32,17 @@ def load_plugin(path: str) -> None:
         raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
 
 
-def plugin_of(made: object) -> str:
-    """Return the file of the plugin that a function or class comes from, "" where none does."""
-    name = getattr(made, "__module__", None) or ""
-    return str(sys.modules[name].__file__) if name.startswith(PLUGIN) else ""
+def source_of(architecture: str) -> str:
+    """Return the file with the code of a registered network, "" for timm's and this repository's.
+
+    What that file imports is not looked at.
+    """
+    if not timm.is_model(architecture):
+        return ""
+    name = timm.model_entrypoint(architecture).__module__
+    module = sys.modules.get(name)
+    foreign = module is not None and name.partition(".")[0] not in TIMMS_AND_OURS
+    return str(getattr(module, "__file__", None) or "") if foreign else ""
 
 
 def load_given_plugins(given: Sequence[str], named: Sequence[str], source: object) -> None:

@@ -386,7 +386,7 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
         (["--batch-size", "64"], "mixing batch_size was 128 and is 64"),
         (["--seed", "1"], "seed"),
         (["--input-size", "40"], "input"),
-        (["--teacher-amp", "bf16"], "teacher precision was 'float32 on cpu'"),
+        (["--teacher-amp", "bf16"], "teacher precision was 'float32 on cpu"),
         (["--torchcompile", "eager"], "teacher compiled was 'no'"),
     ],
 )

@@ -226,9 +226,11 @@ def my_own_cnn(num_classes=10, **kwargs):
 
 
 def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> None:
-    plugin, weights = tmp_path / "nets.py", tmp_path / "cnn.pth"
+    plugin, weights, other = tmp_path / "nets.py", tmp_path / "cnn.pth", tmp_path / "b/nets.py"
+    other.parent.mkdir()
+    other.write_text("")  # of the same name
     flags = ["--distillation-type", "hard", "--teacher-model", "my_own_cnn", "--teacher-path",
-             str(weights), "--plugin", str(plugin)]  # fmt: skip
+             str(weights), "--plugin", str(plugin), "--plugin", str(other)]  # fmt: skip
     identities = []
     for code in (OWN_NETWORK, OWN_NETWORK, OWN_NETWORK + "# changed\n"):
         plugin.write_text(code)
@@ -240,4 +242,5 @@ def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> N
         identities += teachers.build_identity(args)
     assert identities[0] == identities[1] != identities[2]
     assert identities[0].startswith(checkpoint.fingerprint(str(weights)))
-    assert "network by" in identities[0]
+    assert identities[2].endswith("network by " + checkpoint.fingerprint(str(plugin)))
+    assert models.plugins.source_of("resnet18") == models.plugins.source_of("resnet_pico") == ""

@@ -47,6 +47,11 @@ def test_contestants_run_in_processes_of_their_own() -> None:
         both[1].get("die")
     with pytest.raises(UserError, match="TypeError"):
         bench_race.Apart(Counter)
+    waits = bench_race.Apart(Counter, 1)
+    waits.process.kill()
+    waits.process.join()
+    with pytest.raises(UserError, match="ended by itself .-9."):
+        waits(1)
     last = bench_race.Apart(Counter, 1)
     last.end()
     assert last.process.exitcode == 0
@@ -78,6 +83,19 @@ def test_too_few_to_make_a_number_are_refused_before_anything_is_measured(
         benchmark.main()
     with pytest.raises(SystemExit, match="must be at least"):
         bench_loader.main(["--rounds", "1"])
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--parts step --student vit_tiny_patch16_224", "no distillation head"),
+        ("--parts optimizer --json nowhere/found.json", "--json nowhere/found.json: No such"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(flags, told, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
+    with pytest.raises(UserError, match=told):
+        benchmark.main()
 
 
 @pytest.mark.slow

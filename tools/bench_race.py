@@ -1,6 +1,8 @@
 """A race: all contestants in turn, in an order that rotates, and what comes of it as a table."""
 
+import contextlib
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -37,7 +39,7 @@ class Apart:
 
     make: returns the contestant, from `arguments` that can be pickled. Called like the contestant;
     `get` reads one of its attributes, or what it returns if it is a method.
-    Raises UserError with the other process's traceback when something fails there.
+    Raises UserError when something fails there; the other process prints its traceback.
     """
 
     def __init__(self, make: Callable[..., Turn], *arguments: Any, **named: Any) -> None:
@@ -54,7 +56,8 @@ class Apart:
         return self.get("__call__", steps)
 
     def get(self, name: str, *arguments: Any) -> Any:
-        self.pipe.send((name, arguments))
+        with contextlib.suppress(BrokenPipeError):  # whose end the answer tells
+            self.pipe.send((name, arguments))
         return self._answer()
 
     def end(self) -> None:
@@ -65,19 +68,20 @@ class Apart:
     def _answer(self) -> Any:
         try:
             answer, fault = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.process.join()
             raise UserError(
                 f"a contestant's process ended by itself ({self.process.exitcode}); is there "
                 "memory for all of them? take fewer --precision or --teacher at a time"
             ) from None
         if fault:
-            raise UserError(f"a contestant failed:\n{fault}")
+            raise UserError(f"a contestant failed: {fault}")
         return answer
 
 
 def _serve(pipe: Any, make: Callable[..., Turn], arguments: Any, named: Any) -> None:
     warnings.filterwarnings("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the race ends, and with it the pipe
     contestant: Any = None
     try:
         contestant = make(*arguments, **named)
@@ -86,10 +90,11 @@ def _serve(pipe: Any, make: Callable[..., Turn], arguments: Any, named: Any) -> 
             name, told = pipe.recv()
             found = getattr(contestant, name)
             pipe.send((found(*told) if callable(found) else found, ""))
-    except EOFError:  # the race is over
+    except (EOFError, ConnectionResetError, BrokenPipeError):  # the race is over
         pass
-    except BaseException:
-        pipe.send((None, traceback.format_exc()))
+    except BaseException as error:
+        traceback.print_exc()
+        pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
 class Stopwatch:

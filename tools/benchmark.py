@@ -299,6 +299,12 @@ def main() -> int:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool for each contestant
     device = distributed.pick_device(args.device, 0)
     found: dict[str, Any] = {"about": about(device)}
+    keep(args.json, found)
+    if "step" in args.parts:
+        student = models.create_model(args.student, num_classes=1)
+        if not models.has_distillation_head(student):
+            raise UserError(f"--student {args.student}: has no distillation head, which the steps "
+                            "of part `step` need; take a deit_..._distilled_... one")  # fmt: skip
     print("\n".join(found["about"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
@@ -319,10 +325,18 @@ def main() -> int:
             if name.split()[0] in args.parts:
                 found[name] = measure()
                 print("\n" + "\n".join(found[name]["lines"]), flush=True)
+                keep(args.json, found)
                 gc.collect()
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def keep(path: Path | None, found: dict[str, Any]) -> None:
+    """Write what was found until now. Raises UserError where that cannot be."""
+    try:
+        if path is not None:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
 
 
 def about(device: torch.device) -> list[str]:
@@ -351,3 +365,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
