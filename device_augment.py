@@ -246,8 +246,9 @@ class Augment:
         samples = np.concatenate([np.empty(0, np.int64), *jobs.values()])
         there = images.device.type == device.type
         images = images.clone() if there else send(images, device)
-        numbers = _send(programs, device)[..., 1:]  # (B, S, 7)
-        found = _send(torch.from_numpy(samples), device).split([*map(len, jobs.values())])
+        numbers = send(programs, device, pin=True)[..., 1:]  # (B, S, 7)
+        places = send(torch.from_numpy(samples), device, pin=True)
+        found = places.split([*map(len, jobs.values())])
         mean, std, fill = (_constant(values, device) for values in (self.mean, self.std, self.fill))
         erased = []
         for (step, operation), which in zip(jobs, found):
@@ -282,11 +283,6 @@ def carried_out(operation: int, images: Tensor, numbers: Tensor, fill: Tensor) -
     if operation in PIXELWISE:
         return PIXELWISE[operation](images, numbers[:, 0])
     return look_up(images, TABLE_OF[operation](images, numbers[:, :1, None]))
-
-
-def _send(values: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device without waiting for it, which takes pinned memory."""
-    return send(values.pin_memory() if device.type == "cuda" else values, device)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from distributed import Processes
 from errors import UserError
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
+from transfer import send
 
 _logger = logging.getLogger(__name__)
 MOST_PIXELS = 4096  # on a side; more than any classifier takes
@@ -237,9 +238,7 @@ class CachedTeacher:
                     f"rows in batch {micro} of epoch {epoch} are not what the teacher "
                     "says; delete it"
                 )
-        if images.is_cuda:
-            logits = logits.pin_memory()  # or the copy would wait for the device
-        return logits.to(images.device, non_blocking=True)
+        return send(logits, images.device, pin=True)
 
     @property
     def views(self) -> int:

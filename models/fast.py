@@ -31,7 +31,7 @@ def suit_device(network: nn.Module, device_type: str, dtype: torch.dtype | None)
     set_attention(network, fused=prefers_fused_attention(device_type, dtype))
     if device_type == "cpu" and dtype is not None:
         use_patch_products(network)
-    if device_type == "cpu" and dtype is None and prefers_onednn():
+    elif device_type == "cpu" and prefers_onednn():
         use_onednn(network)
 
 
@@ -208,9 +208,7 @@ def lighten(
     for module in network.modules():
         if isinstance(module, CAST_BY_AUTOCAST):
             module.to(dtype)
-    set_attention(network, fused=prefers_fused_attention(device_type, dtype))
-    if device_type == "cpu":
-        use_patch_products(network)
+    suit_device(network, device_type, dtype)
     return network.to(memory_format=torch.channels_last), count
 
 

@@ -27,6 +27,10 @@ class Values:
         SAID.append(f"copied to {device}" + ", in the background" * non_blocking)
         return self
 
+    def pin_memory(self) -> "Values":
+        SAID.append("pinned")
+        return self
+
     def record_stream(self, stream: Stream) -> None:
         SAID.append(f"kept for {stream.name}")
 
@@ -47,16 +51,18 @@ def test_a_gpu_copies_on_another_stream_and_computes_when_it_is_done(monkeypatch
     transfer.send(Values(), gpu)
     assert SAID == ["on side", "copied to cuda:0, in the background", "off side",
                     "main waits for side", "kept for main"]  # fmt: skip
+    transfer.send(Values(), gpu, pin=True)
+    assert SAID[5:7] == ["pinned", "on side"]
     SAID.clear()
     there = Values()
     there.is_cuda = True
-    transfer.send(there, gpu)
+    transfer.send(there, gpu, pin=True)
     assert SAID == ["copied to cuda:0, in the background"]
 
 
 def test_on_a_cpu_nothing_is_copied() -> None:
     values = torch.arange(3)
-    assert transfer.send(values, torch.device("cpu")) is values
+    assert transfer.send(values, torch.device("cpu"), pin=True) is values
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
