@@ -16,13 +16,13 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from augment import InputConfig, Transform, build_transform
-from device_augment import Recorded
-from distributed import Processes, leave_signals_to_parent
-from errors import UserError
-from pixels import UNREADABLE, to_rgb
-from samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
-from sources import WITHOUT_FLIP, Part, Shards, Source, open_source, some
+from base.distributed import Processes, leave_signals_to_parent
+from base.errors import UserError
+from data.device_augment import Recorded
+from data.image_ops import UNREADABLE, to_rgb
+from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
+from data.sources import WITHOUT_FLIP, Part, Shards, Source, open_source, some
+from data.transforms import InputConfig, Transform, build_transform
 
 _logger = logging.getLogger(__name__)
 

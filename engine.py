@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
-from errors import UserError
-from metrics import Meter, ProgressLogger, accuracy
-from optim import Ema, Schedule
-from samplers import derive_seed
-from transfer import send
+from base import distributed
+from base.errors import UserError
+from base.transfer import send
+from data.samplers import derive_seed
+from training.metrics import Meter, ProgressLogger, accuracy
+from training.optim import Ema, Schedule
 
 Place = tuple[int, int]  # epoch of the views' cycle, micro-step in it
 _logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UserError
+from base.errors import UserError
 
 Mask = Tensor | None
 Pair = Sequence[Tensor]  # two layers of one network

@@ -17,22 +17,19 @@ from signal import Signals
 
 import torch
 
-import augment
-import checkpoint
 import datasets
-import distributed
 import engine
-import metrics
 import models
-import objective
-import optim
 import options
-import pictures
-import preflight
-import recipe
-import resume
-import teachers
-from errors import EXIT_FAULT, EXIT_STOPPED, Lost, Stopped, UserError
+from base import distributed, files
+from base.errors import EXIT_FAULT, EXIT_STOPPED, Lost, Stopped, UserError
+from checks import diagnose, dry_run, visualize
+from data import transforms
+from distill import objective
+from distill.cached_teacher import build_cached_teacher
+from distill.teacher import Answers, build_identity, build_teacher
+from training import metrics, optim, recipe
+from training.checkpointer import build_keeper, resolve
 
 _logger = logging.getLogger("main")
 
@@ -54,10 +51,10 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     engine.seed_step(args.seed, "model")
 
     if args.output_dir and distributed.is_main() and not (args.eval or args.dry_run):
-        checkpoint.make_folder(args.output_dir)
+        files.make_folder(args.output_dir)
     inputs = models.build_input_config(args)
     if args.dry_run:
-        plan = preflight.build_plan(args, processes, inputs, amp_dtype)
+        plan = dry_run.build_plan(args, processes, inputs, amp_dtype)
         tell(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return {}
     for line in about:
@@ -72,9 +69,9 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     if args.eval:
         return evaluate_files(args, student, loaders, device, amp_dtype)
     if args.teacher_cache:
-        teacher = teachers.build_cached_teacher(args, loaders, inputs, processes, teacher_amp)
+        teacher = build_cached_teacher(args, loaders, inputs, processes, teacher_amp)
     else:
-        teacher = teachers.build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
+        teacher = build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
     if teacher is not None:
         tell("teacher", teacher.describe())
     hint = (
@@ -85,7 +82,7 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}{hint}")
     live = isinstance(teacher, torch.nn.Module)
     model = student
-    mixup_fn = augment.build_mixup(args, loaders.num_classes)
+    mixup_fn = transforms.build_mixup(args, loaders.num_classes)
     views = 0 if live or teacher is None else teacher.views
     if views and args.teacher_cache_mode in ("write", "verify"):
         return ask_all(args, loaders, teacher, device, mixup_fn)
@@ -105,19 +102,19 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     tell("recipe", pace.describe())
 
     tally = engine.Tally(device)
-    keeper = resume.build_keeper(
+    keeper = build_keeper(
         args, {"model": student.network, "projections": student.trained_projections(),
                "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
                "model_ema": ema}, tally,
         facts={"processes": processes.world_size, "data": loaders.fingerprint(),
-               "teacher": teachers.build_identity(args),
+               "teacher": build_identity(args),
                "views that come again": views if views < args.epochs else 0},
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
     )  # fmt: skip
     answers, asked = None, teacher if live else getattr(teacher, "live", None)
     if asked is not None and args.distillation_type != "none":
-        answers = teachers.Answers(asked)
+        answers = Answers(asked)
     teacher_stats = examine(args, student, answers, loaders, inputs, device)
     if args.check:
         return {}
@@ -134,7 +131,7 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     if log.has_board:
         loaders.set_epoch(0)
         log.scalars("val_teacher", teacher_stats, 0)
-        shown = pictures.train_batch(
+        shown = visualize.train_batch(
             loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=answers
         )
         log.picture("train/batch", shown, 0)
@@ -173,8 +170,8 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(), images_seen)
         if log.has_board:
             log.scalars("val_teacher", teacher_stats, images_seen)  # a level line beside val
-            looks = pictures.attention(
-                student.network, preflight.sample(loaders.val, 4)[0].to(device), inputs
+            looks = visualize.attention(
+                student.network, diagnose.sample(loaders.val, 4)[0].to(device), inputs
             )
             log.picture("val/attention", looks, images_seen)
         keeper.end_epoch(stats["acc1"])  # after the log, from which a resumed run drops doubles
@@ -201,8 +198,8 @@ def examine(args, student, answers, loaders, inputs, device) -> dict[str, float]
     answers: the teacher's logits, or None where no network answers.
     """
     if args.check or args.teacher_check:
-        found = preflight.build_findings(args, student, answers, loaders, inputs, device)
-        for line in found or [preflight.check_passed(args, answers)] * args.check:
+        found = diagnose.build_findings(args, student, answers, loaders, inputs, device)
+        for line in found or [diagnose.check_passed(args, answers)] * args.check:
             tell("check", line)
     if answers is None or args.check or not args.teacher_check:
         return {}
@@ -243,7 +240,7 @@ def spares_bf16(device: torch.device) -> bool:
 
 def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float]:
     """Evaluate the weights of --resume, raw and EMA where the file has both."""
-    path = resume.resolve(args.resume, Path(args.output_dir)) or args.finetune
+    path = resolve(args.resume, Path(args.output_dir)) or args.finetune
     if args.resume and not path:
         raise UserError(f"--resume {args.resume}: {args.output_dir} has no checkpoint to evaluate")
     if not path:

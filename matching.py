@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import losses
-from augment import is_mixing
-from errors import UserError
+from base.errors import UserError
+from data.transforms import is_mixing
 from models.features import ADAPTOR_KEYS, ADAPTORS, ATTENTION_KINDS, FEATURES, Tap
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, pick
 

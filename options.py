@@ -18,12 +18,12 @@ import torch
 import yaml
 
 import matching
-import recipe
-from augment import is_mixing
-from distributed import find_launcher
-from errors import UserError
+from base.distributed import find_launcher
+from base.errors import UserError
+from data.transforms import is_mixing
 from models import plugins
-from resume import is_auto
+from training import recipe
+from training.checkpointer import is_auto
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")

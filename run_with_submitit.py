@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import options
-from errors import UserError
-from resume import is_auto
+from base.errors import UserError
+from training.checkpointer import is_auto
 
 ROOT = Path(__file__).resolve().parent
 LAST_WORDS_S = 60  # how long the other tasks wait for the first one to have the job requeued
@@ -68,7 +68,7 @@ class Trainer:
         import submitit
 
         import main
-        from errors import EXIT_STOPPED
+        from base.errors import EXIT_STOPPED
 
         job = submitit.JobEnvironment()
         usual = signal.Signals[f"SIG{job.USR_SIG}"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import UserError
+from base.errors import UserError
 
 Temperature = float | Tensor
 TemperatureSchedule = Callable[[Tensor, Tensor, Temperature], Temperature]

@@ -9,8 +9,8 @@ import timm
 from timm.data import resolve_data_config
 from torch import nn
 
-from augment import InputConfig
-from errors import UserError
+from base.errors import UserError
+from data.transforms import InputConfig
 from models import fast, hub, plugins, released
 from models.deit import DistilledVisionTransformer
 from models.loading import (

@@ -17,7 +17,7 @@ from timm.layers import BatchNormAct2d, PatchEmbed
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from errors import UserError
+from base.errors import UserError
 
 FOLDING_ERROR = 1e-3  # of the largest output; folding moves it by about 1e-5
 CAST_BY_AUTOCAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -22,7 +22,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from errors import UserError
+from base.errors import UserError
 
 FEATURES = ["hidden", "attention", "pooled"]
 ATTENTION_KINDS = ("scores", "probabilities")

@@ -15,8 +15,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-import checkpoint
-from errors import UserError
+from base import safe_load
+from base.errors import UserError
 from models.deit import VITS
 from models.released import NETWORKS
 
@@ -32,7 +32,7 @@ def weight_keys(source: str) -> list[str]:
 
     Raises UserError where something else has the place of either.
     """
-    content = checkpoint.read_weights_file(source)
+    content = safe_load.read_weights_file(source)
     held = [[key for key in keys if _is_weights(content.get(key))] for keys in (RAW_KEYS, EMA_KEYS)]
     for keys, found in zip((RAW_KEYS, EMA_KEYS), held):
         if not found and (there := [key for key in keys if content.get(key) is not None]):
@@ -53,7 +53,7 @@ def load_weights(
     without_head: the network has no classifier (0 classes), and the file's is left out.
     Raises UserError saying what the file seems to be, if it is not for this network.
     """
-    with checkpoint.in_one_line(f"{source}: its weights do not fit the model"):
+    with safe_load.in_one_line(f"{source}: its weights do not fit the model"):
         _load(network, source, read_weights(source, key), without_head)
 
 
@@ -69,13 +69,13 @@ def _load(network: nn.Module, source: str, weights: Weights, without_head: bool)
     ]
     if set(weights) != set(wanted) or wrong:
         raise UserError(f"{source}: {_why_not(weights, wanted, wrong, network)}")
-    checkpoint.check_numbers(weights, wanted)
+    safe_load.check_numbers(weights, wanted)
     network.load_state_dict(weights)
 
 
 def read_weights(source: str, key: str | None = None) -> Weights:
     """Return the state dict of a file, without its wrappers and the prefixes on its names."""
-    content = checkpoint.read_weights_file(source)
+    content = safe_load.read_weights_file(source)
     if key:
         if not _is_weights(content.get(key)):
             raise UserError(f"{source}: has no weights under {key!r}, only {_some(content)}")
@@ -234,7 +234,7 @@ def finetune(network: nn.Module, source: str) -> FinetuneReport:
     Raises UserError if less than half of the network's parameters come from the file, and for what
     is no number.
     """
-    with checkpoint.in_one_line(f"--finetune {source}: its weights do not fit the model"):
+    with safe_load.in_one_line(f"--finetune {source}: its weights do not fit the model"):
         return _finetune(network, source, read_weights(source))
 
 
@@ -242,7 +242,7 @@ def _finetune(network: nn.Module, source: str, weights: Weights) -> FinetuneRepo
     wanted = network.state_dict()
     if not set(weights) & set(wanted):
         weights = _in_timms_names(weights, network)
-    checkpoint.check_numbers(weights, wanted)
+    safe_load.check_numbers(weights, wanted)
     taken: Weights = {}
     resampled: list[str] = []
     for name, value in weights.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import timm
 
-from errors import UserError
+from base.errors import UserError
 
 TIMMS_AND_OURS = ("timm", "models")
 

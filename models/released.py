@@ -30,8 +30,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import nn
 
-from checkpoint import HASH_IN_NAME
-from errors import UserError
+from base.errors import UserError
+from base.safe_load import HASH_IN_NAME
 from models.deit import FILES, VITS
 
 FULL_VALIDATION_SET = 50_000  # pictures; on fewer the published number says nothing

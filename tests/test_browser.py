@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from chromium import Chromium
 
-import sources
+from data import sources
 
 pytestmark = pytest.mark.slow
 CURVES = {

@@ -10,21 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-import cache
 import datasets
 import models
-import pixels
-import teachers
-from distributed import Processes
-from errors import UserError, differences
+from base.distributed import Processes
+from base.errors import UserError, differences
+from data import image_ops
+from distill import cache_store, cached_teacher
+from distill import teacher as teacher_module
+from distill.cached_teacher import VIEWS, _pick_views, build_facts
 from options import QUICK_START, get_args_parser, read_recipe
 from tools import prepare_data
 
 FACTS = {"teacher": "resnet_pico", "seed": 0, "mixing": {"mixup": 0.8}}
 
 
-def store(folder: Path, keep: str | int = "all", may_create: bool = True, **facts) -> cache.Store:
-    return cache.Store(
+def store(
+    folder: Path, keep: str | int = "all", may_create: bool = True, **facts
+) -> cache_store.Store:
+    return cache_store.Store(
         folder, rows=12, num_classes=5, keep=keep, facts=FACTS | facts, may_create=may_create
     )
 
@@ -113,7 +116,7 @@ def test_a_cache_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> Non
 @pytest.mark.parametrize("text", ["0", "5", "-1", "some", "2.5", "²"])
 def test_a_number_of_classes_that_cannot_be_kept_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="all, hard, or a number from 1 to 4"):
-        cache.read_topk(text, 5)
+        cache_store.read_topk(text, 5)
 
 
 SAID = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.0], [0.5, 0.0, 4.0, 1.0, 4.0004]])
@@ -162,8 +165,8 @@ def test_files_that_cannot_be_written_are_read_and_no_more(tmp_path: Path, monke
 
 
 def _make_and_write(folder: Path, row: int) -> None:
-    fill = cache.Store._fill
-    cache.Store._fill = lambda *args: time.sleep(0.2 + row / 10) or fill(*args)
+    fill = cache_store.Store._fill
+    cache_store.Store._fill = lambda *args: time.sleep(0.2 + row / 10) or fill(*args)
     store(folder).write(np.array([row]), SAID[:1])
 
 
@@ -199,7 +202,7 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     run("live")
     kept = ["--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-views", "2"]
     assert "still to write" in run("first", *kept)
-    monkeypatch.setattr(teachers, "build_teacher", None)  # reading needs no network
+    monkeypatch.setattr(teacher_module, "build_teacher", None)  # reading needs no network
     assert "no network is loaded" in run("second", *kept, "--num-workers", "2")
     run("third", *kept, "--teacher-cache-mode", "read")
     assert log(tmp_path / "live") == log(tmp_path / "first") == log(tmp_path / "second")
@@ -216,15 +219,15 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
 def test_a_cache_of_other_epochs_is_taken_as_it_is_or_refused_with_a_way_out(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert teachers._pick_views(tmp_path / "new", mode, epochs=7) == 7
-    store(tmp_path, **{teachers.VIEWS: 4})
+    assert _pick_views(tmp_path / "new", mode, epochs=7) == 7
+    store(tmp_path, **{VIEWS: 4})
     caplog.set_level("INFO")
-    assert teachers._pick_views(tmp_path, mode, epochs=3) == 4 and not caplog.text
+    assert _pick_views(tmp_path, mode, epochs=3) == 4 and not caplog.text
     if mode in ("auto", "write"):
         with pytest.raises(UserError, match="has 4 .* --epochs is 5; .*--teacher-cache-views 4"):
-            teachers._pick_views(tmp_path, mode, epochs=5)
+            _pick_views(tmp_path, mode, epochs=5)
     else:
-        assert teachers._pick_views(tmp_path, mode, epochs=5) == 4
+        assert _pick_views(tmp_path, mode, epochs=5) == 4
         assert ("come again in these 5 epochs" in caplog.text) == (mode == "read")
 
 
@@ -262,7 +265,7 @@ def facts(*flags: str) -> dict:
     inputs = models.build_input_config(args)
     place = Processes(0, 0, 1, torch.device("cpu"), "single")
     loaders = datasets.build_loaders(args, inputs, place)
-    return teachers.build_facts(args, loaders, inputs, place, None)
+    return build_facts(args, loaders, inputs, place, None)
 
 
 def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
@@ -289,7 +292,9 @@ def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
         assert facts(*flags) == ours, flags
 
 
-@pytest.mark.parametrize("change", [(pixels, "VERSION", 0), (teachers, "version", lambda name: 9)])
+@pytest.mark.parametrize(
+    "change", [(image_ops, "VERSION", 0), (cached_teacher, "version", lambda name: 9)]
+)
 def test_another_version_is_another_fact(change: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = facts()
     monkeypatch.setattr(*change)
@@ -339,7 +344,7 @@ def _live_written_and_read(rank: int, folder: str) -> None:
         "read": [*kept, "read", "--num-workers", "0"],
     }.items():
         if name == "read":  # needs no network
-            teachers.build_teacher = None
+            cached_teacher.build_teacher = None
         where = ["--output_dir", f"{folder}/{name}", "--dist-url", f"file://{folder}/store_{name}"]
         if code := main.run([*RUN, *where, *flags]):
             raise SystemExit(code)

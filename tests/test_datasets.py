@@ -21,14 +21,13 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-import pixels
-import sources
-from augment import InputConfig
+from base.distributed import Processes
+from base.errors import UserError
+from data import image_ops, sources
+from data.packed import Prepared, Writer
+from data.transforms import InputConfig
 from datasets import Loaders, auto_workers, build_dataset, build_loaders
-from distributed import Processes
-from errors import UserError
 from options import get_args_parser
-from prepared import Prepared, Writer
 from tools import prepare_data
 
 INPUTS = InputConfig((8, 8), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -782,11 +781,11 @@ def test_the_cores_of_a_node_are_shared_by_its_processes(
 
 def test_pictures_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
     values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
-    assert np.asarray(pixels.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
+    assert np.asarray(image_ops.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
         0,
         1,
         128,
         255,
     ]
     with pytest.raises(ValueError, match="mode F"):
-        pixels.to_rgb(Image.fromarray(values.astype(np.float32)))
+        image_ops.to_rgb(Image.fromarray(values.astype(np.float32)))

@@ -14,16 +14,15 @@ from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import augment
-import device_augment
-import pictures
-from augment import InputConfig, build_transform
+from base.distributed import Processes
+from base.errors import UserError
+from checks import visualize
+from data import device_augment, transforms
+from data.device_augment import Recorded, Tape
+from data.transforms import InputConfig, build_transform, posterize
 from datasets import build_loaders
-from device_augment import Recorded, Tape
-from distributed import Processes
-from errors import UserError
 from options import get_args_parser
-from tests.test_pixels import scene
+from tests.test_image_ops import scene
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -74,7 +73,7 @@ def compare(
 ) -> None:
     options = {"resample": resample, "fillcolor": FILL}
     base = name.removesuffix("Increasing").removesuffix("Original")
-    exact = augment.posterize if base == "Posterize" else NAME_TO_OP[name]
+    exact = posterize if base == "Posterize" else NAME_TO_OP[name]
     tapes, theirs = [], []
     for picture in pictures:
         tape = Tape(picture.height, picture.width)
@@ -167,7 +166,7 @@ def test_the_device_makes_the_sample_that_the_worker_would_make(case: str) -> No
         far = (one - seeded(worker, picture, seed)).abs() * std * 255
         # a step before a contrast or an equalization may become several
         assert far.mean() < 0.1 and (far > 2.5).float().mean() < 0.01, seed
-        changed += not one.equal(augment.Normalize(INPUTS.mean, INPUTS.std)(crop))
+        changed += not one.equal(transforms.Normalize(INPUTS.mean, INPUTS.std)(crop))
     assert changed > 10, "something was done at all"
 
 
@@ -176,7 +175,7 @@ def test_noise_is_normal_fills_timms_boxes_and_follows_from_its_key() -> None:
     picture, seeds = Image.new("RGB", (90, 70), FILL), range(40)
     images, programs = samples(recorded, picture, seeds)
     ours = recorded.carry_out(images, programs, CPU)
-    even = ours[0, :, 0, 0] * 0 + augment.Normalize(INPUTS.mean, INPUTS.std)(images[0])[:, 0, 0]
+    even = ours[0, :, 0, 0] * 0 + transforms.Normalize(INPUTS.mean, INPUTS.std)(images[0])[:, 0, 0]
     erased = (ours - even.view(3, 1, 1)).abs().amax(1) > 1e-6
     for seed, box in zip(seeds, erased):
         theirs = (seeded(worker, picture, seed) - even.view(3, 1, 1)).abs().amax(0) > 1e-6
@@ -227,7 +226,7 @@ def test_a_batch_without_anything_to_do_is_only_normalised() -> None:
     _, recorded = both("--aa", "none", "--color-jitter", "0", "--reprob", "0")
     images, programs = samples(recorded, scene(90, 70), range(3))
     assert not programs.any()
-    exact = augment.Normalize(INPUTS.mean, INPUTS.std)
+    exact = transforms.Normalize(INPUTS.mean, INPUTS.std)
     assert recorded.carry_out(images, programs, CPU).equal(torch.stack([*map(exact, images)]))
 
 
@@ -276,9 +275,9 @@ def test_tensorboard_shows_what_the_device_makes_of_the_batch() -> None:
     data.set_epoch(0)
     images, labels = next(iter(data.train))
     inputs = InputConfig((40, 40), INPUTS.mean, INPUTS.std)
-    shown = pictures.train_batch(data.train, inputs, data.classes, CPU, count=4)
-    captions = [[pictures.opinion(row.float(), data.classes)] for row in F.one_hot(labels, 10)]
-    assert shown.equal(pictures.grid(pictures.to_uint8(images, inputs), captions))
+    shown = visualize.train_batch(data.train, inputs, data.classes, CPU, count=4)
+    captions = [[visualize.opinion(row.float(), data.classes)] for row in F.one_hot(labels, 10)]
+    assert shown.equal(visualize.grid(visualize.to_uint8(images, inputs), captions))
 
 
 def test_evaluation_stays_as_it_is() -> None:

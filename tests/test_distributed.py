@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
-from errors import Lost, UserError
+from base import distributed
+from base.errors import Lost, UserError
 
 
 def test_torchruns_variables_make_a_group() -> None:

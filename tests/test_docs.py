@@ -12,7 +12,7 @@ import matching
 import models
 import options
 import schedules
-import sources
+from data import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "objectives.md").read_text()

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import distributed
 import engine
 import models
-import optim
-from errors import UserError
+from base import distributed
+from base.errors import UserError
 from losses import DistillationLoss
+from training import optim
 
 
 class TwoHeads(nn.Module):

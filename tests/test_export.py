@@ -10,8 +10,8 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import models
+from base import files
 from tools import export
 
 NAME = "deit_tiny_distilled_patch16_224"
@@ -173,13 +173,13 @@ def test_a_run_without_a_teacher_has_none_on_its_card(run_folder: Path) -> None:
 def test_the_teachers_hash_is_the_one_the_checkpoint_has(run_folder: Path, tmp_path: Path) -> None:
     teacher = tmp_path / "teacher.pth"
     teacher.write_bytes(b"as it was")
-    was = checkpoint.hash_of(teacher)
+    was = files.hash_of(teacher)
     change(run_folder, {"teacher_path": str(teacher)}, facts={"teacher": [was]})
     card = card_of(run_folder)
     assert f"| sha256 of the teacher | {was} |" in card and "| note |" not in card
     assert "| teacher | resnet_pico, teacher.pth |" in card
     teacher.write_bytes(b"trained on")
-    now = checkpoint.hash_of(teacher)
+    now = files.hash_of(teacher)
     card = card_of(run_folder)
     assert f"| sha256 of the teacher | {was} |" in card
     assert f"| note | the file now there is another: sha256 {now} |" in card

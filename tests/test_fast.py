@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import models
-from errors import UserError
+from base.errors import UserError
 from models import fast
 from models.features import FeatureTaps, Tap
 

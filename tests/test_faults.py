@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_main import assert_one_line
 
-import cache
-import checkpoint
 import losses
-import metrics
-import resume
+from base import safe_load
+from distill import cache_store
 from tools import replay
+from training import metrics
+from training.checkpointer import Keeper, load_run
 
 pytestmark = pytest.mark.slow
 
@@ -58,8 +58,8 @@ def fill(disk: Path) -> None:
         ("out/config.yaml", metrics.RunLog, "config"),
         ("out/log.txt", metrics.RunLog, "epoch"),
         ("out/tensorboard", metrics.RunLog, "picture"),
-        ("out/checkpoint.pth", resume.Keeper, "after_update"),
-        ("--teacher-cache", cache.Store, "_create"),
+        ("out/checkpoint.pth", Keeper, "after_update"),
+        ("--teacher-cache", cache_store.Store, "_create"),
     ],
 )
 def test_a_disk_that_fills_up_is_one_line_and_the_checkpoint_before_loads(
@@ -85,7 +85,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_checkpoint_before_loads(
     assert_one_line(run_inside(*flags), name, "cannot be written (No space left on device)")
     (small_disk / "filler").unlink()
     monkeypatch.undo()
-    assert resume.load_run(out / "checkpoint.pth")["epoch"] == 0
+    assert load_run(out / "checkpoint.pth")["epoch"] == 0
     if method == "after_update":
         assert run_inside(*flags).returncode == 0
 
@@ -107,7 +107,7 @@ def test_a_teacher_that_vanishes_or_changes_between_two_starts_is_refused(
     content = torch.load(small_teacher, weights_only=True)
     content["model"]["fc.bias"][0] += 1
     torch.save({"model": content["model"]}, path)
-    assert_one_line(run_inside(*flags), "teacher: was [", checkpoint.fingerprint(str(path)))
+    assert_one_line(run_inside(*flags), "teacher: was [", safe_load.fingerprint(str(path)))
     anyway = run_inside(*flags, "--resume-anyway", "--check")
     assert anyway.returncode == 0 and "resumed anyway: teacher" in anyway.stderr
 
@@ -209,9 +209,9 @@ def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(
     assert len(errors) == 1, result.stderr
     for words in ("2 updates in a row", "step 4, process 1", "loss nan", "bad_batch.pth"):
         assert words in errors[0]
-    saved = checkpoint.read_weights_file(out / "bad_batch.pth")
+    saved = safe_load.read_weights_file(out / "bad_batch.pth")
     assert saved["rank"] == 1 and saved["terms"]["loss"].isnan()
-    content = resume.load_run(out / "checkpoint.pth")
+    content = load_run(out / "checkpoint.pth")
     assert content["tally"]["bad"].tolist() == [1, 2] and content["tally"]["micro_steps"] == 4
     for name in ("model", "model_ema"):  # BatchNorm's statistics included
         assert all(torch.isfinite(value).all() for value in content[name].values())

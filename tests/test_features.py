@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
-from errors import UserError
+from base.errors import UserError
 from models.features import FeatureTaps, Tap, layout_of
 
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 3, "num_heads": 2}

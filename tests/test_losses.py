@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import losses
-from errors import UserError
+from base.errors import UserError
 
 B, N, D, H, C, K = 3, 5, 7, 2, 11, 4
 RAGGED = [[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0]]

@@ -9,7 +9,7 @@ import torch
 import losses
 import matching
 import options
-from errors import UserError
+from base.errors import UserError
 from matching import PROJ_MAP, IntermediateMatch, read_config, read_match
 from schedules import WEIGHT_SCHEDULER
 

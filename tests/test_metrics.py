@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import metrics
+from training import metrics
 
 
 def test_accuracy_counts_pictures_and_clamps_k() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 import models
 import options
-from errors import UserError
+from base.errors import UserError
 from models import hub
 from models.deit import VITS, DistilledVisionTransformer
 

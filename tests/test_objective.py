@@ -11,15 +11,15 @@ from torch import nn
 
 import losses
 import models
-import objective
-import optim
 import options
-import teachers
-from augment import InputConfig
+from base.errors import UserError
+from data.transforms import InputConfig
+from distill import objective
+from distill.teacher import InputAdapter, Teacher, Teachers
 from engine import train_one_epoch
-from errors import UserError
 from matching import ADAPTORS, PROJ_MAP
 from models.features import Observed
+from training import optim
 
 INPUTS = InputConfig((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -50,15 +50,13 @@ def student_of(args, network: nn.Module | None = None) -> models.Student:
     return models.Student(network, heads="both" if two else "one")
 
 
-def vit_teacher(**options) -> teachers.Teacher:
-    return teachers.Teacher(
-        vit(18, 3, 3, seed=1, **options), teachers.InputAdapter(INPUTS, INPUTS), name="a"
-    )
+def vit_teacher(**options) -> Teacher:
+    return Teacher(vit(18, 3, 3, seed=1, **options), InputAdapter(INPUTS, INPUTS), name="a")
 
 
-def cnn_teacher() -> teachers.Teacher:
+def cnn_teacher() -> Teacher:
     network = models.create_model("resnet_pico", num_classes=5)
-    return teachers.Teacher(network, teachers.InputAdapter(INPUTS, INPUTS), name="a")
+    return Teacher(network, InputAdapter(INPUTS, INPUTS), name="a")
 
 
 def build(*flags: str, student=None, teacher=None, total: int = 4):
@@ -195,9 +193,9 @@ def test_resize_brings_the_teachers_grid_to_the_students(how: str) -> None:
 
 
 def test_a_teacher_without_a_classifier_serves_matches_and_ranking() -> None:
-    teacher = teachers.Teacher(
+    teacher = Teacher(
         vit(18, 3, 3, seed=1, img_size=14, patch_size=2, num_classes=0),
-        teachers.InputAdapter(INPUTS, InputConfig((14, 14), (0.5,) * 3, (0.5,) * 3)),
+        InputAdapter(INPUTS, InputConfig((14, 14), (0.5,) * 3, (0.5,) * 3)),
     )
     student, teacher, criterion, _ = build(*matches(
         "layer_S=2,layer_T=3,feature=hidden,loss=cos,tokens=patch,resize=avg,proj=linear"),
@@ -304,10 +302,10 @@ def test_dist_and_standardised_logits_are_asked_for_by_flags(standardize: bool) 
     torch.testing.assert_close(criterion.terms["distillation"], losses.dist_loss(*logits, 2).data)
 
 
-def several(*weights: float, seeds=(1, 1)) -> teachers.Teachers:
-    adapter = teachers.InputAdapter(INPUTS, INPUTS)
-    members = [teachers.Teacher(vit(18, 3, 3, seed=seed), adapter, name="a") for seed in seeds]
-    return teachers.Teachers(members, weights)
+def several(*weights: float, seeds=(1, 1)) -> Teachers:
+    adapter = InputAdapter(INPUTS, INPUTS)
+    members = [Teacher(vit(18, 3, 3, seed=seed), adapter, name="a") for seed in seeds]
+    return Teachers(members, weights)
 
 
 def test_two_equal_teachers_are_one_and_weights_choose() -> None:
@@ -332,12 +330,10 @@ def test_teachers_apart_have_a_term_each_and_matches_name_theirs() -> None:
 
 
 def test_a_teacher_of_share_0_is_only_matched_and_needs_no_classifier() -> None:
-    adapter = teachers.InputAdapter(INPUTS, INPUTS)
+    adapter = InputAdapter(INPUTS, INPUTS)
     networks = [vit(18, 3, 3, seed=1), vit(18, 3, 3, seed=2)]
     networks[1].reset_classifier(0)
-    teacher = teachers.Teachers(
-        [teachers.Teacher(network, adapter, name="a") for network in networks], (1, 0)
-    )
+    teacher = Teachers([Teacher(network, adapter, name="a") for network in networks], (1, 0))
     flags = ["--teacher-model", "b", "--distillation-type", "hard"]
     with pytest.raises(UserError, match="weight 0 and no --match says teacher=1"):
         build(*flags, teacher=teacher)
@@ -368,7 +364,7 @@ def test_an_adaptor_hands_over_what_the_taps_do_not_know(monkeypatch) -> None:
         "inputs_mask": torch.ones(len(images), 64),
     }  # fmt: skip
     monkeypatch.setitem(ADAPTORS, "strange", adaptor)
-    teacher = teachers.Teacher(Strange(9), teachers.InputAdapter(INPUTS, INPUTS), adaptor=adaptor)
+    teacher = Teacher(Strange(9), InputAdapter(INPUTS, INPUTS), adaptor=adaptor)
     assert teacher(IMAGES).shape == (4, 5)
     student, teacher, criterion, _ = build(
         "--student-adaptor", "strange", "--teacher-adaptor", "strange",

@@ -5,9 +5,9 @@ import torch
 from timm.utils import ModelEmaV3
 
 import models
-import optim
 import options
-from errors import UserError
+from base.errors import UserError
+from training import optim
 
 
 def make(*flags: str, world: int = 1):

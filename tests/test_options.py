@@ -3,7 +3,7 @@
 import pytest
 
 import options
-from errors import UserError
+from base.errors import UserError
 
 DEIT_COMMANDS = [
     "--eval --resume https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth "

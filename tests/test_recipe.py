@@ -3,10 +3,9 @@
 import pytest
 
 import models
-import optim
 import options
-import recipe
-from errors import UserError
+from base.errors import UserError
+from training import optim, recipe
 
 # What the sources say, written down from them and not from the files that are tested.
 TABLE_9 = """--opt adamw --sched cosine --lr 5e-4 --weight-decay 0.05 --epochs 300 --warmup-epochs 5

@@ -12,9 +12,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import checkpoint
 import models
-from errors import UserError
+from base import safe_load
+from base.errors import UserError
 from models import released
 from models.deit import VITS
 from models.released import NETWORKS, RELEASED
@@ -144,7 +144,7 @@ def test_pretrained_loads_the_released_file_strictly_or_for_another_task(
         asked.append(url)
         return tmp_path / "file.pth"
 
-    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    monkeypatch.setattr(safe_load, "fetch", fetch)
     network = models.create_model("deit_small_patch16_LS", pretrained=True)
     assert torch.equal(network.head.weight, source.head.weight)
     other = models.create_model("deit_small_patch16_LS.224_1k", pretrained=True, num_classes=7,
@@ -162,12 +162,12 @@ def test_a_file_without_published_hash_is_held_to_its_first_download(
                         lambda url, place, **_: Path(place).write_bytes(b"first"))  # fmt: skip
     url = RELEASED["cait_XS24.dist"].url
     with pytest.raises(UserError, match="tells no hash"):
-        checkpoint.fetch(url.partition("#")[0])
-    place = checkpoint.fetch(url)
-    assert checkpoint.fetch(url) == place
+        safe_load.fetch(url.partition("#")[0])
+    place = safe_load.fetch(url)
+    assert safe_load.fetch(url) == place
     place.write_bytes(b"second")
     with pytest.raises(UserError, match="was asked; delete it"):
-        checkpoint.fetch(url)
+        safe_load.fetch(url)
 
 
 def test_the_readme_counts_the_files_without_hash() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import models
-from errors import UserError
+from base.errors import UserError
 from tools import report
 from tools.fidelity import (
     CLS,

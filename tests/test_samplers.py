@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from errors import UserError
-from samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
+from base.errors import UserError
+from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 
 
 def keys_of(sampler: TrainSampler, epoch: int = 0) -> list[tuple[int, int]]:

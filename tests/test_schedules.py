@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from errors import UserError
+from base.errors import UserError
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, clamp_temperature, pick
 
 B, N, C = 3, 5, 11

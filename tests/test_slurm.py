@@ -20,10 +20,10 @@ from pathlib import Path
 
 import pytest
 
-import resume
 import run_with_submitit
-from errors import UserError
+from base.errors import UserError
 from tools.kill_sweep import compare_runs
+from training.checkpointer import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT.parent / "shared" / "slurm"
@@ -176,7 +176,7 @@ class Job:
         while not self.over.wait(0.05) and not self.torn:
             try:
                 if self.whole or path.exists():
-                    resume.load_run(path)
+                    load_run(path)
                     self.whole += 1
             except UserError as error:
                 self.torn = error.line()

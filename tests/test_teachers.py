@@ -8,12 +8,12 @@ import timm
 import torch
 from torch import nn
 
-import checkpoint
 import models
 import options
-import teachers
-from augment import InputConfig
-from errors import UserError
+from base import safe_load
+from base.errors import UserError
+from data.transforms import InputConfig
+from distill.teacher import InputAdapter, Teacher, _whose, build_identity, build_teacher
 
 SHIPPED = Path(__file__).resolve().parents[1] / "models/weights/resnet_pico_digits.safetensors"
 HALF = InputConfig((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -28,12 +28,12 @@ def normalised(picture: torch.Tensor, inputs: InputConfig) -> torch.Tensor:
 def test_the_adapter_turns_the_students_tensor_into_the_teachers() -> None:
     picture = torch.rand(2, 3, 32, 32)
     small = InputConfig((32, 32), IMAGENET.mean, IMAGENET.std)
-    adapted = teachers.InputAdapter(HALF, small)(normalised(picture, HALF))
+    adapted = InputAdapter(HALF, small)(normalised(picture, HALF))
     torch.testing.assert_close(adapted, normalised(picture, small))
 
 
 def test_the_adapter_resizes_to_the_teachers_size() -> None:
-    adapter = teachers.InputAdapter(HALF, IMAGENET)
+    adapter = InputAdapter(HALF, IMAGENET)
     assert adapter(torch.randn(2, 3, 32, 32)).shape == (2, 3, 48, 48)
     assert "48x48" in adapter.describe()
 
@@ -41,12 +41,12 @@ def test_the_adapter_resizes_to_the_teachers_size() -> None:
 def test_another_aspect_ratio_is_kept_where_the_teacher_takes_any_size() -> None:
     wide = InputConfig((32, 64), HALF.mean, HALF.std)
     images = torch.randn(1, 3, 32, 64)
-    assert teachers.InputAdapter(wide, IMAGENET)(images).shape == (1, 3, 32, 64)
-    assert teachers.InputAdapter(wide, IMAGENET, any_size=False)(images).shape == (1, 3, 48, 48)
+    assert InputAdapter(wide, IMAGENET)(images).shape == (1, 3, 32, 64)
+    assert InputAdapter(wide, IMAGENET, any_size=False)(images).shape == (1, 3, 48, 48)
 
 
 def test_the_adapter_commutes_with_mixing() -> None:
-    adapter = teachers.InputAdapter(HALF, IMAGENET)
+    adapter = InputAdapter(HALF, IMAGENET)
     a, b = torch.randn(2, 1, 3, 32, 32)
     torch.testing.assert_close(
         adapter(0.3 * a + 0.7 * b), 0.3 * adapter(a) + 0.7 * adapter(b), atol=1e-5, rtol=1e-5
@@ -63,7 +63,7 @@ class Noisy(nn.Module):
 
 
 def test_a_teacher_is_frozen_in_evaluation_mode_and_without_gradient() -> None:
-    teacher = teachers.Teacher(Noisy(), teachers.InputAdapter(HALF, HALF)).train()
+    teacher = Teacher(Noisy(), InputAdapter(HALF, HALF)).train()
     images = torch.randn(5, 3, 32, 32, requires_grad=True)
     logits = teacher(images)
     assert not logits.requires_grad and not any(p.requires_grad for p in teacher.parameters())
@@ -72,14 +72,14 @@ def test_a_teacher_is_frozen_in_evaluation_mode_and_without_gradient() -> None:
 
 
 def test_a_teacher_under_autocast_still_gives_float32() -> None:
-    adapter = teachers.InputAdapter(HALF, HALF)
-    teacher = teachers.Teacher(Noisy(), adapter, amp_dtype=torch.bfloat16)
+    adapter = InputAdapter(HALF, HALF)
+    teacher = Teacher(Noisy(), adapter, amp_dtype=torch.bfloat16)
     assert teacher(torch.randn(2, 3, 32, 32)).dtype == torch.float32
 
 
-def build(num_classes: int, *flags: str, kind: str = "hard") -> teachers.Teacher | None:
+def build(num_classes: int, *flags: str, kind: str = "hard") -> Teacher | None:
     args = options.parse_args(["--data-path", "x", "--distillation-type", kind, *flags]).args
-    return teachers.build_teacher(args, num_classes, HALF, torch.device("cpu"))
+    return build_teacher(args, num_classes, HALF, torch.device("cpu"))
 
 
 def test_a_half_precision_teacher_is_folded_and_a_float32_one_is_as_it_is() -> None:
@@ -87,8 +87,8 @@ def test_a_half_precision_teacher_is_folded_and_a_float32_one_is_as_it_is() -> N
              "--teacher-path", str(SHIPPED)]  # fmt: skip
     args = options.parse_args(flags).args
     images, cpu = torch.randn(64, 3, 32, 32), torch.device("cpu")
-    exact = teachers.build_teacher(args, 10, HALF, cpu)
-    light = teachers.build_teacher(args, 10, HALF, cpu, torch.bfloat16)
+    exact = build_teacher(args, 10, HALF, cpu)
+    light = build_teacher(args, 10, HALF, cpu, torch.bfloat16)
     network = models.create_model("resnet_pico", num_classes=10).eval()
     models.load_weights(network, str(SHIPPED))
     with torch.no_grad():
@@ -125,8 +125,8 @@ def test_settings_that_are_none_are_refused_in_one_line(
 
 
 def test_a_compiled_teacher_is_so_in_training_alone_and_says_the_same() -> None:
-    plain = teachers.Teacher(Noisy(), teachers.InputAdapter(HALF, IMAGENET))
-    compiled = teachers.Teacher(plain.network, plain.adapter, backend="eager")
+    plain = Teacher(Noisy(), InputAdapter(HALF, IMAGENET))
+    compiled = Teacher(plain.network, plain.adapter, backend="eager")
     images = torch.randn(2, 3, 32, 32)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(compiled(images), plain(images))
@@ -165,7 +165,7 @@ def test_a_vit_teacher_of_another_resolution_is_fed_at_its_own(form: str, tmp_pa
         ]  # fmt: skip
     ).args
     student = InputConfig((48, 64), IMAGENET.mean, IMAGENET.std)
-    teacher = teachers.build_teacher(args, 3, student, torch.device("cpu"))
+    teacher = build_teacher(args, 3, student, torch.device("cpu"))
     assert teacher(torch.randn(2, 3, 48, 64)).shape == (2, 3)
 
 
@@ -209,8 +209,8 @@ def test_a_teacher_comes_from_a_timm_folder(tmp_path: Path) -> None:
 
 
 def test_deits_own_teacher_is_not_said_to_be_timms() -> None:
-    assert teachers._whose("regnety_160") == "regnety_160-a5fe301d.pth of DeiT's"
-    assert teachers._whose("resnet50") == "timm"
+    assert _whose("regnety_160") == "regnety_160-a5fe301d.pth of DeiT's"
+    assert _whose("resnet50") == "timm"
 
 
 OWN_NETWORK = """
@@ -237,10 +237,10 @@ def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> N
         args = options.parse_args(flags).args
         torch.manual_seed(0)
         torch.save(timm.create_model("my_own_cnn").state_dict(), weights)
-        teacher = teachers.build_teacher(args, 10, HALF, torch.device("cpu"))
+        teacher = build_teacher(args, 10, HALF, torch.device("cpu"))
         assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
-        identities += teachers.build_identity(args)
+        identities += build_identity(args)
     assert identities[0] == identities[1] != identities[2]
-    assert identities[0].startswith(checkpoint.fingerprint(str(weights)))
-    assert identities[2].endswith("network by " + checkpoint.fingerprint(str(plugin)))
+    assert identities[0].startswith(safe_load.fingerprint(str(weights)))
+    assert identities[2].endswith("network by " + safe_load.fingerprint(str(plugin)))
     assert models.plugins.source_of("resnet18") == models.plugins.source_of("resnet_pico") == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from errors import UserError
+from base.errors import UserError
 from tools import bench_gpu, bench_loader, bench_race, benchmark
 from tools.bench_steps import Case
 

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-import transfer
+from base import transfer
 
 SAID: list[str] = []
 

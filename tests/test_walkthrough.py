@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import models
-import recipe
-import sources
+from data import sources
 from tools import export, prepare_data, report
+from training import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import datasets
-import distributed
 import models
 import options
-import preflight
+from base import distributed
+from checks import dry_run
 from tools import bench_loader, prepare_data
 from tools.bench_race import middle, race, ratio
 from tools.bench_steps import CLASSES, PRECISIONS, Case, Ours
@@ -102,7 +102,7 @@ def measure_student(
             if where == "device":
                 entries[f"cached, {name}"] = Stretch(case, "cached", args, from_loader)
     seconds = race(entries, args.rounds, args.gpu_steps)
-    flops = preflight.measure(
+    flops = dry_run.measure(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
         case.size, case.size,
     ).flops  # fmt: skip

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-import cache
 import engine
 import main
+from distill import cache_store
 from tools.bench_race import race
 from tools.bench_steps import Case, Ours
 
@@ -112,8 +112,8 @@ def cache_size(keep: str, folder: Path) -> tuple[int, int]:
              str(folder)]  # fmt: skip
     answers = re.search(r"^cache: .*?(\d+) answers", said([*flags, "--dry-run"]), re.M)
     said([*flags, "--teacher-cache-mode", "write"])
-    row = cache.row_bytes(cache.read_topk(keep, DIGITS), DIGITS)
-    there = sum(p.stat().st_size for p in folder.iterdir() if p.name != cache.MANIFEST)
+    row = cache_store.row_bytes(cache_store.read_topk(keep, DIGITS), DIGITS)
+    there = sum(p.stat().st_size for p in folder.iterdir() if p.name != cache_store.MANIFEST)
     return int(answers[1]) * row, there
 
 

@@ -38,19 +38,15 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import augment  # noqa: E402
 import datasets  # noqa: E402
-import pixels  # noqa: E402
-import prepared  # noqa: E402
-import samplers  # noqa: E402
-import sources  # noqa: E402
-from device_augment import Recorded  # noqa: E402
-from distributed import Processes  # noqa: E402
+from base.distributed import Processes  # noqa: E402
+from data import image_ops, packed, samplers, sources, transforms  # noqa: E402
+from data.device_augment import Recorded  # noqa: E402
 from options import get_args_parser  # noqa: E402
 from tools import prepare_data  # noqa: E402
 
 SIDE = 224
-INPUTS = augment.InputConfig((SIDE, SIDE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+INPUTS = transforms.InputConfig((SIDE, SIDE), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 FULL, CROP = "timm, whole recipe", "timm, up to the crop"
 # Rows by name: the least ratio to the whole recipe by timm that is asked for
 TARGETS = {
@@ -62,7 +58,7 @@ GROWTH = (10**4, 10**5, 10**6)
 ORIGINAL = 375  # pixels of the shorter side, about that of ImageNet's originals
 SCALES = (0.08, 0.25, 0.5, 1.0)  # of a crop, from DeiT's least to its greatest
 QUALITY = 90  # of JPEG, as tools/prepare_data.py has it
-COPIES = [(256, prepared.RAW), (288, prepared.RAW), (288, prepared.JPEG), (320, prepared.RAW)]
+COPIES = [(256, packed.RAW), (288, packed.RAW), (288, packed.JPEG), (320, packed.RAW)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -116,22 +112,22 @@ def timms() -> Any:
         SIDE, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
         interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1,
     )  # fmt: skip
-    for operation in augment.augment_ops(transform):
+    for operation in transforms.augment_ops(transform):
         if operation.name.startswith("Posterize"):
-            operation.aug_fn = augment.posterize
+            operation.aug_fn = transforms.posterize
     return transform
 
 
 def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]]:
     """Return what is measured: by name, a function of a place from 0 to `count` - 1."""
     opened: dict[str, sources.Source] = {}
-    for form in (prepared.RAW, prepared.JPEG):
+    for form in (packed.RAW, packed.JPEG):
         if prepare_data.main([str(folder), str(work / form), "--splits", "val", "--format", form]):
             raise SystemExit(2)
-        opened[form] = prepared.Prepared(work / form, "val")
+        opened[form] = packed.Prepared(work / form, "val")
     opened["files"] = files = sources.open_folder(str(folder / "val"))
-    whole = augment.build_transform(True, settings("IMNET", folder), INPUTS)
-    recorded = Recorded(augment.build_transform(True, settings("IMNET", folder), INPUTS))
+    whole = transforms.build_transform(True, settings("IMNET", folder), INPUTS)
+    recorded = Recorded(transforms.build_transform(True, settings("IMNET", folder), INPUTS))
     crop = whole.transforms[:2]
     full = timms()
     place_of = np.random.default_rng(0).permutation(len(files))[:count].tolist()
@@ -156,7 +152,7 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
 
         return one
 
-    def cropped(picture: pixels.Picture) -> Any:
+    def cropped(picture: image_ops.Picture) -> Any:
         for step in crop:
             picture = step(picture)
         return picture
@@ -169,7 +165,7 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
         "JPEG files, whole recipe": ours(files, whole),
         "JPEG files, whole recipe, 3 views of a picture": ours(files, whole, repeats=3),
     }
-    for form, name in ((prepared.JPEG, "JPEG"), (prepared.RAW, "raw")):
+    for form, name in ((packed.JPEG, "JPEG"), (packed.RAW, "raw")):
         found[f"prepared {name}, up to the crop"] = ours(opened[form], cropped)
         found[f"prepared {name}, whole recipe"] = ours(opened[form], whole)
         found[f"prepared {name}, --augment-on device"] = ours(opened[form], recorded)
@@ -213,15 +209,15 @@ def grow(base: Path, work: Path, entries: int) -> Path:
     """Make a prepared data set of so many entries, whose pictures are those of `base`, again."""
     folder = work / f"entries{entries}"
     folder.mkdir()
-    manifest = json.loads((base / prepared.MANIFEST).read_text())
-    table = np.resize(np.fromfile(base / "val.table", prepared.ROW), entries)
+    manifest = json.loads((base / packed.MANIFEST).read_text())
+    table = np.resize(np.fromfile(base / "val.table", packed.ROW), entries)
     facts = manifest["splits"]["val"] | {
         "pictures": entries, "table": hashlib.sha256(table.tobytes()).hexdigest()
     }  # fmt: skip
     for split in ("train", "val"):
         table.tofile(folder / f"{split}.table")
         os.link(base / "val.bin", folder / f"{split}.bin")
-    prepared.finish(folder, manifest | {"splits": {"train": facts, "val": facts}})
+    packed.finish(folder, manifest | {"splits": {"train": facts, "val": facts}})
     return folder
 
 
@@ -287,9 +283,9 @@ def softness(folder: Path, count: int) -> dict[str, list[float]]:
         copies = []
         for picture in pictures:
             short = round(min(picture.size) * side / ORIGINAL)
-            data, height, width = prepared.encode(picture, kind, short, QUALITY)
-            copies.append(Image.frombytes("RGB", (width, height), data) if kind == prepared.RAW
-                          else pixels.as_image(pixels.decode(data)))  # fmt: skip
+            data, height, width = packed.encode(picture, kind, short, QUALITY)
+            copies.append(Image.frombytes("RGB", (width, height), data) if kind == packed.RAW
+                          else image_ops.as_image(image_ops.decode(data)))  # fmt: skip
         found[f"copy of {side} px, {kind}"] = over_scales(copies, bicubic)
     return found
 
@@ -319,7 +315,7 @@ def grown(work: Path, pictures: int, rounds: int) -> dict[int, dict[str, float]]
     """Return what `read_grown` finds, each in a new process, by number of entries."""
     found = {}
     for entries in GROWTH:
-        target = grow(work / prepared.RAW, work, entries)
+        target = grow(work / packed.RAW, work, entries)
         command = [sys.executable, str(Path(__file__).resolve()), "--grown", str(target),
                    "--pictures", str(pictures), "--rounds", str(rounds)]  # fmt: skip
         done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -349,7 +345,7 @@ def run(data: str, side: int, pictures: int, rounds: int) -> dict[str, Any]:
     found["facts"] = {
         "pictures": len(sizes), "mean_kB": round(statistics.mean(sizes) / 1e3, 1),
         "torch": torch.__version__, "timm": timm.__version__, "Pillow": PIL.__version__,
-        "simplejpeg": getattr(pixels.simplejpeg, "__version__", "none"),
+        "simplejpeg": getattr(image_ops.simplejpeg, "__version__", "none"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }  # fmt: skip
     return found | {"lines": table(found)}

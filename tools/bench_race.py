@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from errors import UserError
+from base.errors import UserError
 
 WARM_UPS = 2
 Turn = Callable[[int], float]  # steps -> seconds a step

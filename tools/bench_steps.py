@@ -23,15 +23,15 @@ from timm.task import TokenDistillationTask
 from timm.utils import ModelEma, ModelEmaV3
 from torch import Tensor, nn
 
-import augment
-import cache
 import engine
 import models
-import objective
-import optim
 import options
-import teachers
+from data import transforms
+from distill import cache_store, objective
+from distill.cached_teacher import CachedTeacher
+from distill.teacher import build_teacher
 from tools.bench_race import Stopwatch
+from training import optim
 
 CLASSES = 1000
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,7 +106,7 @@ class Reference:
         self.network, self.network_T = network.to(case.device).train(), case.network_T()
         self.optimizer = create_optimizer_v2(self.network, opt="adamw", lr=1e-4, weight_decay=0.05)
         self.ema = ModelEma(self.network, decay=0.99996)
-        self.mixup = augment.build_mixup(case.args(), CLASSES)
+        self.mixup = transforms.build_mixup(case.args(), CLASSES)
         self.base = SoftTargetCrossEntropy()
 
     def loss(self, images: Tensor, outputs: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class Timm(Reference):
         self.optimizer = create_optimizer_v2(network, opt="adamw", lr=1e-4, weight_decay=0.05)
         self.network, self.updates = network, 0
         self.ema = ModelEmaV3(network, decay=0.99996, use_warmup=True)
-        self.mixup = augment.build_mixup(case.args(), CLASSES)
+        self.mixup = transforms.build_mixup(case.args(), CLASSES)
 
     def step(self) -> None:
         images, labels = (x.to(self.case.device, non_blocking=True) for x in self.case.data)
@@ -188,7 +188,7 @@ class Ours:
         student = models.build_student(args, CLASSES, inputs).to(case.device)
         models.fast.suit_device(student.network, case.device.type, amp_dtype)
         self.case, self.amp_dtype, self.student = case, amp_dtype, student
-        self.mixup_fn = augment.build_mixup(args, CLASSES)
+        self.mixup_fn = transforms.build_mixup(args, CLASSES)
         self.views, self.teacher = 0, None
         if teacher == "cached":
             if not answers:
@@ -196,7 +196,7 @@ class Ours:
                 self._write(answers, steps + 1, lambda x, place: torch.randn(len(x), CLASSES))
             self.views, self.teacher = 1, self._cached(answers, steps + 1, None)
         elif teacher == "live":
-            self.teacher = teachers.build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
+            self.teacher = build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
         criterion = objective.build_objective(
             args, student, self.teacher, mixing=True, input_size=inputs.input_size,
             total_updates=10**6,
@@ -216,13 +216,13 @@ class Ours:
 
     def _cached(
         self, folder: str, batches: int, network: Callable[[Tensor, Any], Tensor] | None
-    ) -> teachers.CachedTeacher:
+    ) -> CachedTeacher:
         rows = batches * self.case.batch
-        store = cache.Store(
+        store = cache_store.Store(
             folder, rows=rows, num_classes=CLASSES, keep="all", may_create=network is not None,
             facts={"rows": rows, "classes": CLASSES, "precision": str(self.amp_dtype)},
         )  # fmt: skip
-        return teachers.CachedTeacher(
+        return CachedTeacher(
             store, network, epoch_rows=rows, needed=rows, batch_size=self.case.batch, rank=0,
             world_size=1,
         )  # fmt: skip

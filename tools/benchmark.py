@@ -36,18 +36,18 @@ from timm.utils import ModelEma, ModelEmaV3  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import datasets  # noqa: E402
-import distributed  # noqa: E402
 import models  # noqa: E402
-import optim  # noqa: E402
 import options  # noqa: E402
-import preflight  # noqa: E402
-import teachers  # noqa: E402
-from errors import UserError  # noqa: E402
+from base import distributed  # noqa: E402
+from base.errors import UserError  # noqa: E402
+from checks import dry_run  # noqa: E402
+from distill.teacher import Teacher, build_teacher  # noqa: E402
 from tools import bench_loader  # noqa: E402
 from tools.bench_gpu import measure_gpu  # noqa: E402
 from tools.bench_growth import measure_growth  # noqa: E402
 from tools.bench_race import Apart, Stopwatch, Turn, race, table  # noqa: E402
 from tools.bench_steps import CLASSES, PRECISIONS, Case, Ours, Reference, Timm  # noqa: E402
+from training import optim  # noqa: E402
 
 PARTS = ("step", "optimizer", "agreement", "loader", "gpu", "growth")
 SHIPPED = ROOT / "models" / "weights" / "resnet_pico_digits.safetensors"
@@ -90,7 +90,7 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for entry in entries.values():
         entry.end()
 
-    flops = preflight.measure(
+    flops = dry_run.measure(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
         case.size, case.size,
     ).flops  # fmt: skip
@@ -206,10 +206,10 @@ def measure_agreement(args: argparse.Namespace, device: torch.device) -> dict[st
     processes = distributed.Processes(0, 0, 1, device, "single")
     loaders = datasets.build_loaders(settings, inputs, processes)
     asked = {
-        name: teachers.build_teacher(settings, loaders.num_classes, inputs, device, dtype)
+        name: build_teacher(settings, loaders.num_classes, inputs, device, dtype)
         for name, dtype in (("fp32", None), ("bf16, folded, channels-last", torch.bfloat16))
     }
-    asked["bf16, autocast alone"] = teachers.Teacher(
+    asked["bf16, autocast alone"] = Teacher(
         asked["fp32"].network, asked["fp32"].adapter, amp_dtype=torch.bfloat16
     )
     said: dict[str, list[Tensor]] = {name: [] for name in asked}

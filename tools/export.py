@@ -32,11 +32,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
-from augment import InputConfig  # noqa: E402
-from errors import UserError  # noqa: E402
+from base import files, safe_load  # noqa: E402
+from base.errors import UserError  # noqa: E402
+from data.transforms import InputConfig  # noqa: E402
 from models.loading import RAW_KEYS, read_weights, weight_keys  # noqa: E402
 from tools.export_card import Rows, card, history, settings_of  # noqa: E402
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.out.suffix == ".safetensors":
             _export_weights(args.source, args.out, args.key, args.half)
             return 0
-        with checkpoint.in_one_line(f"{args.source}: damaged, or of another version"):
+        with safe_load.in_one_line(f"{args.source}: damaged, or of another version"):
             student = build_student(args)
         args.out.mkdir(parents=True, exist_ok=True)
         left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
@@ -144,7 +144,7 @@ def to_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return weights in float16, counts as they are. Raises UserError for one that is too large."""
     halves = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
     for name, value in halves.items():
-        if not checkpoint.is_finite(value):
+        if not files.is_finite(value):
             raise UserError(f"--half: {name} has values too large for float16; leave --half out")
     return halves
 
@@ -163,7 +163,7 @@ def file_of(source: Path) -> Path:
 def build_student(args: argparse.Namespace) -> Student:
     """Return the student of a run or file. Raises UserError if nothing says which model it is."""
     path = file_of(args.source)
-    content = checkpoint.read_weights_file(path)
+    content = safe_load.read_weights_file(path)
     settings = settings_of(content)
     name = args.model or settings.get("model")
     if not name:

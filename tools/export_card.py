@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import metrics
 import models
-import optim
-import resume
-import teachers
+from base import files, safe_load
+from distill.teacher import build_sources
 from models.loading import EMA_KEYS
+from training import metrics, optim
+from training.checkpointer import BEST
 
 Rows = list[tuple[str, str]]
 AUGMENTATION = ("ThreeAugment", "src", "aa", "color_jitter", "reprob", "mixup", "cutmix",
@@ -42,7 +41,7 @@ def history(path: Path, content: Mapping[str, Any], key: str) -> Rows:
             rows.append(("trained and evaluated on", counts))
     rows += _recipe(settings, facts) + _teacher(settings, facts)
     rows.append(("weights", f"{path.name}, {key}"))
-    return [*rows, ("sha256 of the checkpoint", checkpoint.hash_of(path))]
+    return [*rows, ("sha256 of the checkpoint", files.hash_of(path))]
 
 
 def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
@@ -59,7 +58,7 @@ def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
     acc1 = None
     for line in metrics.read_log(path.with_name("log.txt")):
         acc1 = line.get(name) if line.get("epoch") == epoch else acc1
-    if acc1 is None and path.name == resume.BEST and key not in EMA_KEYS:
+    if acc1 is None and path.name == BEST and key not in EMA_KEYS:
         acc1 = content.get("best_acc1")
     where = f"after epoch {epoch + 1}"
     return [("top-1", f"{acc1:.2f}% {where}" if acc1 is not None else f"not known, {where}")]
@@ -103,7 +102,7 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
         rows = [("distillation", f"{kind}, alpha {settings.get('distillation_alpha')}{tau}")]
     if settings.get("match"):
         rows.append(("matched", ", ".join(map(str, settings["match"]))))
-    names, paths = teachers.build_sources(
+    names, paths = build_sources(
         Namespace(teacher_model=settings.get("teacher_model", ""),
                   teacher_path=settings.get("teacher_path") or "")
     )  # fmt: skip
@@ -113,7 +112,7 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
         weights = _brief(path) if path else known.file if known else "timm's published weights"
         rows.append(("teacher", f"{name}, {weights}"))
         there = Path(path)
-        now = checkpoint.hash_of(there) if path and there.is_file() else ""
+        now = files.hash_of(there) if path and there.is_file() else ""
         if i < len(recorded) and path:
             rows.append(("sha256 of the teacher", recorded[i]))
             if now and now != recorded[i]:
@@ -127,7 +126,7 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
 
 def _brief(source: str) -> str:
     """Return a URL as it is, and of a path the name alone: the folders are this machine's."""
-    return source if checkpoint.is_url(source) else Path(source).name
+    return source if safe_load.is_url(source) else Path(source).name
 
 
 def card(

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metrics import accuracy
 from models import has_distillation_head
 from models.features import FeatureTaps, Observed, Tap, layout_of
+from training.metrics import accuracy
 
 BINS = 15  # of confidence, all of one width (Guo et al. 2017)
 TEACHER, STUDENT, CLS, DIST = "teacher", "student", "class head", "distillation head"

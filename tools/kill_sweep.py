@@ -33,7 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from resume import MAY_CHANGE  # noqa: E402
+from training.checkpointer import MAY_CHANGE  # noqa: E402
 
 PLAIN = ["--epochs", "2", "--batch-size", "64", "--drop-path", "0.2", "--warmup-epochs", "0",
          "--log-interval", "1", "--resume", "auto", "--checkpoint-steps", "1", "--mixup", "0.8",

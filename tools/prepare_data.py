@@ -32,11 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
 import options  # noqa: E402
-import pixels  # noqa: E402
-import prepared  # noqa: E402
-import sources  # noqa: E402
-from errors import UserError  # noqa: E402
-from metrics import clock  # noqa: E402
+from base.errors import UserError  # noqa: E402
+from data import image_ops, packed, sources  # noqa: E402
+from training.metrics import clock  # noqa: E402
 
 _logger = logging.getLogger("prepare_data")
 SPLITS = {"train": True, "val": False}
@@ -51,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("source", help='the data set\'s folder ("" for the digits); with --verify the prepared one')
     add("target", nargs="?", help="new folder, or one that was begun")
     add("--data-set", default="IMNET", help="as for main.py: IMNET, CIFAR10, wds/..., ...")
-    add("--format", default=prepared.RAW, choices=(prepared.RAW, prepared.JPEG))
+    add("--format", default=packed.RAW, choices=(packed.RAW, packed.JPEG))
     add("--short-side", default=288, type=int, help="pixels")
     add("--quality", default=90, type=int, help="of JPEG, 1 to 95")
     add("--splits", default=list(SPLITS), nargs="+", choices=list(SPLITS))
@@ -77,7 +75,7 @@ class Encoded(Dataset):
         place = self.first + index
         try:
             return place, *encode(self.source, place, *self.how)
-        except pixels.UNREADABLE as error:
+        except image_ops.UNREADABLE as error:
             return place, f"{self.source.name(place)}: {' '.join(str(error).split())}"
 
 
@@ -87,14 +85,14 @@ def encode(
     """Return bytes, height, width and label of a picture; a JPEG file that fits stays as it is."""
     if not isinstance(source, sources.Files):
         picture, label = source.load(place)
-        return *prepared.encode(picture, kind, short_side, quality), int(label)
+        return *packed.encode(picture, kind, short_side, quality), int(label)
     data, label = Path(source.name(place)).read_bytes(), int(source.labels[place])
-    picture = pixels.decode(data)  # also what stays as it is, to find out damage
-    height, width = pixels.size_of(picture)
+    picture = image_ops.decode(data)  # also what stays as it is, to find out damage
+    height, width = image_ops.size_of(picture)
     fits = min(height, width) <= short_side
-    if kind == prepared.JPEG and fits and data.startswith(pixels.JPEG_START):
+    if kind == packed.JPEG and fits and data.startswith(image_ops.JPEG_START):
         return data, height, width, label
-    return *prepared.encode(picture, kind, short_side, quality), label
+    return *packed.encode(picture, kind, short_side, quality), label
 
 
 def entries(
@@ -109,7 +107,7 @@ def entries(
     how = (args.format, args.short_side, args.quality)
     stream = itertools.islice(source.dataset, first, None)
     for place, (picture, label) in enumerate(stream, start=first):
-        yield place, *prepared.encode(pixels.to_rgb(picture), *how), int(label)
+        yield place, *packed.encode(image_ops.to_rgb(picture), *how), int(label)
 
 
 def open_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -142,9 +140,9 @@ def plan_of(opened: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "short side": args.short_side,
         "bad pictures": args.on_bad_image,
         "Pillow": PIL.__version__,
-        "version of our pixels": pixels.VERSION,
+        "version of our pixels": image_ops.VERSION,
     }
-    return plan | ({"quality": args.quality} if args.format == prepared.JPEG else {})
+    return plan | ({"quality": args.quality} if args.format == packed.JPEG else {})
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -152,12 +150,12 @@ def prepare(args: argparse.Namespace) -> None:
     folder = Path(args.target)
     opened = open_all(args)
     plan = plan_of(opened, args)
-    if prepared.begin(folder, plan):
+    if packed.begin(folder, plan):
         print(f"{folder}: complete already")
         return
     facts = {}
     for split, source in opened.items():
-        writer = prepared.Writer(folder, split)
+        writer = packed.Writer(folder, split)
         total = len(source.dataset if isinstance(source, sources.Shards) else source)
         if writer.next_place:
             print(f"{split}: goes on after {writer.next_place} of {total}")
@@ -183,7 +181,7 @@ def prepare(args: argparse.Namespace) -> None:
     classes = next(iter(opened.values())).classes
     flips = args.data_set not in sources.WITHOUT_FLIP
     manifest = {"plan": plan, "kind": args.format, "classes": classes, "flips": flips}
-    prepared.finish(folder, manifest | {"splits": facts})
+    packed.finish(folder, manifest | {"splits": facts})
     print(f"ready: --data-set PREPARED --data-path {folder}")
 
 
@@ -214,8 +212,8 @@ class Bar:
 def verify(folder: str) -> None:
     """Compare every picture with its checksum. Raises UserError naming the first damaged ones."""
     bad = []
-    for split in prepared.read_manifest(Path(folder))["splits"]:
-        source = prepared.Prepared(folder, split)
+    for split in packed.read_manifest(Path(folder))["splits"]:
+        source = packed.Prepared(folder, split)
         bar = Bar(split, len(source), 0)
         for number, damaged in enumerate(source.damaged(), start=1):
             bar.show(number)

@@ -20,15 +20,14 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-import distributed  # noqa: E402
 import engine  # noqa: E402
 import main  # noqa: E402
 import models  # noqa: E402
-import objective  # noqa: E402
 import options  # noqa: E402
-import teachers  # noqa: E402
-from errors import UserError  # noqa: E402
+from base import distributed, safe_load  # noqa: E402
+from base.errors import UserError  # noqa: E402
+from distill import objective  # noqa: E402
+from distill.teacher import build_teacher  # noqa: E402
 
 NEEDED = ("args", "images", "labels", "teacher_outputs", "terms", "model", "projections", "seed",
           "epoch", "micro_step", "rank", "update", "updates_per_epoch", "num_classes")  # fmt: skip
@@ -61,11 +60,11 @@ def replay(
     amp: off, bf16, fp16 or auto; None is the run's. plugins: files to run; the file's own are not.
     Raises UserError for any other file, and one that is damaged.
     """
-    saved = checkpoint.read_weights_file(path)
+    saved = safe_load.read_weights_file(path)
     if missing := [key for key in NEEDED if key not in saved]:
         raise UserError(f"{path}: has no {', '.join(missing)}, so it is no bad_batch.pth")
     processes = distributed.init_processes(device)
-    with checkpoint.in_one_line(f"{path}: damaged, or of another version"):
+    with safe_load.in_one_line(f"{path}: damaged, or of another version"):
         settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
         args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
         models.plugins.load_given_plugins(plugins, args.plugin, path)
@@ -88,7 +87,7 @@ def build_terms(
     start = {"pretrained": False, "finetune": ""}  # the weights are in the file
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
     models.fast.suit_device(student.network, device.type, amp_dtype)
-    teacher = teachers.build_teacher(args, classes, inputs, device, teacher_amp)
+    teacher = build_teacher(args, classes, inputs, device, teacher_amp)
     criterion = objective.build_objective(
         args, student.to(device), teacher, mixing=saved["labels"].dim() == 2,
         input_size=inputs.input_size, total_updates=args.epochs * saved["updates_per_epoch"],

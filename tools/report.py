@@ -26,17 +26,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
 import datasets  # noqa: E402
-import distributed  # noqa: E402
-import metrics  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
-import teachers  # noqa: E402
-from errors import UserError  # noqa: E402
-from samplers import EvalSampler  # noqa: E402
+from base import distributed, safe_load  # noqa: E402
+from base.errors import UserError  # noqa: E402
+from data.samplers import EvalSampler  # noqa: E402
+from distill.teacher import build_identity, build_teacher  # noqa: E402
 from tools.fidelity import STUDENT, TEACHER, Answers, agreement, collect, numbers  # noqa: E402
 from tools.report_page import page, summary  # noqa: E402
+from training import metrics  # noqa: E402
 
 # Everything that determines what a teacher answers, beside its input, which it adapts itself
 TEACHER_FLAGS = ("teacher_model", "teacher_path", "teacher_weight", "teacher_adaptor")
@@ -146,7 +145,7 @@ def build_run(
         asked = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
         taught = argparse.Namespace(**vars(wanted) | flags | asked)
         try:
-            teacher = teachers.build_teacher(taught, loaders.num_classes, inputs, processes.device)
+            teacher = build_teacher(taught, loaders.num_classes, inputs, processes.device)
             note = build_note(taught, whose, lender, settings, weights)
         except UserError as error:  # one that is only looked into may know no classes
             if whose != "own" or settings["distillation_type"] != "none":
@@ -215,8 +214,8 @@ def build_note(
         had = settings["distillation_type"] != "none"
         own = f"its own was {settings['teacher_model']}" if had else "it had none of its own"
         return f"measured against --teacher-model {args.teacher_model}; {own}"
-    had = (checkpoint.read_weights_file(weights).get("facts") or {}).get("teacher")
-    now = teachers.build_identity(args)
+    had = (safe_load.read_weights_file(weights).get("facts") or {}).get("teacher")
+    now = build_identity(args)
     if had and had != now:
         was, is_ = (", ".join(one[:12] for one in hashes) for hashes in (had, now))
         return f"not the teacher it learnt from: sha256 {is_} instead of {was}"

@@ -20,9 +20,9 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-import pixels
-from errors import UserError
-from pixels import Picture
+from base.errors import UserError
+from data import image_ops
+from data.image_ops import Picture
 
 SMALL = 32  # pixels; up to here DeiT neither crops at evaluation nor zooms in at training
 Transform = Callable[[Picture], Tensor]
@@ -118,7 +118,7 @@ def eval_transform(inputs: InputConfig) -> Transform:
         steps = [ResizeTo(inputs.input_size, mode)]
     else:
         steps = [Cover(inputs.resize_size, mode), transforms.CenterCrop(inputs.input_size)]
-    return transforms.Compose([pixels.as_image, *steps, Normalize(inputs.mean, inputs.std)])
+    return transforms.Compose([image_ops.as_image, *steps, Normalize(inputs.mean, inputs.std)])
 
 
 def train_transform(
@@ -169,7 +169,7 @@ def train_transform(
     steps[at - 1 : at + 1] = [Normalize(inputs.mean, inputs.std)]  # and timm's MaybeToTensor
     if inputs.is_small:
         steps[0:1] = [
-            pixels.as_image,
+            image_ops.as_image,
             ResizeTo(inputs.input_size, interpolation_mode(inputs.interpolation)),
             transforms.RandomCrop(inputs.input_size, padding=4),
         ]
@@ -177,7 +177,7 @@ def train_transform(
         steps[0] = RandomResizedCrop(steps[0])
         flipped = 1 + isinstance(steps[1], transforms.RandomHorizontalFlip)
         if not isinstance(steps[flipped], Normalize):
-            steps.insert(flipped, pixels.as_image)
+            steps.insert(flipped, image_ops.as_image)
     for op in augment_ops(transform):
         if op.name.startswith("Posterize"):
             op.aug_fn = posterize
@@ -218,14 +218,14 @@ def three_augment(
     size = inputs.input_size
     if simple_crop:
         crop = [
-            pixels.as_image,
+            image_ops.as_image,
             Cover(size, InterpolationMode.BICUBIC),
             transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
         ]
     else:
         zoom = RandomResizedCropAndInterpolation(size, scale=(0.08, 1.0), interpolation="bicubic")
         crop = [RandomResizedCrop(zoom)]
-    steps: list[Callable] = [*crop, transforms.RandomHorizontalFlip(hflip), pixels.as_image]
+    steps: list[Callable] = [*crop, transforms.RandomHorizontalFlip(hflip), image_ops.as_image]
     steps.append(transforms.RandomChoice([transforms.Grayscale(3), Solarize(), Blur()]))
     if color_jitter:
         steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
@@ -240,12 +240,12 @@ class RandomResizedCrop:
         self.interpolation = crop.interpolation
 
     def __call__(self, picture: Picture) -> Tensor:
-        size = torch.empty(()).expand(*pixels.size_of(picture))  # all that is asked of a picture
+        size = torch.empty(()).expand(*image_ops.size_of(picture))  # all that is asked of a picture
         box = RandomResizedCropAndInterpolation.get_params(size, self.scale, self.ratio)
         mode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        return pixels.crop_and_resize(picture, box, tuple(self.size), mode.value)
+        return image_ops.crop_and_resize(picture, box, tuple(self.size), mode.value)
 
 
 class Normalize:
@@ -255,7 +255,7 @@ class Normalize:
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, picture: Picture | Tensor) -> Tensor:
-        return pixels.normalize(picture, self.mean, self.std)
+        return image_ops.normalize(picture, self.mean, self.std)
 
 
 # Which of timm's operations shift whole rows or columns: by how many pixels, from the operation's
@@ -285,9 +285,9 @@ class Shift:
         along, shifts = SHIFTS[self.name]
         pixels_by = shifts(level, image.height, image.width)
         if along == "rows":
-            return pixels.shift_rows(image, pixels_by, options["fillcolor"], cubic=cubic)
+            return image_ops.shift_rows(image, pixels_by, options["fillcolor"], cubic=cubic)
         turned = image.transpose(Image.Transpose.TRANSPOSE)
-        turned = pixels.shift_rows(turned, pixels_by, options["fillcolor"], cubic=cubic)
+        turned = image_ops.shift_rows(turned, pixels_by, options["fillcolor"], cubic=cubic)
         return turned.transpose(Image.Transpose.TRANSPOSE)
 
 

@@ -20,9 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import checkpoint
-import distributed
-from errors import Damaged, Stopped, UserError
+from base import distributed, files, safe_load
+from base.errors import Damaged, Stopped, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ class Keeper:
         self.folder = Path(folder) if folder else None
         self.parts, self.tally, self.steps, self.keep = parts, tally, steps, keep
         self.classes = classes  # the names, for whom this network will teach
-        self.settings, self.facts = checkpoint.to_plain(settings), checkpoint.to_plain(facts)
+        self.settings, self.facts = files.to_plain(settings), files.to_plain(facts)
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, -1.0
         self.heard = 0  # the signal that asked for a stop
@@ -108,12 +107,12 @@ class Keeper:
         if self.folder is None:
             return
         try:
-            self._lock = checkpoint.lock_folder(self.folder)
+            self._lock = files.lock_folder(self.folder)
             for leftover in self.folder.glob(".*.[0-9]*.tmp"):
                 leftover.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"--output_dir {self.folder}: {error.filename or checkpoint.LOCK}: "
+                f"--output_dir {self.folder}: {error.filename or files.LOCK}: "
                 f"{error.strerror}; mend it, or choose another"
             ) from error
 
@@ -189,9 +188,7 @@ class Keeper:
 
     def _write(self, tally: dict[str, Any], is_best: bool) -> None:
         groups = self.parts["optimizer"].param_groups  # type: ignore[attr-defined]
-        if not all(
-            checkpoint.is_finite(parameter) for group in groups for parameter in group["params"]
-        ):
+        if not all(files.is_finite(parameter) for group in groups for parameter in group["params"]):
             raise UserError(
                 f"after update {self.global_step} the weights are not finite and not saved; "
                 f"{self.folder / NEWEST} is as it was; lower --lr, set --clip-grad 1, or use "
@@ -208,8 +205,8 @@ class Keeper:
             "classes": self.classes,
             "format": FORMAT,
         }
-        content["outline"] = checkpoint.outline(content)
-        checkpoint.save_atomically(
+        content["outline"] = files.outline(content)
+        files.save_atomically(
             content, self.folder / NEWEST, keep=self.keep,
             copy_to=self.folder / BEST if is_best else None,
         )  # fmt: skip
@@ -220,7 +217,7 @@ class Keeper:
             return "no file, for want of --output_dir"
         path = self.folder / "bad_batch.pth"
         try:
-            checkpoint.save_atomically({**plain(batch), "args": self.settings}, path)
+            files.save_atomically({**plain(batch), "args": self.settings}, path)
         except UserError as error:  # why it was written is more to the point
             return f"no file ({error.line()})"
         return str(path)
@@ -247,7 +244,7 @@ class Keeper:
 
         def look() -> str:
             path = resolve(source, self.folder, usable, aside=not self.settings.get("check"))
-            if path and not found and not checkpoint.is_url(path):  # which all processes fetch
+            if path and not found and not safe_load.is_url(path):  # which all processes fetch
                 found.update(load_run(path))
             return path
 
@@ -297,7 +294,7 @@ class Keeper:
             for name, part in self.parts.items():
                 if name in saved:
                     if name in WEIGHTS:
-                        checkpoint.check_numbers(saved[name], part.state_dict(), same_type=True)
+                        safe_load.check_numbers(saved[name], part.state_dict(), same_type=True)
                     if name == "optimizer":
                         check_optimizer_state(saved[name], part)
                     part.load_state_dict(saved[name])
@@ -308,7 +305,7 @@ class Keeper:
             self.epoch, self.best = saved["epoch"] + 1, float(saved.get("best_acc1", 0.0))
             self.global_step = int(saved.get("global_step", 0))
             self._restore_tally(saved)
-        except checkpoint.UNREADABLE as error:
+        except safe_load.UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
             kind = Damaged if "facts" in saved else UserError  # DeiT's may be of any model
             raise kind(
@@ -340,7 +337,7 @@ def load_run(source: str | Path) -> dict[str, Any]:
 
     Raises UserError if the file is no run's but only weights, or is not whole.
     """
-    content = checkpoint.read_weights_file(source)
+    content = safe_load.read_weights_file(source)
     kinds: dict[str, type] = dict(REQUIRED)
     if set(OURS) & set(content) - {"args"}:  # the only one that DeiT's have too
         check_whole(source, content)
@@ -369,8 +366,8 @@ def check_whole(source: str | Path, content: Mapping[str, Any]) -> None:
         )
     rest = {key: value for key, value in content.items() if key != "outline"}
     try:
-        whole = checkpoint.outline(rest) == content.get("outline")
-    except checkpoint.UNREADABLE:
+        whole = files.outline(rest) == content.get("outline")
+    except safe_load.UNREADABLE:
         whole = False
     if not whole:
         raise Damaged(

@@ -23,11 +23,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
-import augment
-import pixels
-from errors import UserError
-from pixels import Picture
-from transfer import send
+from base.errors import UserError
+from base.transfer import send
+from data import image_ops
+from data.image_ops import Picture
+from data.transforms import Blur, Normalize, Solarize, augment_ops
 
 COLUMNS = 8  # of a program's row: the operation, then its numbers
 NOTHING, AFFINE, COLOR, SHARPNESS, BLUR, ERASE = range(6)
@@ -39,7 +39,7 @@ BLUR_PASSES = 3  # of a box: Pillow's Gaussian blur
 BLUR_REACH = 4  # pixels to each side; enough for a radius of 3
 # The steps of a transform that come after crop and flip
 AFTER_CROP = (RandAugment, AutoAugment, AugMixAugment, transforms.RandomChoice,
-              transforms.ColorJitter, augment.Normalize)  # fmt: skip
+              transforms.ColorJitter, Normalize)  # fmt: skip
 
 
 # ---- in the worker: what is drawn
@@ -147,16 +147,16 @@ class _Erasing:
 def _on_tape(step: Any) -> Callable[[Tape], Tape]:
     """Return a step of a transform that writes on a tape what the step would do to a picture."""
     if isinstance(step, RandAugment | AutoAugment):
-        for operation in augment.augment_ops(transforms.Compose([step])):
+        for operation in augment_ops(transforms.Compose([step])):
             operation.aug_fn = _Operation(operation.name)
         return step
     if isinstance(step, transforms.RandomChoice):
         return transforms.RandomChoice([_on_tape(one) for one in step.transforms])
     if isinstance(step, transforms.Grayscale):
         return lambda tape: tape.add(COLOR, 0)
-    if isinstance(step, augment.Solarize):
+    if isinstance(step, Solarize):
         return lambda tape: tape.add(SOLARIZE, step.threshold)
-    if isinstance(step, augment.Blur):
+    if isinstance(step, Blur):
         return lambda tape: tape.add(BLUR, random.uniform(step.low, step.high))
     if isinstance(step, transforms.ColorJitter):
         return _Jitter(step)
@@ -189,11 +189,11 @@ class Recorded:
         steps = list(transform.transforms)
         first = next(i for i, step in enumerate(steps) if isinstance(step, AFTER_CROP))
         self.crop, rest = steps[:first], steps[first:]
-        if self.crop[-1] is pixels.as_image:
+        if self.crop[-1] is image_ops.as_image:
             self.crop.pop()
-        normalize = next(step for step in rest if isinstance(step, augment.Normalize))
+        normalize = next(step for step in rest if isinstance(step, Normalize))
         rest.remove(normalize)
-        operations = list(augment.augment_ops(transform))
+        operations = list(augment_ops(transform))
         self.length = max(1, sum(map(_longest, rest)))
         self.carry_out = Augment(
             normalize.mean,

@@ -17,7 +17,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from errors import UserError
+from base.errors import UserError
 from models import Student
 
 _logger = logging.getLogger(__name__)

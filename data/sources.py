@@ -23,9 +23,9 @@ from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from errors import UserError
-from pixels import UNREADABLE, Picture, decode, to_rgb
-from prepared import open_prepared
+from base.errors import UserError
+from data.image_ops import UNREADABLE, Picture, decode, to_rgb
+from data.packed import open_prepared
 
 
 class Source(Protocol):

@@ -1,7 +1,7 @@
 """Pictures in memory, read, cropped, resized and warped as Pillow does it, in less time.
 
 A picture is a Pillow image in RGB or an array (H, W, 3) uint8, which may be read-only. What differs
-from Pillow says by how much, in steps of 255; `tests/test_pixels.py` holds it to that.
+from Pillow says by how much, in steps of 255; `tests/test_image_ops.py` holds it to that.
 """
 
 import io

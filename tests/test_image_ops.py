@@ -11,8 +11,7 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
-import augment
-import pixels
+from data import image_ops, transforms
 
 
 def scene(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -35,7 +34,7 @@ def photographs(request: pytest.FixtureRequest) -> list[Image.Image]:
 
 def steps(ours: object, theirs: Image.Image) -> np.ndarray:
     """Return how far each value is from Pillow's, in steps of 255."""
-    return np.abs(np.asarray(pixels.as_image(ours)).astype(int) - np.asarray(theirs).astype(int))
+    return np.abs(np.asarray(image_ops.as_image(ours)).astype(int) - np.asarray(theirs).astype(int))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -45,24 +44,24 @@ def test_crops_are_resized_as_by_pillow_within_two_steps(
     for picture in photographs:
         width, height = picture.size
         for box in ((0, 0, height, width), (9, 5, 31, 47), (3, 2, height - 8, width // 2)):
-            directly = F.resized_crop(picture, *box, [64, 80], augment.interpolation_mode(mode))
+            directly = F.resized_crop(picture, *box, [64, 80], transforms.interpolation_mode(mode))
             filter_ = Image.Resampling[mode.upper()]
             part = F.crop(picture, *box)
             rows_first = part.resize((80, part.height), filter_).resize((80, 64), filter_)
             for form in (picture, np.asarray(picture)):
-                ours = pixels.crop_and_resize(form, box, (64, 80), mode)
+                ours = image_ops.crop_and_resize(form, box, (64, 80), mode)
                 assert steps(ours, rows_first).max() <= 2
                 assert steps(ours, rows_first).mean() < 0.01
                 assert steps(ours, directly).mean() < 0.3
 
 
 @pytest.mark.parametrize("mode", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
-@pytest.mark.parametrize("name", sorted(augment.SHIFTS))
+@pytest.mark.parametrize("name", sorted(transforms.SHIFTS))
 def test_shears_and_shifts_are_pillows_within_a_step(
     photographs: list[Image.Image], name: str, mode: Image.Resampling
 ) -> None:
     exact = auto_augment.NAME_TO_OP[name]
-    ours = augment.Shift(exact, name)
+    ours = transforms.Shift(exact, name)
     options = {"resample": mode, "fillcolor": (128, 9, 200)}
     for picture in photographs:
         for level, share in ((-0.4519, 2e-3), (0.0, 0), (0.0311, 2e-3), (0.967, 2e-3), (0.2, 0.1)):
@@ -74,16 +73,16 @@ def test_shifts_by_the_nearest_pixel_are_pillows() -> None:
     exact = auto_augment.NAME_TO_OP["ShearX"]
     options = {"resample": Image.Resampling.NEAREST, "fillcolor": (128, 9, 200)}
     picture = scene(40, 30)
-    assert not steps(augment.Shift(exact, "ShearX")(picture, 0.2, **options),
+    assert not steps(transforms.Shift(exact, "ShearX")(picture, 0.2, **options),
                      exact(picture, 0.2, **options)).any()  # fmt: skip
 
 
 def test_shifts_give_the_pixels_of_this_version() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
     by = np.arange(24) / 4 - 2  # quarters, in which every machine reckons exactly
-    moved = [pixels.shift_rows(Image.fromarray(noise), by, (128, 9, 200), cubic=cubic)
+    moved = [image_ops.shift_rows(Image.fromarray(noise), by, (128, 9, 200), cubic=cubic)
              for cubic in (False, True)]  # fmt: skip
-    found = [pixels.VERSION, *(zlib.crc32(np.asarray(each).tobytes()) for each in moved)]
+    found = [image_ops.VERSION, *(zlib.crc32(np.asarray(each).tobytes()) for each in moved)]
     assert found == [2, 1782900816, 2445857807], "other pixels: raise pixels.VERSION"
 
 
@@ -91,7 +90,7 @@ def test_normalising_is_torchvisions_bit_for_bit() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     picture = scene(48, 36)
     theirs = F.normalize(F.to_tensor(picture), mean, std)
-    normalize = augment.Normalize(mean, std)
+    normalize = transforms.Normalize(mean, std)
     array = np.asarray(picture)
     for form in (picture, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
         assert normalize(form).equal(theirs)
@@ -108,12 +107,12 @@ def test_jpeg_decodes_to_pillows_pixels(mode: str) -> None:
     for options in ({}, {"quality": 30, "progressive": True}, {"subsampling": 0}):
         data = encoded(scene(61, 45).convert(mode), **options)
         theirs = Image.open(io.BytesIO(data)).convert("RGB")
-        assert not steps(pixels.decode(data), theirs).any()
+        assert not steps(image_ops.decode(data), theirs).any()
 
 
 def test_real_jpeg_decodes_to_pillows_pixels(imagenet_sample: Path) -> None:
     for path in sorted((imagenet_sample / "val").glob("*/*"))[::37]:
-        assert not steps(pixels.decode(path.read_bytes()), Image.open(path).convert("RGB")).any()
+        assert not steps(image_ops.decode(path.read_bytes()), Image.open(path).convert("RGB")).any()
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
@@ -121,10 +120,10 @@ def test_half_a_picture_is_none(kind: str) -> None:
     data = encoded(scene(61, 45), format=kind)
     for part in (data[: len(data) // 2], data[:10], b""):
         with pytest.raises((OSError, SyntaxError)):
-            pixels.decode(part)
+            image_ops.decode(part)
 
 
 def test_without_simplejpeg_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "simplejpeg", None)
+    monkeypatch.setattr(image_ops, "simplejpeg", None)
     data = encoded(scene(61, 45))
-    assert isinstance(pixels.decode(data), Image.Image)
+    assert isinstance(image_ops.decode(data), Image.Image)

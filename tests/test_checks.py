@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import distributed
 import models
 import options
-import preflight
-from errors import UserError
-from preflight import label_order, measure, teacher_findings
+from base import distributed
+from base.errors import UserError
+from checks import diagnose, dry_run
+from checks.diagnose import label_order, teacher_findings
+from checks.dry_run import measure
 
 
 def test_sizes_by_hand() -> None:
@@ -54,7 +55,7 @@ def planned(*flags: str) -> dict[str, str]:
     """Return the lines of a plan, behind their settings, by their first word."""
     args = options.parse_args(["--num_workers", "0", *flags]).args
     processes = distributed.init_processes("cpu")
-    lines = preflight.build_plan(args, processes, models.build_input_config(args), None)
+    lines = dry_run.build_plan(args, processes, models.build_input_config(args), None)
     return dict(line.partition(": ")[::2] for line in lines if ": " in line)
 
 
@@ -104,8 +105,8 @@ def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
     args = options.parse_args(["--model", "deit_tiny_patch16_224", "--drop-path", "0.1"]).args
     inputs = models.build_input_config(args)
 
-    def student(**flags: bool) -> preflight.Planned:
-        return preflight._build_planned_student(Namespace(**vars(args) | flags), 10, inputs)
+    def student(**flags: bool) -> dry_run.Planned:
+        return dry_run._build_planned_student(Namespace(**vars(args) | flags), 10, inputs)
 
     plain, spared = student(), student(grad_checkpointing=True)
     frozen = student(attn_only=True)
@@ -113,8 +114,8 @@ def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
     assert spared.size.kept_bytes > plain.size.kept_bytes / 12  # a block, and all inputs
     assert frozen.size.trained < frozen.size.parameters == plain.size.trained
     assert frozen.size.kept_bytes < plain.size.kept_bytes
-    words = preflight._build_memory(args, plain, [], None)
-    assert f"{preflight.amount(plain.size.kept_bytes * args.batch_size)} for the 64" in words
+    words = dry_run._build_memory(args, plain, [], None)
+    assert f"{dry_run.amount(plain.size.kept_bytes * args.batch_size)} for the 64" in words
     assert plain.size.kept_bytes > 12 * 197 * 192 * 4 * 10  # q, k, v, MLP and more, each block
 
 
@@ -124,7 +125,7 @@ def test_a_plan_counts_the_views_of_a_cache_in_units_that_show_something() -> No
     assert found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
         "2 views"  # fmt: skip
     assert "with all, 28.0 KiB with 3, " in planned(*flags, "3")["cache"]
-    assert preflight.amount(3 * 2**40) == "3.0 TiB" and preflight.amount(5) == "5.0 bytes"
+    assert dry_run.amount(3 * 2**40) == "3.0 TiB" and dry_run.amount(5) == "5.0 bytes"
 
 
 def test_a_plan_sees_every_teacher_at_the_size_it_was_trained_at(tmp_path: Path) -> None:
@@ -134,9 +135,9 @@ def test_a_plan_sees_every_teacher_at_the_size_it_was_trained_at(tmp_path: Path)
         ["--distillation-type", "soft", "--teacher-model", "resnet_pico", "--teacher-path",
          str(tmp_path / "t.pth"), "--teacher-model", "deit_pico_patch8_32", "--teacher-path", "x"]
     ).args  # fmt: skip
-    found = preflight._build_planned_teachers(args, 10)
+    found = dry_run._build_planned_teachers(args, 10)
     assert [teacher.side for teacher in found] == [(40, 40), (32, 32)]
-    assert preflight._build_planned_teachers(options.parse_args([]).args, 10) == []
+    assert dry_run._build_planned_teachers(options.parse_args([]).args, 10) == []
 
 
 @pytest.mark.slow
@@ -178,7 +179,7 @@ def test_check_finds_few_patches_and_a_teacher_of_other_classes(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "2 classes in another order" in result.stdout and "patches only" not in result.stdout
-    assert preflight.classes_of("") is None
+    assert diagnose.classes_of("") is None
 
 
 @pytest.mark.slow

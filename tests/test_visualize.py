@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import models
-import pictures
-from augment import InputConfig
+from checks import visualize
+from data.transforms import InputConfig
 
 INPUTS = InputConfig((32, 48), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 1.0)
 
@@ -15,33 +15,33 @@ INPUTS = InputConfig((32, 48), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 1.0)
 def test_a_picture_looks_as_before_it_was_normalised() -> None:
     plain = torch.rand(2, 3, 5, 7)
     mean, std = (torch.tensor(v)[:, None, None] for v in (INPUTS.mean, INPUTS.std))
-    shown = pictures.to_uint8((plain - mean) / std, INPUTS)
+    shown = visualize.to_uint8((plain - mean) / std, INPUTS)
     assert (shown.float() - plain * 255).abs().max() <= 1
 
 
 def test_an_opinion_names_what_weighs_most() -> None:
     shares = torch.tensor([0.04, 0.26, 0.7])
-    assert pictures.opinion(shares, ["a", "b", "c"]) == "c (70%), b (26%)"
-    assert pictures.opinion(torch.tensor([0.0, 1.0]), None) == "1 (100%)"
+    assert visualize.opinion(shares, ["a", "b", "c"]) == "c (70%), b (26%)"
+    assert visualize.opinion(torch.tensor([0.0, 1.0]), None) == "1 (100%)"
 
 
 def test_a_grid_has_room_for_every_picture_and_caption() -> None:
-    sheet = pictures.grid(torch.zeros(5, 3, 32, 48, dtype=torch.uint8), [["x", "y"]] * 5)
+    sheet = visualize.grid(torch.zeros(5, 3, 32, 48, dtype=torch.uint8), [["x", "y"]] * 5)
     assert sheet.shape == (3, 2 * (128 + 2 * 19 + 6), 4 * 196) and sheet.dtype == torch.uint8
     assert sheet.float().mean() > 0 and (sheet[:, :128, :192] == 0).all()
 
 
 def test_a_long_caption_stays_within_its_picture() -> None:
-    sheet = pictures.grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [["m" * 60], ["m"]])
+    sheet = visualize.grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [["m" * 60], ["m"]])
     assert (sheet[:, 192:, 192:196] == 255).all() and (sheet[:, 192:, :192] < 255).any()
 
 
 def test_attention_is_shown_for_each_prefix_token_and_leaves_no_hook() -> None:
     network = models.create_model("deit_pico_distilled_patch8_32", img_size=(32, 48)).train()
-    sheet = pictures.attention(network, torch.randn(2, 3, 32, 48), INPUTS)
+    sheet = visualize.attention(network, torch.randn(2, 3, 32, 48), INPUTS)
     assert sheet.shape[2] == 6 * 196 and network.training
     assert not any(module._forward_hooks for module in network.modules())
-    assert pictures.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32),
+    assert visualize.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32),
                               INPUTS) is None  # fmt: skip
 
 

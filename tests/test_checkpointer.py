@@ -21,14 +21,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import distributed
 import engine
-import resume
-from errors import EXIT_STOPPED, Stopped, UserError
+from base import distributed, files, safe_load
+from base.errors import EXIT_STOPPED, Stopped, UserError
 from losses import DistillationLoss
 from models.features import Observed, Tap
 from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
+from training.checkpointer import Keeper, alike, is_auto
 
 CPU = torch.device("cpu")
 
@@ -94,7 +93,7 @@ def test_a_signal_ends_the_step_saves_and_has_a_code_of_its_own(
     assert process.wait(60) == EXIT_STOPPED
     text = (tmp_path / "out.log").read_text()
     assert f"Stopped by {name}" in text and "Traceback" not in text and "killed" not in text
-    assert checkpoint.read_weights_file(tmp_path / "out" / "checkpoint.pth")["global_step"] >= 2
+    assert safe_load.read_weights_file(tmp_path / "out" / "checkpoint.pth")["global_step"] >= 2
 
 
 def stop_second(folder_flags: list[str], tmp_path: Path, words: str, number: int, *launch: str):
@@ -169,7 +168,7 @@ class Tiny(nn.Module):
         self.layer = nn.Linear(width, 2)
 
 
-def keeper(folder: Path | str, width: int = 3, **changes: Any) -> resume.Keeper:
+def keeper(folder: Path | str, width: int = 3, **changes: Any) -> Keeper:
     """A keeper of a tiny run that has made one update; `changes` to its settings or facts."""
     network = Tiny(width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
@@ -179,7 +178,7 @@ def keeper(folder: Path | str, width: int = 3, **changes: Any) -> resume.Keeper:
     facts = {"processes": 1, "data": "24 + 12 pictures"}
     settings |= {k: v for k, v in changes.items() if k not in facts}
     facts |= {k: v for k, v in changes.items() if k in facts}
-    made = resume.Keeper(
+    made = Keeper(
         str(folder), {"model": network, "optimizer": optimizer}, engine.Tally(CPU),
         settings=settings, facts=facts, steps=6, device=CPU, keep=3,
     )  # fmt: skip
@@ -213,7 +212,7 @@ def test_a_url_is_fetched_by_all_processes_together(
         return tmp_path / "checkpoint.pth"
 
     monkeypatch.setattr(distributed, "on_main", on_main)
-    monkeypatch.setattr(checkpoint, "fetch", fetch)
+    monkeypatch.setattr(safe_load, "fetch", fetch)
     for source in ("https://host/run-12345678.pth", "auto:https://host/run-12345678.pth"):
         assert "epoch 1" in keeper(tmp_path / "empty").resume(source)
 
@@ -314,8 +313,8 @@ def test_what_is_in_the_way_of_moving_in_is_one_line(name: str, tmp_path: Path) 
 
 
 def test_a_file_whose_name_begins_with_auto_is_a_file() -> None:
-    assert resume.is_auto("auto") and resume.is_auto("auto:run.pth")
-    assert not resume.is_auto("autosaved/run.pth") and not resume.is_auto("")
+    assert is_auto("auto") and is_auto("auto:run.pth")
+    assert not is_auto("autosaved/run.pth") and not is_auto("")
 
 
 @pytest.mark.parametrize(
@@ -327,7 +326,7 @@ def test_a_file_whose_name_begins_with_auto_is_a_file() -> None:
     ],
 )  # fmt: skip
 def test_a_setting_of_an_optimizer_is_of_our_kind(found: Any, ours: Any, fits: bool) -> None:
-    assert resume.alike(found, ours) == fits
+    assert alike(found, ours) == fits
 
 
 @pytest.mark.parametrize(
@@ -396,7 +395,7 @@ def test_a_second_signal_ends_the_process_at_once(
         assert codes == [128 + signal.SIGUSR1]
         with pytest.raises(Stopped):
             kept.after_update(9)
-    assert checkpoint.read_weights_file(tmp_path / "checkpoint.pth")["global_step"] == 9
+    assert safe_load.read_weights_file(tmp_path / "checkpoint.pth")["global_step"] == 9
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -520,7 +519,7 @@ KINDS = ["cut", "flip", "overwrite", "noise", "empty", "key", "shape", "type", "
          "hostile", "pickle", "folder", "loop", "bomb"]  # fmt: skip
 
 
-def state_of(run: resume.Keeper) -> dict[str, Any]:
+def state_of(run: Keeper) -> dict[str, Any]:
     """All that a run is, in plain values."""
     parts = {name: part.state_dict() for name, part in run.parts.items()}
     return parts | {"tally": run.tally.state_dict(), "epoch": run.epoch, "best": run.best,
@@ -589,7 +588,7 @@ def rewrite(path: Path, change: Callable[[dict], Any]) -> None:
     content = torch.load(path, weights_only=True)
     change(content)
     del content["outline"]
-    torch.save(content | {"outline": checkpoint.outline(content)}, path)
+    torch.save(content | {"outline": files.outline(content)}, path)
 
 
 @pytest.mark.parametrize(
@@ -680,7 +679,7 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
         )  # fmt: skip
     for words in ("2 updates in a row", "epoch 5, step 2", "loss nan", "bad_batch.pth"):
         assert words in str(caught.value)
-    saved = checkpoint.read_weights_file(tmp_path / "bad_batch.pth")
+    saved = safe_load.read_weights_file(tmp_path / "bad_batch.pth")
     again = OneHead()
     again.load_state_dict(saved["model"])
     engine.seed_step(saved["seed"], "step", saved["epoch"], saved["micro_step"], saved["rank"])
@@ -691,7 +690,7 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
 def test_the_file_of_a_bad_batch_is_read_again_also_with_what_a_teacher_saw(tmp_path: Path) -> None:
     seen = Observed(torch.ones(2, 3), {(0, Tap("hidden", 1)): torch.full((2, 5, 4), torch.inf)})
     path = keeper(tmp_path).save_bad_batch({"teacher_outputs": seen, "epoch": 1})
-    saved = checkpoint.read_weights_file(path)["teacher_outputs"]
+    saved = safe_load.read_weights_file(path)["teacher_outputs"]
     assert torch.equal(saved["logits"], seen.logits)
     assert [torch.equal(x, y) for x, y in zip(saved["states"].values(), seen.states.values())]
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import Lost, UserError
+from base.errors import Lost, UserError
 
 _logger = logging.getLogger(__name__)
 SAID = "somebody has said it"

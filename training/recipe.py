@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from errors import UserError
+from base.errors import UserError
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from errors import UserError
+from base.errors import UserError
 
 Key = tuple[int, int]
 ROUNDING = 256  # DeiT keeps a multiple of this many samples in an epoch of repeated augmentation

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import distributed
-from errors import UserError, differences
+from base import distributed
+from base.errors import UserError, differences
 
 FORMAT = 3
 MANIFEST, MARKS = "manifest.json", "marks"

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from augment import InputConfig
+from base.errors import UserError
+from data.transforms import InputConfig
 from datasets import DeviceLoader
-from errors import UserError
 from models.features import FeatureTaps, Tap, layout_of
 
 SIDE, LINE, LETTERS = 192, 19, 15  # pixels of a tile, of a line of its caption, and of its letters

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
 import losses
-from errors import UserError
+from base import distributed
+from base.errors import UserError
+from distill.teacher import build_sources
 from matching import NO_DECAY, PROJ_MAP, IntermediateMatch, read_match, several
 from models import Student
 from models.features import ADAPTORS, Observed, Tap, taps_on
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, clamp_temperature
-from teachers import build_sources
 
 _logger = logging.getLogger(__name__)
 SIMILARITIES = {"cos": losses.cos_sim, "dot": losses.dot_score}

@@ -19,16 +19,14 @@ import torch
 from PIL import Image
 
 import datasets
-import pixels
-import prepared
-import sources
-from augment import InputConfig
+from base.distributed import Processes
+from base.errors import UserError
+from data import image_ops, packed, sources
+from data.image_ops import size_of
+from data.packed import Prepared
+from data.transforms import InputConfig
 from datasets import build_dataset, build_loaders
-from distributed import Processes
-from errors import UserError
 from options import get_args_parser
-from pixels import size_of
-from prepared import Prepared
 from tools import prepare_data as tool
 
 INPUTS = InputConfig((40, 40), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -153,10 +151,10 @@ def test_neither_workers_nor_processes_change_a_pixel(made: Path) -> None:
 def test_a_killed_preparation_goes_on_to_the_same_bits(
     form: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "SYNC_ROWS", 2)
+    monkeypatch.setattr(packed, "SYNC_ROWS", 2)
     whole = content(prepare(folder, tmp_path / "whole", "--format", form))
-    row = prepared.ROW.itemsize
-    rows = np.frombuffer(whole["train.table"], prepared.ROW)
+    row = packed.ROW.itemsize
+    rows = np.frombuffer(whole["train.table"], packed.ROW)
     size = len(whole["train.bin"])
     for number, (table, pictures) in enumerate([
         (0, 0), (0, 17), (2 * row, int(rows["offset"][2])), (2 * row, int(rows["offset"][3]) + 5),
@@ -164,8 +162,8 @@ def test_a_killed_preparation_goes_on_to_the_same_bits(
     ]):  # fmt: skip
         target = tmp_path / f"killed{number}"
         target.mkdir()
-        plan = json.loads(whole[prepared.MANIFEST])["plan"]
-        (target / prepared.PLAN).write_text(json.dumps({"plan": plan}))
+        plan = json.loads(whole[packed.MANIFEST])["plan"]
+        (target / packed.PLAN).write_text(json.dumps({"plan": plan}))
         (target / "train.table").write_bytes(whole["train.table"][:table])
         (target / "train.bin").write_bytes(whole["train.bin"][:pictures])
         with pytest.raises(UserError, match="not finished; start"):
@@ -174,14 +172,14 @@ def test_a_killed_preparation_goes_on_to_the_same_bits(
 
 
 def _prepare_and_die(folder: Path, target: Path) -> None:
-    append = prepared.Writer.append
+    append = packed.Writer.append
 
-    def last(writer: prepared.Writer, *entry: object) -> None:
+    def last(writer: packed.Writer, *entry: object) -> None:
         if writer.rows == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         append(writer, *entry)
 
-    prepared.Writer.append = last
+    packed.Writer.append = last
     prepare(folder, target, "--num-workers", "2")
 
 
@@ -200,9 +198,9 @@ def test_after_a_kill_no_whole_picture_is_lost_and_no_worker_holds_the_files(
 
 def test_two_processes_do_not_write_the_same_files(folder: Path, tmp_path: Path) -> None:
     made = prepare(folder, tmp_path / "out")
-    plan = json.loads((made / prepared.MANIFEST).read_text())["plan"]
-    (made / prepared.MANIFEST).unlink()
-    (made / prepared.PLAN).write_text(json.dumps({"plan": plan}))
+    plan = json.loads((made / packed.MANIFEST).read_text())["plan"]
+    (made / packed.MANIFEST).unlink()
+    (made / packed.PLAN).write_text(json.dumps({"plan": plan}))
     with open(made / "train.table", "r+b") as table:
         fcntl.lockf(table, fcntl.LOCK_EX)
         fork = multiprocessing.get_context("fork")
@@ -224,8 +222,8 @@ def _refused(folder: Path, made: Path) -> int:
 def test_a_picture_is_decoded_once(
     form: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, decode = [], pixels.decode
-    for room in (pixels, sources):
+    seen, decode = [], image_ops.decode
+    for room in (image_ops, sources):
         monkeypatch.setattr(room, "decode", lambda data: seen.append(data) or decode(data))
     prepare(folder, tmp_path / "out", "--format", form)
     assert len(seen) == 10
@@ -233,9 +231,9 @@ def test_a_picture_is_decoded_once(
 
 def test_what_was_damaged_while_it_was_off_is_made_again(folder: Path, tmp_path: Path) -> None:
     whole = content(prepare(folder, tmp_path / "out"))
-    manifest = json.loads((tmp_path / "out" / prepared.MANIFEST).read_text())
-    (tmp_path / "out" / prepared.MANIFEST).unlink()
-    (tmp_path / "out" / prepared.PLAN).write_text(json.dumps({"plan": manifest["plan"]}))
+    manifest = json.loads((tmp_path / "out" / packed.MANIFEST).read_text())
+    (tmp_path / "out" / packed.MANIFEST).unlink()
+    (tmp_path / "out" / packed.PLAN).write_text(json.dumps({"plan": manifest["plan"]}))
     flip_a_bit(tmp_path / "out" / "train.bin", 5000)
     assert content(prepare(folder, tmp_path / "out")) == whole
 
@@ -249,7 +247,7 @@ def flip_a_bit(path: Path, place: int) -> None:
 def test_other_settings_and_foreign_folders_are_refused(
     folder: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    form = json.loads((made / prepared.MANIFEST).read_text())["kind"]
+    form = json.loads((made / packed.MANIFEST).read_text())["kind"]
     assert tool.main([str(folder), str(made), "--short-side", "44", "--format", form]) == 2
     assert "begun otherwise: short side was 45 and is 44" in capsys.readouterr().err
     prepare(folder, made, "--format", form)
@@ -281,7 +279,7 @@ def test_damage_is_found(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     flip_a_bit(target / "train.bin", int(source._rows["offset"][4]) + 30)
     assert tool.main([str(target), "--verify"]) == 2
     assert f"1 pictures are damaged (4 (train) of {target})" in capsys.readouterr().err
-    if source.kind == prepared.JPEG:
+    if source.kind == packed.JPEG:
         data, _ = build_dataset(True, settings(target), INPUTS)
         with pytest.raises(UserError, match="cannot be read: damaged"):
             data[4]
@@ -294,14 +292,14 @@ def test_what_is_no_prepared_data_set_is_told(made: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="no prepared data set there"):
         load(tmp_path)
     target = shutil.copytree(made, tmp_path / "copy")
-    manifest = json.loads((target / prepared.MANIFEST).read_text())
+    manifest = json.loads((target / packed.MANIFEST).read_text())
     for change, wanted in (({"format": 9}, "format 9, this program reads 1"),
                            ({"splits": {"val": manifest["splits"]["val"]}}, "has no train part"),
                            ):  # fmt: skip
-        (target / prepared.MANIFEST).write_text(json.dumps(manifest | change))
+        (target / packed.MANIFEST).write_text(json.dumps(manifest | change))
         with pytest.raises(UserError, match=wanted):
             load(target)
-    (target / prepared.MANIFEST).write_text("{")
+    (target / packed.MANIFEST).write_text("{")
     with pytest.raises(UserError, match="not readable"):
         load(target)
 
@@ -309,13 +307,13 @@ def test_what_is_no_prepared_data_set_is_told(made: Path, tmp_path: Path) -> Non
 def test_the_fingerprint_knows_every_bit_but_not_the_place(made: Path, tmp_path: Path) -> None:
     target = shutil.copytree(made, tmp_path / "copy")
     assert load(target).fingerprint() == load(made).fingerprint()
-    rows = np.fromfile(target / "train.table", prepared.ROW)
+    rows = np.fromfile(target / "train.table", packed.ROW)
     rows["crc"][2] ^= 1
     rows.tofile(target / "train.table")
-    manifest = json.loads((target / prepared.MANIFEST).read_text())
-    digest = prepared.hashlib.sha256(rows.tobytes()).hexdigest()
+    manifest = json.loads((target / packed.MANIFEST).read_text())
+    digest = packed.hashlib.sha256(rows.tobytes()).hexdigest()
     manifest["splits"]["train"]["table"] = digest
-    (target / prepared.MANIFEST).write_text(json.dumps(manifest))
+    (target / packed.MANIFEST).write_text(json.dumps(manifest))
     assert load(target).fingerprint() != load(made).fingerprint()
 
 
@@ -328,7 +326,7 @@ def test_bad_pictures_end_the_preparation_or_are_left_out(
     assert tool.main([str(source), str(tmp_path / "out"), "--num-workers", "0"]) == 2
     assert str(bad) in capsys.readouterr().err
     made = prepare(source, tmp_path / "skip", "--on-bad-image", "skip")
-    rows = np.fromfile(made / "train.table", prepared.ROW)
+    rows = np.fromfile(made / "train.table", packed.ROW)
     assert rows["place"].tolist() == [0, 1, 2, 4, 5, 6]
     assert rows["label"].tolist() == [0, 0, 0, 1, 1, 1]
 
@@ -353,7 +351,7 @@ def test_workers_that_do_not_fork_open_the_files_again(made: Path) -> None:
 
 
 def test_every_checksum_is_of_its_pictures_bytes(made: Path) -> None:
-    rows = np.fromfile(made / "val.table", prepared.ROW)
+    rows = np.fromfile(made / "val.table", packed.ROW)
     data = (made / "val.bin").read_bytes()
     for row in rows:
         start = int(row["offset"])
@@ -361,8 +359,6 @@ def test_every_checksum_is_of_its_pictures_bytes(made: Path) -> None:
 
 
 def test_a_manifest_that_lacks_a_word_is_refused(tmp_path: Path) -> None:
-    (tmp_path / prepared.MANIFEST).write_text(
-        json.dumps({"format": 1, "splits": {}, "flips": True})
-    )
+    (tmp_path / packed.MANIFEST).write_text(json.dumps({"format": 1, "splits": {}, "flips": True}))
     with pytest.raises(UserError, match="does not say classes, kind;"):
-        prepared.read_manifest(tmp_path)
+        packed.read_manifest(tmp_path)

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from errors import UserError, differences
-from pixels import Picture, as_image, decode
+from base.errors import UserError, differences
+from data.image_ops import Picture, as_image, decode
 
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "unfinished.json"

@@ -8,26 +8,19 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import cache
-import checkpoint
 import models
-import pixels
-from augment import InputConfig, is_mixing
-from datasets import Loaders, may_mirror
-from distributed import Processes
-from errors import UserError
+from base import safe_load
+from base.errors import UserError
+from data.transforms import InputConfig
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
-from transfer import send
 
 _logger = logging.getLogger(__name__)
 MOST_PIXELS = 4096  # on a side; more than any classifier takes
@@ -186,145 +179,6 @@ class Answers(nn.Module):
         return sum(logits) / len(logits) if isinstance(logits, list) else logits
 
 
-class CachedTeacher:
-    """A teacher's answers from a store; what is not in it, the live teacher says, and is written.
-
-    epoch_rows: rows of an epoch of the cycle; needed: how many of them whole batches take.
-    The row of a picture is its place in the common order of all processes in its epoch of the
-    cycle. What was just written is read back, so that the writing run and the reading runs are
-    the same.
-    """
-
-    def __init__(
-        self,
-        store: cache.Store,
-        live: Callable[[Tensor, Any], Tensor] | None,
-        *,
-        epoch_rows: int,
-        needed: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        verify: bool = False,
-    ) -> None:
-        self.store, self.live, self.verify = store, live, verify
-        self.epoch_rows, self.needed, self.batch_size = epoch_rows, needed, batch_size
-        self.rank, self.world_size = rank, world_size
-
-    def __call__(self, images: Tensor, place: tuple[int, int]) -> Tensor:
-        """images: (B, 3, height, width); place: (epoch of the cycle, micro-step).
-
-        Returns logits (B, C). Raises UserError for rows that are missing or, verifying, wrong.
-        """
-        epoch, micro = place
-        order = micro * self.batch_size + np.arange(len(images))
-        rows = epoch * self.epoch_rows + order * self.world_size + self.rank
-        done = self.store.done(rows)
-        if not done.all():
-            if self.live is None or self.verify:
-                raise UserError(
-                    f"--teacher-cache {self.store.folder}: {self.missing()} of "
-                    f"{self.views * self.needed} rows are missing, and {np.count_nonzero(~done)} "
-                    f"missing or damaged in batch {micro} of epoch {epoch}; go on writing with "
-                    "--teacher-cache-mode write"
-                )
-            self.store.write(rows, self.live(images, place))
-        logits = self.store.read(rows)
-        if self.verify:
-            same = self.store.agrees(rows, self.live(images, place))
-            if not same.all():
-                raise UserError(
-                    f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} "
-                    f"rows in batch {micro} of epoch {epoch} are not what the teacher "
-                    "says; delete it"
-                )
-        return send(logits, images.device, pin=True)
-
-    @property
-    def views(self) -> int:
-        """How many epochs the cycle has, after which views and mixing come again."""
-        return self.store.rows // self.epoch_rows
-
-    def missing(self) -> int:
-        """Return how many of the rows that whole batches need are not written."""
-        return self.store.missing(self.views, self.needed)
-
-    def describe(self) -> str:
-        missing = self.missing()
-        whole = f"{self.views * self.needed}"
-        state = f"{missing} of {whole} still to write" if missing else f"complete ({whole})"
-        return (
-            f"answers in {self.store.folder}, {self.views} epochs of views,"
-            f" {self.store.keep}, {self.store.size() / 2**20:.1f} MiB, {state}; "
-            + ("no network is loaded" if self.live is None else self.live.describe())
-        )
-
-
-def build_cached_teacher(
-    args: Namespace,
-    loaders: Loaders,
-    student_inputs: InputConfig,
-    processes: Processes,
-    amp_dtype: torch.dtype | None = None,
-) -> CachedTeacher:
-    """Return the teacher of the command line behind its cache; a complete one needs no network.
-
-    Raises UserError for a cache that was written under other settings, naming those that differ.
-    """
-    sampler, mode = loaders.train_sampler, args.teacher_cache_mode
-    if sampler is None:
-        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
-    if args.teacher_logits == "apart" and len(build_sources(args)[0]) > 1:
-        raise UserError("--teacher-cache keeps the mean of several teachers, not --teacher-logits "
-                        "apart; leave out one of them")  # fmt: skip
-    epoch_rows = sampler.kept
-    views = args.teacher_cache_views or _pick_views(args.teacher_cache, mode, args.epochs)
-    store = cache.Store(
-        args.teacher_cache, rows=views * epoch_rows, num_classes=loaders.num_classes,
-        keep=cache.read_topk(args.teacher_cache_topk, loaders.num_classes),
-        facts={VIEWS: views} | build_facts(args, loaders, student_inputs, processes, amp_dtype),
-        may_create=mode in ("auto", "write"),
-    )  # fmt: skip
-    needed = len(loaders.train) * args.batch_size * processes.world_size
-    reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
-    live = None if reads else build_teacher(
-        args, loaders.num_classes, student_inputs, processes.device, amp_dtype
-    )  # fmt: skip
-    return CachedTeacher(
-        store, live, epoch_rows=epoch_rows, needed=needed, batch_size=args.batch_size,
-        rank=processes.rank, world_size=processes.world_size, verify=mode == "verify",
-    )  # fmt: skip
-
-
-VIEWS = "--teacher-cache-views"
-
-
-def _pick_views(folder: str, mode: str, epochs: int) -> int:
-    """Return the epochs of the cycle where no flag says: the cache's own, of a new one `epochs`.
-
-    In a longer run than the cycle the views come again, so it is not the run with the live teacher.
-    Raises UserError for that, unless the mode says to read what there is.
-    """
-    found = (cache.read_manifest(folder) or {}).get(VIEWS, epochs)
-    if found >= epochs or mode == "verify":
-        return found
-    if mode != "read":
-        raise UserError(
-            f"--teacher-cache {folder}: has {found} epochs of views, --epochs is {epochs}; take "
-            f"them in turn with {VIEWS} {found}, or give another folder"
-        )
-    _logger.info("--teacher-cache has %d epochs of views, which come again in these %d epochs",
-                 found, epochs)  # fmt: skip
-    return found
-
-
-TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
-             "recount", "on_bad_image", "augment_on")  # fmt: skip
-MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
-          "batch_size")  # fmt: skip
-LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
-
-
 def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
     """Return names and files of the teachers; an empty file stands for timm's weights."""
     names, paths = (
@@ -344,7 +198,7 @@ def build_identity(args: Namespace) -> list[str]:
     if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
         return []
     return [
-        (checkpoint.fingerprint(path) if path else _published(name)) + _code(name)
+        (safe_load.fingerprint(path) if path else _published(name)) + _code(name)
         for name, path in zip(*build_sources(args))
     ]
 
@@ -352,7 +206,7 @@ def build_identity(args: Namespace) -> list[str]:
 def _code(name: str) -> str:
     """Return which code a registered network is, where it is neither timm's nor ours; else ""."""
     file = models.plugins.source_of(name)
-    return f", network by {checkpoint.fingerprint(file)}" if file else ""
+    return f", network by {safe_load.fingerprint(file)}" if file else ""
 
 
 def _published(name: str) -> str:
@@ -362,61 +216,9 @@ def _published(name: str) -> str:
         if not Path(folder).is_dir():
             raise UserError(f"teacher {name}: no such folder")
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-        return ", ".join(f"{path.name} {checkpoint.fingerprint(str(path))}" for path in files)
+        return ", ".join(f"{path.name} {safe_load.fingerprint(str(path))}" for path in files)
     file = models.released.find(name)
     return file.url if file else "timm's"
-
-
-def _version(library: str) -> str:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "none"
-
-
-def build_facts(
-    args: Namespace,
-    loaders: Loaders,
-    student_inputs: InputConfig,
-    processes: Processes,
-    amp_dtype: torch.dtype | None,
-) -> dict[str, Any]:
-    """Return all that determines a teacher's answer to the picture at a place, as plain values.
-
-    What evaluation alone sees is not among it. A new flag that reaches the pixels belongs here;
-    tests/test_cache.py asks of every one where it belongs.
-    """
-    names, _ = build_sources(args)
-    source = loaders.data[0].source
-    mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
-    where = processes.device.type
-    if where == "cpu" and amp_dtype is None and models.fast.prefers_onednn():
-        where = "cpu by oneDNN"  # whose last digits are others
-    facts: dict[str, Any] = {
-        "teacher": list(names),
-        "teacher weights": build_identity(args),
-        "teacher shares": args.teacher_weight or [],
-        "teacher precision": f"{amp_dtype or 'float32'} on {where}",
-        "teacher compiled": args.torchcompile or "no",
-        "data": loaders.fingerprint(of_train=True),
-        "form of the data": getattr(source, "form", "as it came"),
-        "seed": args.seed,
-        "views of a picture in an epoch": loaders.train_sampler.repeats,
-        "mirrored": may_mirror(args.data_set, source),
-        "input": _of_training(student_inputs),
-        "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
-    }
-    if mixes:  # partners come from the batch
-        facts["mixing"]["processes"] = processes.world_size
-    facts |= {name: getattr(args, name) for name in TRANSFORM}
-    facts["version of our pixels"] = pixels.VERSION
-    return facts | {f"version of {name}": _version(name) for name in LIBRARIES}
-
-
-def _of_training(inputs: InputConfig) -> dict[str, Any]:
-    """Return what of `inputs` reaches a training picture, as plain values."""
-    found = {"size": list(inputs.input_size), "mean": list(inputs.mean), "std": list(inputs.std)}
-    return found | ({"interpolation": inputs.interpolation} if inputs.is_small else {})
 
 
 def build_teacher(
@@ -486,7 +288,7 @@ def _trained_with(name: str, path: str) -> dict[str, Any]:
 
     Raises UserError for an input size, mean or std that is none.
     """
-    settings = checkpoint.read_weights_file(path).get("args") if path else None
+    settings = safe_load.read_weights_file(path).get("args") if path else None
     if not isinstance(settings, dict) or settings.get("model") != name:
         return {}
     for key, kind, counts, least, most in (

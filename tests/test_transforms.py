@@ -12,9 +12,19 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
-import augment
-from augment import InputConfig, build_mixup, build_transform
-from errors import UserError
+from base.errors import UserError
+from data.transforms import (
+    AnyBatchMixup,
+    InputConfig,
+    Mixup,
+    Transform,
+    augment_ops,
+    build_mixup,
+    build_transform,
+    posterize,
+    three_augment,
+    train_transform,
+)
 from options import get_args_parser
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -32,7 +42,7 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def seeded(transform: augment.Transform, picture: Image.Image, seed: int = 0) -> Tensor:
+def seeded(transform: Transform, picture: Image.Image, seed: int = 0) -> Tensor:
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     return transform(picture)
 
@@ -132,7 +142,7 @@ def test_training_is_timms_transform_in_almost_every_pixel() -> None:
 @pytest.mark.parametrize("policy", ["none", "original", "augmix-m3-w3", "rand-m9-inc1"])
 def test_small_inputs_are_timms_in_every_pixel_after_the_crop(policy: str) -> None:
     inputs = InputConfig((32, 32), **IMAGENET)
-    ours = augment.train_transform(inputs, policy=policy)
+    ours = train_transform(inputs, policy=policy)
     timms = create_transform(
         (3, 32, 32), is_training=True, color_jitter=0.3, interpolation="bicubic",
         auto_augment=None if policy == "none" else policy, re_prob=0.25, re_mode="pixel",
@@ -147,7 +157,7 @@ def test_small_inputs_are_timms_in_every_pixel_after_the_crop(policy: str) -> No
 @pytest.mark.parametrize("policy", ["", "none", " None "])
 def test_no_policy_leaves_crop_flip_and_colour_jitter(policy: str) -> None:
     transform = build_transform(True, settings("--aa", policy), WIDE)
-    assert not list(augment.augment_ops(transform))
+    assert not list(augment_ops(transform))
     kinds = [type(step).__name__ for step in transform.transforms]
     wanted = ["RandomResizedCrop", "RandomHorizontalFlip", "function", "ColorJitter"]
     assert kinds[:4] == wanted
@@ -183,7 +193,7 @@ def test_an_unknown_policy_is_refused_in_one_line(policy: str) -> None:
 
 
 def test_randaugment_survives_a_thousand_draws() -> None:
-    transform = augment.train_transform(replace(PLAIN, input_size=(16, 16)))
+    transform = train_transform(replace(PLAIN, input_size=(16, 16)))
     image = noise(16, 16)
     for seed in range(1000):
         assert seeded(transform, image, seed).isfinite().all()
@@ -191,19 +201,19 @@ def test_randaugment_survives_a_thousand_draws() -> None:
 
 @pytest.mark.parametrize("policy", ["rand-m10-n4-inc1", "original", "v0", "augmix-m10-w2", "3a"])
 def test_every_policy_survives_its_largest_magnitude(policy: str) -> None:
-    transform = augment.train_transform(replace(PLAIN, input_size=(16, 16)), policy=policy)
+    transform = train_transform(replace(PLAIN, input_size=(16, 16)), policy=policy)
     for seed in range(60):
         assert seeded(transform, noise(16, 16), seed).shape == (3, 16, 16)
 
 
 def test_posterizing_keeps_one_bit_at_least() -> None:
     image = Image.fromarray(np.array([[[0, 127, 128], [255, 200, 64]]], dtype=np.uint8))
-    kept = [np.array(augment.posterize(image, bits)).tolist() for bits in (0, 1, 2, 8)]
+    kept = [np.array(posterize(image, bits)).tolist() for bits in (0, 1, 2, 8)]
     one_bit = [[[0, 0, 128], [128, 128, 0]]]
     assert kept == [one_bit, one_bit, [[[0, 64, 128], [192, 192, 64]]], np.array(image).tolist()]
-    for transform in (augment.train_transform(WIDE), augment.train_transform(WIDE, policy="v0")):
-        ops = [op for op in augment.augment_ops(transform) if op.name.startswith("Posterize")]
-        assert ops and all(op.aug_fn is augment.posterize for op in ops)
+    for transform in (train_transform(WIDE), train_transform(WIDE, policy="v0")):
+        ops = [op for op in augment_ops(transform) if op.name.startswith("Posterize")]
+        assert ops and all(op.aug_fn is posterize for op in ops)
 
 
 # ---- 3-Augment ----
@@ -221,7 +231,7 @@ def test_three_augment_is_crop_flip_one_of_three_and_colour_jitter() -> None:
 
 
 def test_three_augment_greys_solarizes_or_blurs_exactly_once() -> None:
-    transform = augment.three_augment(PLAIN, color_jitter=0, simple_crop=True, hflip=0)
+    transform = three_augment(PLAIN, color_jitter=0, simple_crop=True, hflip=0)
     image = noise(32, 32)
     seen = set()
     for seed in range(30):
@@ -234,7 +244,7 @@ def test_three_augment_greys_solarizes_or_blurs_exactly_once() -> None:
 
 
 def test_a_simple_crop_mirrors_at_the_border_and_keeps_the_scale() -> None:
-    transform = augment.three_augment(PLAIN, color_jitter=0, simple_crop=True, hflip=0)
+    transform = three_augment(PLAIN, color_jitter=0, simple_crop=True, hflip=0)
     tensor = seeded(transform, Image.new("RGB", (32, 32), "white"), seed=3)
     assert tensor.unique().numel() == 1, "no black border"
 
@@ -246,7 +256,7 @@ def mixing(*flags: str, classes: int = 5):
     return build_mixup(settings(*flags), classes)
 
 
-def mix(mixup: augment.AnyBatchMixup, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def mix(mixup: AnyBatchMixup, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mix pictures whose pixels all are one-hot in their own number; returns them and targets."""
     images = torch.eye(size)[:, :, None, None].expand(-1, -1, 8, 12).contiguous()
     np.random.seed(seed)
@@ -290,7 +300,7 @@ def test_the_targets_are_the_shares_of_the_pixels_in_batches_of_any_size(
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_even_batches_are_mixed_exactly_as_by_timm(mode: str) -> None:
     ours = mixing("--mixup-mode", mode, classes=4)
-    timms = augment.Mixup(0.8, 1.0, None, 1.0, 0.5, mode, True, 0.1, 4)
+    timms = Mixup(0.8, 1.0, None, 1.0, 0.5, mode, True, 0.1, 4)
     for seed in range(6):
         for one, other in zip(mix(ours, 4, seed), mix(timms, 4, seed)):
             assert one.equal(other)

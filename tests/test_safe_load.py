@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from errors import UserError
+from base import files, safe_load
+from base.errors import UserError
 
 
 class Hostile:
@@ -33,7 +33,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_not_run(tmp_path: Path) -> None
     marker = tmp_path / "ran"
     torch.save({"model": {"w": torch.zeros(1)}, "x": Hostile(marker)}, path)
     with pytest.raises(UserError, match=r"refused.*posix\.system|refused.*nt\.system"):
-        checkpoint.read_weights_file(path)
+        safe_load.read_weights_file(path)
     assert not marker.exists()
 
 
@@ -41,7 +41,7 @@ def test_a_hostile_bare_pickle_is_refused_too(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps(Hostile(tmp_path / "ran")))
     with pytest.raises(UserError):
-        checkpoint.read_weights_file(path)
+        safe_load.read_weights_file(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -49,7 +49,7 @@ def test_an_old_deit_file_with_namespace_and_path_loads(tmp_path: Path) -> None:
     args = argparse.Namespace(lr=0.1, output_dir=pathlib.PosixPath("/checkpoint/x"), data=("a", 1))
     path = tmp_path / "old.pth"
     torch.save({"model": {"w": torch.ones(2)}, "args": args}, path)
-    content = checkpoint.read_weights_file(path)
+    content = safe_load.read_weights_file(path)
     assert content["args"].output_dir == pathlib.PosixPath("/checkpoint/x")
     assert torch.equal(content["model"]["w"], torch.ones(2))
 
@@ -69,7 +69,7 @@ def test_what_is_no_checkpoint_is_one_line_with_its_name(case: str, tmp_path: Pa
     elif case == "list":
         torch.save([1, 2], path)
     with pytest.raises(UserError) as caught:
-        checkpoint.read_weights_file(path)
+        safe_load.read_weights_file(path)
     assert "x.pth" in str(caught.value) and "\n" not in caught.value.line()
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_safetensors_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00garbage garbage")
     with pytest.raises(UserError, match="x.safetensors"):
-        checkpoint.read_weights_file(path)
+        safe_load.read_weights_file(path)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_url_is_downloaded_once_and_its_hash_is_checked(server) -> None:
     digest = hashlib.sha256((folder / "a.pth").read_bytes()).hexdigest()
     (folder / "a.pth").rename(folder / f"a-{digest[:8]}.pth")
     for _ in range(2):
-        content = checkpoint.read_weights_file(f"{address}/a-{digest[:8]}.pth")
+        content = safe_load.read_weights_file(f"{address}/a-{digest[:8]}.pth")
         assert torch.equal(content["model"]["w"], torch.ones(3))
     assert len(asked) == 1
 
@@ -116,7 +116,7 @@ def test_a_url_with_another_hash_is_refused_and_leaves_nothing(server, tmp_path:
     address, folder, _ = server
     torch.save({"w": torch.ones(3)}, folder / "a-00000000.pth")
     with pytest.raises(UserError, match="hash"):
-        checkpoint.read_weights_file(f"{address}/a-00000000.pth")
+        safe_load.read_weights_file(f"{address}/a-00000000.pth")
     assert not list((tmp_path / "hub").rglob("*.pth"))
 
 
@@ -126,26 +126,26 @@ def test_a_download_that_has_no_place_is_one_line(
     (tmp_path / "hub").touch()
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     with pytest.raises(UserError, match="cannot be downloaded .Not a directory"):
-        checkpoint.fetch("http://127.0.0.1:9/a-12345678.pth")
+        safe_load.fetch("http://127.0.0.1:9/a-12345678.pth")
 
 
 def test_a_url_without_a_hash_is_refused_with_a_way_out(server) -> None:
     address, folder, asked = server
     torch.save({"w": torch.ones(3)}, folder / "a.pth")
     with pytest.raises(UserError, match="#sha256="):
-        checkpoint.read_weights_file(f"{address}/a.pth")
+        safe_load.read_weights_file(f"{address}/a.pth")
     assert not asked
-    digest = checkpoint.hash_of(folder / "a.pth")
-    assert "w" in checkpoint.read_weights_file(f"{address}/a.pth#sha256={digest}")
+    digest = files.hash_of(folder / "a.pth")
+    assert "w" in safe_load.read_weights_file(f"{address}/a.pth#sha256={digest}")
     with pytest.raises(UserError, match="cannot be downloaded"):
-        checkpoint.read_weights_file(f"{address}/b-12345678.pth")
+        safe_load.read_weights_file(f"{address}/b-12345678.pth")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.pth"
-    checkpoint.save_atomically({"a": 1}, path)
+    files.save_atomically({"a": 1}, path)
 
     def full(content, file):
         file.write(b"half")
@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        checkpoint.save_atomically({"a": 2}, path)
+        files.save_atomically({"a": 2}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert os.listdir(tmp_path) == ["x.pth"]
 
@@ -162,7 +162,7 @@ def test_each_write_ages_the_ones_before_and_names_the_best(tmp_path: Path) -> N
     path, best = tmp_path / "checkpoint.pth", tmp_path / "best_checkpoint.pth"
     for number in range(5):
         copy_to = best if number == 1 else None
-        checkpoint.save_atomically({"n": number}, path, keep=3, copy_to=copy_to)
+        files.save_atomically({"n": number}, path, keep=3, copy_to=copy_to)
     held = {p.name: torch.load(p, weights_only=True)["n"] for p in tmp_path.iterdir()}
     assert held == {"checkpoint.pth": 4, "checkpoint-1.pth": 3, "checkpoint-2.pth": 2,
                     "best_checkpoint.pth": 1}  # fmt: skip
@@ -176,20 +176,20 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     assert torch.load(path, weights_only=True)["w"][0] != 1.5, "torch does not look"
     with pytest.raises(UserError, match="checksum"):
-        checkpoint.read_weights_file(path)
+        safe_load.read_weights_file(path)
 
 
 def test_a_zip_bomb_a_link_loop_and_a_pipe_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
     with pytest.raises(UserError, match="more than its size"):
-        checkpoint.read_weights_file(tmp_path / "bomb.pth")
+        safe_load.read_weights_file(tmp_path / "bomb.pth")
     (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
     with pytest.raises(UserError, match="not there"):
-        checkpoint.read_weights_file(tmp_path / "loop.pth")
+        safe_load.read_weights_file(tmp_path / "loop.pth")
     os.mkfifo(tmp_path / "pipe.pth")
     with pytest.raises(UserError, match="no file"):
-        checkpoint.read_weights_file(tmp_path / "pipe.pth")
+        safe_load.read_weights_file(tmp_path / "pipe.pth")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
@@ -201,15 +201,15 @@ def test_a_full_disk_is_one_line_and_the_file_before_survives(tmp_path: Path) ->
         pytest.skip("no small disk can be mounted here")
     try:
         path = disk / "checkpoint.pth"
-        checkpoint.save_atomically({"w": torch.ones(20_000)}, path, keep=2)
+        files.save_atomically({"w": torch.ones(20_000)}, path, keep=2)
         with pytest.raises(UserError, match="No space left on device.*untouched"):
-            checkpoint.save_atomically({"w": torch.ones(60_000)}, path, keep=2)
-        assert checkpoint.read_weights_file(path)["w"].sum() == 20_000
+            files.save_atomically({"w": torch.ones(60_000)}, path, keep=2)
+        assert safe_load.read_weights_file(path)["w"].sum() == 20_000
         assert os.listdir(disk) == ["checkpoint.pth"]
         with open(disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(4096)):
                 pass
-        with checkpoint.lock_folder(disk):  # what a kill has left may be what fills it
+        with files.lock_folder(disk):  # what a kill has left may be what fills it
             assert (disk / ".lock").read_text() == ""
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -223,22 +223,22 @@ def test_a_worker_that_dies_while_a_file_is_written_is_not_taken_for_a_full_disk
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(RuntimeError, match="DataLoader worker"):
-        checkpoint.save_atomically({}, tmp_path / "run.pth")
+        files.save_atomically({}, tmp_path / "run.pth")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_one_runs_alone_until_its_process_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(files, "PATIENCE_S", 0.3)
     hold = (
-        "import sys, pathlib, checkpoint\n"
-        "file = checkpoint.lock_folder(pathlib.Path(sys.argv[1]))\n"
+        "import sys, pathlib\nfrom base import files\n"
+        "file = files.lock_folder(pathlib.Path(sys.argv[1]))\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path)], cwd=Path(checkpoint.__file__).parent,
+        [sys.executable, "-c", hold, str(tmp_path)], cwd=Path(files.__file__).parents[1],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"SLURM_JOB_ID": "7"},
     )  # fmt: skip
@@ -248,15 +248,15 @@ def test_a_folder_is_one_runs_alone_until_its_process_ends(
             f"process {other.pid} of job 7 on .* writes its run there; end it, or choose another"
         )
         with pytest.raises(UserError, match=f"{words}$"):
-            checkpoint.lock_folder(tmp_path)
-        monkeypatch.setattr(checkpoint, "PATIENCE_AFAR_S", 0.3)
-        monkeypatch.setattr(checkpoint.socket, "gethostname", lambda: "elsewhere")
+            files.lock_folder(tmp_path)
+        monkeypatch.setattr(files, "PATIENCE_AFAR_S", 0.3)
+        monkeypatch.setattr(files.socket, "gethostname", lambda: "elsewhere")
         with pytest.raises(UserError, match=f"{words}; if its machine is dead, remove .lock"):
-            checkpoint.lock_folder(tmp_path)
+            files.lock_folder(tmp_path)
         monkeypatch.setenv("SLURM_JOB_ID", "7")  # started again, and the other node is dead
-        checkpoint.lock_folder(tmp_path).close()
+        files.lock_folder(tmp_path).close()
     finally:
         other.kill()
         other.wait()
-    with checkpoint.lock_folder(tmp_path):
+    with files.lock_folder(tmp_path):
         assert f"process {os.getpid()} of job 7 on" in (tmp_path / ".lock").read_text()

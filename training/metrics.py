@@ -22,8 +22,8 @@ import torch
 import yaml
 from torch import Tensor
 
-import distributed
-from errors import UserError
+from base import distributed
+from base.errors import UserError
 
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.

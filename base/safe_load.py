@@ -6,38 +6,29 @@ models' business. `save_atomically` writes a run's own files; what is in them is
 
 import argparse
 import contextlib
-import errno
-import fcntl
-import hashlib
 import logging
 import os
 import pathlib
 import pickle
 import re
-import shutil
-import socket
 import struct
-import time
 import warnings
 import zipfile
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 
-import distributed
-from errors import Damaged, UserError
+from base import distributed
+from base.errors import Damaged, UserError
+from base.files import _brief, hash_of, is_finite
 
 _logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
-LOCK = ".lock"  # in a run's folder
-PATIENCE_S, PATIENCE_AFAR_S = 10.0, 120.0
-MOST_WORDS = 300_000  # the largest models have some ten thousand parameters
 UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError,
               IndexError, TypeError, ImportError, AssertionError, ArithmeticError, MemoryError,
               struct.error, zipfile.BadZipFile)  # fmt: skip
@@ -165,10 +156,6 @@ def in_one_line(words: str) -> Iterator[None]:
         raise UserError(f"{words} ({reason})") from error
 
 
-def is_finite(value: torch.Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
-
-
 def check_numbers(
     found: Mapping[str, Any], ours: Mapping[str, Any], *, same_type: bool = False
 ) -> None:
@@ -186,16 +173,6 @@ def check_numbers(
             raise ValueError(f"{name} is {value.dtype}, not {own.dtype}")
         if not is_finite(value) and is_finite(own):
             raise ValueError(f"{name} holds values that are not finite")
-
-
-def _brief(error: BaseException) -> str:
-    """Return the reason on one line: the system's words (disk full), where it was the system."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__context__
-    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def fetch(url: str) -> Path:
@@ -251,168 +228,3 @@ def _first_hash(place: Path, digest: str) -> str:
         note.write_text(digest)
         _logger.warning("%s: no hash is published for it; its sha256 is %s", place.name, digest)
     return note.read_text().strip()
-
-
-def hash_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def save_atomically(
-    content: Any, path: str | Path, *, keep: int = 1, copy_to: Path | None = None
-) -> None:
-    """Write `content` so that `path` is at every moment the old file or the whole new one.
-
-    keep: how many to keep, this one included; those before it are `aged(path, 1)` and on.
-    copy_to: another name for the same content, there before `path` changes.
-    Raises UserError when it cannot be written (disk full, no right to); the old files stay.
-    """
-    path = Path(path)
-    shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(shadow, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if copy_to is not None:
-            _link(shadow, copy_to)
-        for age in range(keep - 1, 1, -1):
-            if aged(path, age - 1).exists():
-                os.replace(aged(path, age - 1), aged(path, age))
-        if keep > 1 and path.exists():
-            _link(path, aged(path, 1))
-        os.replace(shadow, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        shadow.unlink(missing_ok=True)
-        if "DataLoader worker" in str(error):  # whose death torch reports wherever we are just then
-            raise
-        raise UserError(
-            f"{path}: cannot be written ({_brief(error)}); the file from before is untouched"
-        ) from error
-
-
-def outline(content: Any) -> str:
-    """Return a hash of what `content` holds: keys, plain values, types and shapes of tensors.
-
-    The numbers in tensors are left to the archive's checksums. Raises ValueError for more than
-    `MOST_WORDS` keys and values, to which a few nested lists can swell.
-    """
-    digest, left, count = hashlib.sha256(), [content], 0
-    while left:
-        item, count = left.pop(), count + 1
-        if count > MOST_WORDS:
-            raise ValueError("more keys and values than any run has")
-        if isinstance(item, torch.Tensor):
-            word = f"{item.dtype} {tuple(item.shape)}"
-        elif isinstance(item, Mapping):
-            word = f"mapping of {len(item)}"
-            left += [*item.keys(), *item.values()]
-        elif isinstance(item, list | tuple):
-            word = f"sequence of {len(item)}"
-            left += item
-        else:
-            word = repr(item)
-        digest.update(word.encode() + b"\n")
-    return digest.hexdigest()
-
-
-def aged(path: Path, age: int) -> Path:
-    """Return the name of the file that was `path` before the last `age` writes."""
-    return path.with_name(f"{path.stem}-{age}{path.suffix}") if age else path
-
-
-def _link(source: Path, target: Path) -> None:
-    """Give `source` a second name, replacing what has it; a copy where links are not possible."""
-    shadow = source.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shadow.unlink(missing_ok=True)
-    try:
-        os.link(source, shadow)
-    except OSError:
-        shutil.copyfile(source, shadow)
-        with open(shadow, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(shadow, target)
-    shadow.unlink(missing_ok=True)  # renaming one name of a file to another does nothing
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_folder(folder: str | Path) -> None:
-    """Make the output folder. Raises UserError if it cannot be made or written to."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        probe = Path(folder, f".probe.{os.getpid()}")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {folder}: cannot be written to ({error.strerror}); choose another"
-        ) from error
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Return a file that keeps other processes from writing a run in `folder` while it is open.
-
-    The kernel lets it go with its process, however that ends. A holder on this machine is given
-    `PATIENCE_S` to end, another machine's longer: a file server is slow to miss one that died.
-    Where the file system knows no locks there is none, and a Slurm job that was started again takes
-    what a dead node's server still keeps for its earlier start. Raises UserError if it stays taken,
-    and OSError if the file cannot be opened.
-    """
-    job = os.environ.get("SLURM_JOB_ID", "")
-    me = f"process {os.getpid()}{f' of job {job}' * bool(job)} on {socket.gethostname()}"
-    file = (folder / LOCK).open("a+", errors="replace")
-    started, told = time.monotonic(), False
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return file
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        here = holder.endswith(f" {socket.gethostname()}")
-        patience = PATIENCE_S if here else PATIENCE_AFAR_S
-        if time.monotonic() - started > patience:
-            if job and not here and f" of job {job} on " in holder:  # which runs once at a time
-                _logger.warning("%s: taken over from %s", folder, holder)
-                break
-            file.close()
-            raise UserError(
-                f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"
-                + f"; if its machine is dead, remove {LOCK} there" * (not here)
-            )
-        if not told:
-            _logger.warning("%s: waiting for %s, which writes its run there", folder, holder)
-            told = True
-        time.sleep(0.2)
-    with contextlib.suppress(OSError):  # a disk that is full holds no name, but the lock
-        os.ftruncate(file.fileno(), 0)
-        os.write(file.fileno(), f"{me}\n".encode())
-    return file
-
-
-def to_plain(value: Any) -> Any:
-    """Return `value` in types that `weights_only=True` reads: dicts, lists, numbers, tensors."""
-    if isinstance(value, Namespace):
-        return to_plain(vars(value))
-    if isinstance(value, Mapping):
-        return {to_plain(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [to_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value

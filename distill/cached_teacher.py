@@ -1,0 +1,214 @@
+"""The other side of the lesson: a frozen network with its own input adapter, or its answers.
+
+Shapes: B batch, C classes. A teacher is a function from the student's pictures to logits; the
+engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
+"""
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import models
+from base.distributed import Processes
+from base.errors import UserError
+from base.transfer import send
+from data import image_ops
+from data.transforms import InputConfig, is_mixing
+from datasets import Loaders, may_mirror
+from distill import cache_store
+from distill.teacher import build_identity, build_sources, build_teacher
+
+_logger = logging.getLogger(__name__)
+VIEWS = "--teacher-cache-views"
+TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
+             "recount", "on_bad_image", "augment_on")  # fmt: skip
+MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
+          "batch_size")  # fmt: skip
+LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
+
+
+class CachedTeacher:
+    """A teacher's answers from a store; what is not in it, the live teacher says, and is written.
+
+    epoch_rows: rows of an epoch of the cycle; needed: how many of them whole batches take.
+    The row of a picture is its place in the common order of all processes in its epoch of the
+    cycle. What was just written is read back, so that the writing run and the reading runs are
+    the same.
+    """
+
+    def __init__(
+        self,
+        store: cache_store.Store,
+        live: Callable[[Tensor, Any], Tensor] | None,
+        *,
+        epoch_rows: int,
+        needed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        verify: bool = False,
+    ) -> None:
+        self.store, self.live, self.verify = store, live, verify
+        self.epoch_rows, self.needed, self.batch_size = epoch_rows, needed, batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __call__(self, images: Tensor, place: tuple[int, int]) -> Tensor:
+        """images: (B, 3, height, width); place: (epoch of the cycle, micro-step).
+
+        Returns logits (B, C). Raises UserError for rows that are missing or, verifying, wrong.
+        """
+        epoch, micro = place
+        order = micro * self.batch_size + np.arange(len(images))
+        rows = epoch * self.epoch_rows + order * self.world_size + self.rank
+        done = self.store.done(rows)
+        if not done.all():
+            if self.live is None or self.verify:
+                raise UserError(
+                    f"--teacher-cache {self.store.folder}: {self.missing()} of "
+                    f"{self.views * self.needed} rows are missing, and {np.count_nonzero(~done)} "
+                    f"missing or damaged in batch {micro} of epoch {epoch}; go on writing with "
+                    "--teacher-cache-mode write"
+                )
+            self.store.write(rows, self.live(images, place))
+        logits = self.store.read(rows)
+        if self.verify:
+            same = self.store.agrees(rows, self.live(images, place))
+            if not same.all():
+                raise UserError(
+                    f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} "
+                    f"rows in batch {micro} of epoch {epoch} are not what the teacher "
+                    "says; delete it"
+                )
+        return send(logits, images.device, pin=True)
+
+    @property
+    def views(self) -> int:
+        """How many epochs the cycle has, after which views and mixing come again."""
+        return self.store.rows // self.epoch_rows
+
+    def missing(self) -> int:
+        """Return how many of the rows that whole batches need are not written."""
+        return self.store.missing(self.views, self.needed)
+
+    def describe(self) -> str:
+        missing = self.missing()
+        whole = f"{self.views * self.needed}"
+        state = f"{missing} of {whole} still to write" if missing else f"complete ({whole})"
+        return (
+            f"answers in {self.store.folder}, {self.views} epochs of views,"
+            f" {self.store.keep}, {self.store.size() / 2**20:.1f} MiB, {state}; "
+            + ("no network is loaded" if self.live is None else self.live.describe())
+        )
+
+
+def build_cached_teacher(
+    args: Namespace,
+    loaders: Loaders,
+    student_inputs: InputConfig,
+    processes: Processes,
+    amp_dtype: torch.dtype | None = None,
+) -> CachedTeacher:
+    """Return the teacher of the command line behind its cache; a complete one needs no network.
+
+    Raises UserError for a cache that was written under other settings, naming those that differ.
+    """
+    sampler, mode = loaders.train_sampler, args.teacher_cache_mode
+    if sampler is None:
+        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
+    if args.teacher_logits == "apart" and len(build_sources(args)[0]) > 1:
+        raise UserError("--teacher-cache keeps the mean of several teachers, not --teacher-logits "
+                        "apart; leave out one of them")  # fmt: skip
+    epoch_rows = sampler.kept
+    views = args.teacher_cache_views or _pick_views(args.teacher_cache, mode, args.epochs)
+    store = cache_store.Store(
+        args.teacher_cache, rows=views * epoch_rows, num_classes=loaders.num_classes,
+        keep=cache_store.read_topk(args.teacher_cache_topk, loaders.num_classes),
+        facts={VIEWS: views} | build_facts(args, loaders, student_inputs, processes, amp_dtype),
+        may_create=mode in ("auto", "write"),
+    )  # fmt: skip
+    needed = len(loaders.train) * args.batch_size * processes.world_size
+    reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
+    live = None if reads else build_teacher(
+        args, loaders.num_classes, student_inputs, processes.device, amp_dtype
+    )  # fmt: skip
+    return CachedTeacher(
+        store, live, epoch_rows=epoch_rows, needed=needed, batch_size=args.batch_size,
+        rank=processes.rank, world_size=processes.world_size, verify=mode == "verify",
+    )  # fmt: skip
+
+
+def _pick_views(folder: str, mode: str, epochs: int) -> int:
+    """Return the epochs of the cycle where no flag says: the cache's own, of a new one `epochs`.
+
+    In a longer run than the cycle the views come again, so it is not the run with the live teacher.
+    Raises UserError for that, unless the mode says to read what there is.
+    """
+    found = (cache_store.read_manifest(folder) or {}).get(VIEWS, epochs)
+    if found >= epochs or mode == "verify":
+        return found
+    if mode != "read":
+        raise UserError(
+            f"--teacher-cache {folder}: has {found} epochs of views, --epochs is {epochs}; take "
+            f"them in turn with {VIEWS} {found}, or give another folder"
+        )
+    _logger.info("--teacher-cache has %d epochs of views, which come again in these %d epochs",
+                 found, epochs)  # fmt: skip
+    return found
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
+
+
+def build_facts(
+    args: Namespace,
+    loaders: Loaders,
+    student_inputs: InputConfig,
+    processes: Processes,
+    amp_dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """Return all that determines a teacher's answer to the picture at a place, as plain values.
+
+    What evaluation alone sees is not among it. A new flag that reaches the pixels belongs here;
+    tests/test_cache.py asks of every one where it belongs.
+    """
+    names, _ = build_sources(args)
+    source = loaders.data[0].source
+    mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
+    where = processes.device.type
+    if where == "cpu" and amp_dtype is None and models.fast.prefers_onednn():
+        where = "cpu by oneDNN"  # whose last digits are others
+    facts: dict[str, Any] = {
+        "teacher": list(names),
+        "teacher weights": build_identity(args),
+        "teacher shares": args.teacher_weight or [],
+        "teacher precision": f"{amp_dtype or 'float32'} on {where}",
+        "teacher compiled": args.torchcompile or "no",
+        "data": loaders.fingerprint(of_train=True),
+        "form of the data": getattr(source, "form", "as it came"),
+        "seed": args.seed,
+        "views of a picture in an epoch": loaders.train_sampler.repeats,
+        "mirrored": may_mirror(args.data_set, source),
+        "input": _of_training(student_inputs),
+        "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
+    }
+    if mixes:  # partners come from the batch
+        facts["mixing"]["processes"] = processes.world_size
+    facts |= {name: getattr(args, name) for name in TRANSFORM}
+    facts["version of our pixels"] = image_ops.VERSION
+    return facts | {f"version of {name}": _version(name) for name in LIBRARIES}
+
+
+def _of_training(inputs: InputConfig) -> dict[str, Any]:
+    """Return what of `inputs` reaches a training picture, as plain values."""
+    found = {"size": list(inputs.input_size), "mean": list(inputs.mean), "std": list(inputs.std)}
+    return found | ({"interpolation": inputs.interpolation} if inputs.is_small else {})
