@@ -1,4 +1,4 @@
-"""Labelled pictures as tensors, and the loaders that bring them in batches."""
+"""Labelled images as tensors, and the loaders that bring them in batches."""
 
 import hashlib
 import logging
@@ -26,30 +26,30 @@ from data.transforms import InputConfig, Transform, build_transform
 
 _logger = logging.getLogger(__name__)
 
-REPEATS = 3  # views of a picture in an epoch of repeated augmentation (DeiT)
+REPEATS = 3  # views of an image in an epoch of repeated augmentation (DeiT)
 MAX_WORKERS = 10  # DeiT's --num_workers
-UNREADABLE_IN_A_ROW = 100  # more is a lost disk, not a bad picture
+UNREADABLE_IN_A_ROW = 100  # more is a lost disk, not a bad image
 
 
-class Pictures(Dataset):
+class ImageDataset(Dataset):
     """A source and a transform: index to (tensor (3, H, W) float32, label).
 
     With --augment-on device, to ((pixels (3, H, W) uint8, program (S, 8)), label).
 
-    bad_pictures: "fail" raises UserError naming the file; "replace" takes the next readable
-    picture of the source instead; "leave out" returns None, so that evaluation counts no picture
-    twice. Every unreadable picture is counted once, also when worker processes meet it.
+    bad_images: "fail" raises UserError naming the file; "replace" takes the next readable
+    image of the source instead; "leave out" returns None, so that evaluation counts no image
+    twice. Every unreadable image is counted once, also when worker processes meet it.
     """
 
     def __init__(
-        self, source: Source, transform: Transform, num_classes: int, bad_pictures: str = "fail"
+        self, source: Source, transform: Transform, num_classes: int, bad_images: str = "fail"
     ) -> None:
         self.source, self.transform, self.num_classes = source, transform, num_classes
-        self.bad_pictures = bad_pictures
+        self.bad_images = bad_images
         self.classes = source.classes
         self.description = f"{len(source)} {source.what}, {num_classes} classes"
-        marks = len(source) if bad_pictures != "fail" else 0
-        self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of a picture come in a row
+        marks = len(source) if bad_images != "fail" else 0
+        self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of an image come in a row
         self._unreadable = torch.zeros(marks, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -60,42 +60,42 @@ class Pictures(Dataset):
         for step in range(tries):
             here = (index + step) % len(self)
             try:
-                picture, label = self._load(here)
+                image, label = self._load(here)
             except UNREADABLE as error:
                 self._report(here, error)
-                if self.bad_pictures == "leave out":
+                if self.bad_images == "leave out":
                     return None
                 continue
-            return self.transform(picture), check_label(label, self.num_classes)
+            return self.transform(image), check_label(label, self.num_classes)
         raise UserError(
-            f"{tries} pictures in a row cannot be read, from {self.source.name(index)} on; "
+            f"{tries} images in a row cannot be read, from {self.source.name(index)} on; "
             "is the disk still there?"
         )
 
     def _load(self, index: int) -> tuple[Any, int]:
-        """Return a picture and its label; the same one again is not decoded again."""
+        """Return an image and its label; the same one again is not decoded again."""
         if self._last is None or self._last[0] != index:
             self._last = index, self.source.load(index)
         return self._last[1]
 
     def skipped(self) -> int:
-        """Return how many different pictures could not be read so far, in all workers."""
+        """Return how many different images could not be read so far, in all workers."""
         return int(self._unreadable.sum())
 
     def _report(self, index: int, error: Exception) -> None:
         name, reason = self.source.name(index), " ".join(str(error).split())
         if isinstance(error, UnidentifiedImageError):
-            reason = "not a picture"
+            reason = "not an image"
         elif isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        if self.bad_pictures == "fail":
+        if self.bad_images == "fail":
             raise UserError(
-                f"picture {name} cannot be read: {reason or type(error).__name__}; "
+                f"image {name} cannot be read: {reason or type(error).__name__}; "
                 "mend or remove it, or use --on-bad-image skip"
             ) from error
         if not self._unreadable[index]:
             self._unreadable[index] = True
-            _logger.warning("picture %s cannot be read: %s; skipped", name, reason)
+            _logger.warning("image %s cannot be read: %s; skipped", name, reason)
 
 
 def check_label(label: Any, num_classes: int) -> int:
@@ -109,26 +109,26 @@ def check_label(label: Any, num_classes: int) -> int:
 
 
 class Stream(IterableDataset):
-    """timm's reader of shards (wds, tfds): pictures in the order in which they come.
+    """timm's reader of shards (wds, tfds): images in the order in which they come.
 
-    There are no indices, so no repeated augmentation, no exact resume, no seed per picture; in
+    There are no indices, so no repeated augmentation, no exact resume, no seed per image; in
     several processes the reader shares the shards, and evaluation counts what comes. The reader
-    leaves out bad pictures, with a warning, whatever --on-bad-image says.
+    leaves out bad images, with a warning, whatever --on-bad-image says.
     """
 
     def __init__(self, shards: Shards, transform: Transform, num_classes: int) -> None:
         self.source, self.dataset, self.classes = shards, shards.dataset, shards.classes
         self.transform, self.num_classes = transform, num_classes
         self.description = (
-            f"{len(self.dataset)} pictures streamed from {shards.what}, {num_classes} classes"
+            f"{len(self.dataset)} images streamed from {shards.what}, {num_classes} classes"
         )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for picture, label in self.dataset:
-            yield self.transform(to_rgb(picture)), check_label(label, self.num_classes)
+        for image, label in self.dataset:
+            yield self.transform(to_rgb(image)), check_label(label, self.num_classes)
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
@@ -138,18 +138,18 @@ class Stream(IterableDataset):
         self.dataset.set_loader_cfg(num_workers=num_workers)
 
     def skipped(self) -> int:
-        """Return 0: timm's readers leave out bad pictures without counting them."""
+        """Return 0: timm's readers leave out bad images without counting them."""
         return 0
 
 
 def build_dataset(
     is_train: bool, args: Namespace, inputs: InputConfig
-) -> tuple[Pictures | Stream, int]:
+) -> tuple[ImageDataset | Stream, int]:
     """Return the train or evaluation data of `args`, and how many classes the student needs.
 
     The data set gives (tensor (3, H, W) normalised, int label) by index, and has `classes` (list
     of names or None), `description` (one line) and `skipped()`. Shards (wds/, tfds/) give an
-    iterable one instead. No picture is decoded here.
+    iterable one instead. No image is decoded here.
     Raises UserError for what is not there, not complete, or does not fit --nb-classes.
     """
     part = Part(
@@ -160,9 +160,9 @@ def build_dataset(
         batch_size=args.batch_size,
     )
     name, root = str(args.data_set), str(args.data_path)
-    bad_pictures = "fail"
+    bad_images = "fail"
     if args.on_bad_image == "skip":
-        bad_pictures = "replace" if is_train else "leave out"
+        bad_images = "replace" if is_train else "leave out"
     source = open_source(name, root, part)
     hflip = 0.5 if may_mirror(name, source) else 0.0
     transform = build_transform(is_train, args, inputs, hflip=hflip)
@@ -172,11 +172,11 @@ def build_dataset(
         num_classes = count_classes(source.classes, args.nb_classes, source.what)
         return Stream(source, transform, num_classes), num_classes
     num_classes = count_classes(source.classes, args.nb_classes, source.what)
-    return Pictures(source, transform, num_classes, bad_pictures), num_classes
+    return ImageDataset(source, transform, num_classes, bad_images), num_classes
 
 
 def may_mirror(name: str, source: Source | Shards) -> bool:
-    """Return whether a mirrored picture of the data set `name` is still what its label says."""
+    """Return whether a mirrored image of the data set `name` is still what its label says."""
     return getattr(source, "flips", name not in WITHOUT_FLIP)
 
 
@@ -196,7 +196,7 @@ def count_classes(classes: list[str] | None, wanted: int | None, what: str) -> i
 class Loaders:
     """The batches of a run. `train` and `train_sampler` are None where nothing trains.
 
-    Batches are pictures (B, 3, H, W) float32 and labels (B,) int64. The train sampler is None for
+    Batches are images (B, 3, H, W) float32 and labels (B,) int64. The train sampler is None for
     streamed data too.
     """
 
@@ -205,7 +205,7 @@ class Loaders:
     num_classes: int
     classes: list[str] | None
     train_sampler: TrainSampler | None
-    data: tuple[Pictures | Stream, ...]
+    data: tuple[ImageDataset | Stream, ...]
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
         """Choose the order and the views of the next pass over `train`, from batch `done` on."""
@@ -217,7 +217,7 @@ class Loaders:
                 data.set_epoch(epoch)
 
     def fingerprint(self, *, of_train: bool = False) -> str:
-        """Return which pictures have which labels, in a few words, wherever the folders lie.
+        """Return which images have which labels, in a few words, wherever the folders lie.
 
         of_train: those of training alone. How sure it is of the pixels, each source says.
         """
@@ -230,7 +230,7 @@ class Loaders:
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
 
     def skipped(self) -> int:
-        """Return how many different pictures this process and its workers could not read."""
+        """Return how many different images this process and its workers could not read."""
         return sum(data.skipped() for data in self.data)
 
     def describe(self) -> str:
@@ -241,7 +241,7 @@ class Loaders:
             sampler = self.train_sampler
             if sampler is not None and sampler.repeats > 1:
                 epoch = len(sampler) * sampler.num_replicas
-                words[0] += f" (an epoch: {epoch} views, {sampler.repeats} of a picture)"
+                words[0] += f" (an epoch: {epoch} views, {sampler.repeats} of an image)"
         words.append(f"evaluate on {self.data[-1].description}")
         workers = max(self.train.num_workers if self.train is not None else 0, self.val.num_workers)
         words.append(f"{workers or 'no'} worker{'s' * (workers != 1)}")
@@ -249,7 +249,7 @@ class Loaders:
 
 
 class EvalLoader(DataLoader):
-    """A loader whose pictures may be left out (None), whole batches included."""
+    """A loader whose images may be left out (None), whole batches included."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
         super().__init__(dataset, collate_fn=collate_present, **options)
@@ -271,7 +271,7 @@ class DeviceLoader(DataLoader):
         return map(self.finish, super().__iter__())
 
     def finish(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the pictures (B, 3, H, W) and labels (B,) of a batch that workers have begun."""
+        """Return the images (B, 3, H, W) and labels (B,) of a batch that workers have begun."""
         (images, programs), labels = batch
         return self.carry_out(images, programs, self.device), labels
 
@@ -286,8 +286,8 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
     """Return the loaders of a run; with args.eval the train data is not touched.
 
     Training drops the last, smaller batch; evaluation is exact, with batches 1.5 times as large.
-    Every picture's randomness depends on (seed, view, index) alone, whatever the workers.
-    Raises UserError, before any picture is read, for missing or empty folders, class lists that
+    Every image's randomness depends on (seed, view, index) alone, whatever the workers.
+    Raises UserError, before any image is read, for missing or empty folders, class lists that
     differ, and a batch that an epoch cannot fill.
     """
     workers = args.num_workers
@@ -310,7 +310,7 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         raise UserError(f"the evaluation data is empty: {val_data.description}")
     if train_data is not None:
         check_same_classes(train_data.classes, val_data.classes)
-        if isinstance(train_data, Pictures):
+        if isinstance(train_data, ImageDataset):
             sampler = TrainSampler(
                 len(train_data),
                 num_replicas=processes.world_size,
@@ -322,20 +322,20 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         if len(train) == 0:
             each = len(sampler) if sampler is not None else len(train_data)
             raise UserError(
-                f"--batch-size {args.batch_size}: larger than the {each} pictures that each of "
+                f"--batch-size {args.batch_size}: larger than the {each} images that each of "
                 f"{processes.world_size} processes sees in an epoch of {train_data.description}; "
                 f"use --batch-size {each} or less"
             )
     if isinstance(val_data, Stream) and processes.world_size > 1 and processes.rank == 0:
         _logger.warning(
-            "evaluation on shards in %d processes may count a picture twice or not at all; "
+            "evaluation on shards in %d processes may count an image twice or not at all; "
             "for exact numbers use --eval in one process",
             processes.world_size,
         )
     shard = EvalSampler(len(val_data), processes.world_size, processes.rank)
     val = make(
         val_data,
-        shard if isinstance(val_data, Pictures) else None,
+        shard if isinstance(val_data, ImageDataset) else None,
         batch_size=int(1.5 * args.batch_size),
         is_train=False,
     )
@@ -344,7 +344,7 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
 
 
 def _build_loader(
-    data: Pictures | Stream,
+    data: ImageDataset | Stream,
     sampler: TrainSampler | EvalSampler | None,
     *,
     batch_size: int,

@@ -1,6 +1,6 @@
 """One pass over a loader: `train_one_epoch` and `evaluate`.
 
-Shapes: B batch, C classes. The teacher is a function from pictures to logits; whether a network
+Shapes: B batch, C classes. The teacher is a function from images to logits; whether a network
 or a file answers, this room cannot tell. All randomness of a step follows from
 (seed, epoch, micro-step, rank), so a resumed run draws what the uninterrupted one drew.
 """
@@ -54,7 +54,7 @@ class Interrupt(Protocol):
     def stop(self) -> None: ...
 
 
-class Tally:
+class EpochState:
     """How far an epoch has come: micro-steps done, the sums behind its means, its bad updates.
 
     With the weights it is all that a run stopped in the middle of an epoch needs to go on.
@@ -120,14 +120,14 @@ def train_one_epoch(
     on_log: Callable[[int, dict[str, float]], None] | None = None,
     on_update: Callable[[int], None] | None = None,
     on_bad_batch: Callable[[dict[str, Any]], str] | None = None,
-    tally: Tally | None = None,
+    state: EpochState | None = None,
     header: str | None = None,
 ) -> dict[str, float]:
-    """Train `model` once over `data_loader`, whose batches are pictures (B,3,H,W), labels (B,).
+    """Train `model` once over `data_loader`, whose batches are images (B,3,H,W), labels (B,).
 
     criterion: called as `criterion(images, outputs, labels, teacher_outputs=...)`; its `.terms`
         are the unweighted parts of the loss.
-    teacher: pictures (B,3,H,W) and their place to logits (B,C), or None.
+    teacher: images (B,3,H,W) and their place to logits (B,C), or None.
     views: epochs after which views and mixing come again, 0 for never.
     max_norm: largest gradient norm, None for no clipping. accum_steps: micro-steps per update.
     on_log: called at every printed line with the update's number in the epoch and the averages.
@@ -141,14 +141,14 @@ def train_one_epoch(
     leaves no trace in the network, BatchNorm's statistics included; its learning rate has passed.
     Raises UserError when `max_bad_steps` updates in a row were such.
     """
-    tally = Tally(device) if tally is None else tally
+    state = EpochState(device) if state is None else state
     model.train(set_training_mode)
     micro_steps = len(data_loader)  # type: ignore[arg-type]
     updates = -(-micro_steps // accum_steps)
     progress = ProgressLogger(
-        micro_steps, header or f"Epoch: [{epoch}]", interval=log_interval, start=tally.micro
+        micro_steps, header or f"Epoch: [{epoch}]", interval=log_interval, start=state.micro
     )
-    meters, bad = tally.meters, tally.bad
+    meters, bad = state.meters, state.bad
     network = getattr(model, "module", model)
     statistics = _Statistics(network)
     optimizer.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ def train_one_epoch(
         answers = batch["teacher_outputs"]
         return criterion(batch["images"], outputs, batch["labels"], teacher_outputs=answers)
 
-    for micro, (images, labels, *_) in enumerate(progress(data_loader), start=tally.micro):
+    for micro, (images, labels, *_) in enumerate(progress(data_loader), start=state.micro):
         update, last_of_update = micro // accum_steps, (micro + 1) % accum_steps == 0
         last_of_update |= micro + 1 == micro_steps
         in_update = min(accum_steps, micro_steps - update * accum_steps)
@@ -177,15 +177,15 @@ def train_one_epoch(
             loss = loss_of(model, batch)
             _backward(loss / in_update, loss_scaler)
         terms = {"loss": loss.detach(), **criterion.terms}
-        tally.add(terms)
+        state.add(terms)
         bad.watch(loss, batch | {"terms": terms})
         if not last_of_update:
             continue
 
         norm, skip = _update(optimizer, network, loss_scaler, max_norm, bad)
         statistics.settle(skip)
-        tally.micro = micro + 1
-        tally.add({"grad_norm": norm})
+        state.micro = micro + 1
+        state.add({"grad_norm": norm})
         due = progress.due(micro, in_update)
         if bad.too_many(max_bad_steps, look=due):
             place = {
@@ -228,7 +228,7 @@ def show(
 ) -> tuple[Tensor, Tensor, Any]:
     """Mix a batch and ask the teacher: all that is the same whenever `place` comes again.
 
-    Returns pictures (B,3,H,W), labels (B,) or (B,C), and the teacher's answer or None.
+    Returns images (B,3,H,W), labels (B,) or (B,C), and the teacher's answer or None.
     """
     seed_step(seed, "mix", *place, distributed.rank())
     if mixup_fn is not None:
@@ -236,7 +236,7 @@ def show(
     return images, labels, teacher(images, place) if teacher is not None else None
 
 
-def ask_teacher(
+def query_epoch(
     data_loader: Iterable,
     teacher: Callable[[Tensor, Place], Tensor],
     device: torch.device,
@@ -378,7 +378,7 @@ class _BadSteps:
         return skip
 
     def forget(self) -> None:
-        """Let go of the pictures of this update."""
+        """Let go of the images of this update."""
         self._batches = []
 
     @property
@@ -435,9 +435,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Return {"loss", "acc1", "acc5", "count"} of `model` over `data_loader`, in all processes.
 
-    loss: mean cross entropy in nats per picture; acc1 and acc5 in percent (with fewer than five
-    classes acc5 counts all of them). Each process may bring any number of pictures, none included:
-    sums and counts are added up, so no picture is counted twice.
+    loss: mean cross entropy in nats per image; acc1 and acc5 in percent (with fewer than five
+    classes acc5 counts all of them). Each process may bring any number of images, none included:
+    sums and counts are added up, so no image is counted twice.
     interrupt: when it has heard a signal in any process, all stop together, without an answer.
     """
     was_training = model.training
@@ -467,7 +467,7 @@ def evaluate(
     if broken_off and interrupt is not None:
         interrupt.stop()
     if count == 0:
-        raise UserError("the evaluation set is empty: no picture reached the model")
+        raise UserError("the evaluation set is empty: no image reached the model")
     stats: dict[str, Any] = {
         "loss": loss / count,
         "acc1": 100 * top1 / count,

@@ -77,7 +77,7 @@ class DistillationLoss(nn.Module):
     """DeiT's objective: (1 - alpha) * base(class logits, labels) + alpha * distillation.
 
     base_criterion: (logits (B,C), labels) -> scalar.
-    teacher_model: pictures -> logits (B,C), frozen and in evaluation mode, or None if every call
+    teacher_model: images -> logits (B,C), frozen and in evaluation mode, or None if every call
         brings `teacher_outputs`. It is not a submodule: absent from `state_dict`, and untouched
         by `.train()` and `.to()`.
     distillation_type: "none"; "soft", tau^2 * KL(teacher || student) at temperature tau; or
@@ -240,7 +240,7 @@ def _check_class_counts(logits_S: Tensor, logits_T: Tensor) -> None:
     if logits_S.dim() != 2 or logits_T.dim() != 2 or len(logits_S) != len(logits_T):
         raise ValueError(
             f"student logits {_shape(logits_S)}, teacher logits {_shape(logits_T)}; both must be "
-            "(B,C) for the same B pictures"
+            "(B,C) for the same B images"
         )
     if logits_S.shape[1] != logits_T.shape[1]:
         raise UserError(
@@ -250,7 +250,7 @@ def _check_class_counts(logits_S: Tensor, logits_T: Tensor) -> None:
 
 
 class BinaryCrossEntropyTargets(nn.Module):
-    """Binary cross entropy, one yes-or-no question a class: 1 for every class in the picture.
+    """Binary cross entropy, one yes-or-no question a class: 1 for every class in the image.
 
     Called as (logits (B,C), labels): class numbers (B,), or shares (B,C) from mixing, of which
     each above the off-value becomes 1; mean over B*C.
@@ -327,7 +327,7 @@ def build_criterion(
 def cosub_loss(outputs_1: Tensor, outputs_2: Tensor, targets: Tensor) -> Tensor:
     """Co-training of two submodels: each learns from the labels and from the other.
 
-    outputs_1, outputs_2: logits (B,C) of the same pictures under two draws of stochastic depth.
+    outputs_1, outputs_2: logits (B,C) of the same images under two draws of stochastic depth.
     targets: class numbers (B,), or shares (B,C), taken as they are (smoothing included).
     Returns a quarter of the sum of four binary cross entropies: each side with the targets, and
     each with the other's probabilities, which receive no gradient.
@@ -412,7 +412,7 @@ def _logit_pair(
     name: str, logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return both logits over temperature, in one precision, the teacher's without gradient."""
-    _check_same_shape(name, logits_S, logits_T, "both need the same pictures and classes")
+    _check_same_shape(name, logits_S, logits_T, "both need the same images and classes")
     logits_S, logits_T = _raised(logits_S, _from_teacher(logits_T))
     return _divided(logits_S, temperature), _divided(logits_T, temperature)
 
@@ -450,7 +450,7 @@ def dist_loss(
     beta: float = 1.0,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Match correlations, not values: of the classes in a picture, of the pictures in a class.
+    """Match correlations, not values: of the classes in an image, of the images in a class.
 
     logits_S, logits_T: (B,C), B and C at least 2. temperature: one number, above 0.
     Returns tau^2 * (beta * (1 - mean_b r_b) + gamma * (1 - mean_c r_c)), r Pearson's correlation of
@@ -466,13 +466,13 @@ def dist_loss(
     logits_S, logits_T = _logit_pair("dist", logits_S, logits_T, temperature)
     if logits_S.dim() != 2 or min(logits_S.shape) < 2:
         raise ValueError(
-            f"dist: logits {_shape(logits_S)}; it needs (B,C) with two pictures and two classes "
+            f"dist: logits {_shape(logits_S)}; it needs (B,C) with two images and two classes "
             "at the least, for a correlation"
         )
     probs_S, probs_T = logits_S.softmax(1), logits_T.softmax(1)
-    in_picture = 1 - _correlation(probs_S, probs_T, dim=1).mean()
+    in_image = 1 - _correlation(probs_S, probs_T, dim=1).mean()
     in_class = 1 - _correlation(probs_S, probs_T, dim=0).mean()
-    return temperature**2 * (beta * in_picture + gamma * in_class)
+    return temperature**2 * (beta * in_image + gamma * in_class)
 
 
 def _correlation(one: Tensor, other: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
@@ -707,7 +707,7 @@ def fsp_loss(state_S: Pair, state_T: Pair, mask: Mask = None) -> Tensor:
 
     state_S, state_T: two layers each, (B,N,D0) and (B,N,D1); G = X0^t X1 / N, (B,D0,D1). The
     widths must agree between the networks; N only with a mask (B,N), 1 keeps a token, which
-    divides by the kept tokens of each picture instead.
+    divides by the kept tokens of each image instead.
     Raises ValueError if shapes do not fit or a row of the mask is all zero.
     Source: Yim et al. 2017, as TextBrewer has it (`fsp`, `gram`).
     """
@@ -831,7 +831,7 @@ def cos_sim(one: Tensor, other: Tensor) -> Tensor:
 def score_kl_loss(scores_S: Tensor, scores_T: Tensor, temperature: float = 1.0) -> Tensor:
     """tau^2 * KL(teacher || student) of the softmax over candidates; mean over B, in nats.
 
-    scores_S, scores_T: (B,N), raw similarities of a picture to the same N candidates; the
+    scores_S, scores_T: (B,N), raw similarities of an image to the same N candidates; the
     teacher's -inf rules a candidate out.
     Raises ValueError if the shapes differ. Source: DistillKLDivLoss of sentence-transformers.
     """
@@ -853,17 +853,17 @@ def in_batch_similarity_loss(
     *,
     similarity: Similarity = cos_sim,
 ) -> Tensor:
-    """Match how similar each picture is to the others of the batch: `score_kl_loss` of those.
+    """Match how similar each image is to the others of the batch: `score_kl_loss` of those.
 
-    embeddings_S: (B,D_S), embeddings_T: (B,D_T) of the same pictures; the widths may differ.
-    similarity: of all rows with all rows, `cos_sim` or `dot_score`, used on both sides. A picture
+    embeddings_S: (B,D_S), embeddings_T: (B,D_T) of the same images; the widths may differ.
+    similarity: of all rows with all rows, `cos_sim` or `dot_score`, used on both sides. An image
     is no candidate of itself: its cosine of 1 would drown the others.
     The batch is this process's. Raises ValueError if the batches differ or B < 3.
     """
-    _check_same_pictures("in-batch similarity", embeddings_S, embeddings_T)
+    _check_same_images("in-batch similarity", embeddings_S, embeddings_T)
     if len(embeddings_S) < 3:
         raise ValueError(
-            f"in-batch similarity: {len(embeddings_S)} pictures; with fewer than 3 a picture has "
+            f"in-batch similarity: {len(embeddings_S)} images; with fewer than 3 an image has "
             "no two others to choose from, and the loss is constant"
         )
     embeddings_T = _from_teacher(embeddings_T)
@@ -882,27 +882,27 @@ def gallery_similarity_loss(
     *,
     similarity: Similarity = cos_sim,
 ) -> Tensor:
-    """Match how similar each picture is to those of a gallery: `score_kl_loss` of those.
+    """Match how similar each image is to those of a gallery: `score_kl_loss` of those.
 
-    embeddings_S: (B,D_S), embeddings_T: (B,D_T) of the same pictures; gallery_S: (N,D_S),
-    gallery_T: (N,D_T) of the same other pictures in the same order, by each network. Only
+    embeddings_S: (B,D_S), embeddings_T: (B,D_T) of the same images; gallery_S: (N,D_S),
+    gallery_T: (N,D_T) of the same other images in the same order, by each network. Only
     embeddings_S receives a gradient. similarity: as for `in_batch_similarity_loss`.
     Raises ValueError if B, N or a side's width differ, or N < 2.
     """
-    _check_same_pictures("gallery similarity", embeddings_S, embeddings_T)
-    _check_same_pictures("gallery", gallery_S, gallery_T)
+    _check_same_images("gallery similarity", embeddings_S, embeddings_T)
+    _check_same_images("gallery", gallery_S, gallery_T)
     if len(gallery_S) < 2:
-        raise ValueError(f"gallery similarity: {len(gallery_S)} pictures; give 2 or more")
+        raise ValueError(f"gallery similarity: {len(gallery_S)} images; give 2 or more")
     embeddings_T, gallery_T = _from_teacher(embeddings_T), _from_teacher(gallery_T)
     scores_S = similarity(embeddings_S, _from_teacher(gallery_S))
     return score_kl_loss(scores_S, similarity(embeddings_T, gallery_T), temperature)
 
 
-def _check_same_pictures(name: str, embeddings_S: Tensor, embeddings_T: Tensor) -> None:
+def _check_same_images(name: str, embeddings_S: Tensor, embeddings_T: Tensor) -> None:
     if not embeddings_S.dim() == embeddings_T.dim() == 2 or len(embeddings_S) != len(embeddings_T):
         raise ValueError(
             f"{name}: student {_shape(embeddings_S)}, teacher {_shape(embeddings_T)}; both must "
-            "be (B,D) for the same B pictures"
+            "be (B,D) for the same B images"
         )
 
 
@@ -913,13 +913,13 @@ def _without_diagonal(square: Tensor) -> Tensor:
 
 
 class DistillKLDivLoss(nn.Module):
-    """Make a student rank pictures as its teacher does: `score_kl_loss` of explicit candidates.
+    """Make a student rank images as its teacher does: `score_kl_loss` of explicit candidates.
 
-    model: pictures -> embeddings (B,D). It is not a submodule: its owner trains, moves and saves
+    model: images -> embeddings (B,D). It is not a submodule: its owner trains, moves and saves
         it.
     similarity_fct: of rows with the same rows, (B,D), (B,D) -> (B,); the student's side only.
     temperature: of both softmaxes, above 0.
-    Source: DistillKLDivLoss of sentence-transformers, with pictures for sentences.
+    Source: DistillKLDivLoss of sentence-transformers, with images for sentences.
     """
 
     def __init__(
@@ -938,7 +938,7 @@ class DistillKLDivLoss(nn.Module):
     def forward(self, inputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Return the loss, a scalar.
 
-        inputs: [query, positive, negative, ...], picture batches (B,3,H,W); labels: (B,n), the
+        inputs: [query, positive, negative, ...], image batches (B,3,H,W); labels: (B,n), the
         teacher's raw score of the query with each of the n others.
         Raises ValueError as `compute_loss_from_embeddings` does.
         """

@@ -1,6 +1,6 @@
 """Train, distil and evaluate a vision transformer: the recipe, from top to bottom.
 
-torchrun main.py --distillation-type hard                      # embedded pictures
+torchrun main.py --distillation-type hard                      # embedded images
 torchrun --nproc_per_node=8 main.py --data-path IMAGENET ...   # DeiT's command line
 python main.py --eval --resume FILE --data-path FOLDER
 """
@@ -22,14 +22,14 @@ import engine
 import models
 import options
 from base import distributed, files
-from base.errors import EXIT_FAULT, EXIT_STOPPED, Lost, Stopped, UserError
+from base.errors import EXIT_FAULT, EXIT_STOPPED, PeerLost, Stopped, UserError
 from checks import diagnose, dry_run, visualize
 from data import transforms
 from distill import objective
 from distill.cached_teacher import build_cached_teacher
 from distill.teacher import Answers, build_identity, build_teacher
 from training import metrics, optim, recipe
-from training.checkpointer import build_keeper, resolve
+from training.checkpointer import build_checkpointer, resolve
 
 _logger = logging.getLogger("main")
 
@@ -55,17 +55,17 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     inputs = models.build_input_config(args)
     if args.dry_run:
         plan = dry_run.build_plan(args, processes, inputs, amp_dtype)
-        tell(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
+        print_once(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return {}
     for line in about:
-        tell(None, line)
+        print_once(None, line)
     for note in notes:
         _logger.warning("%s", note)
     loaders = datasets.build_loaders(args, inputs, processes)
     student = models.build_student(args, loaders.num_classes, inputs).to(device)
-    models.fast.suit_device(student.network, device.type, amp_dtype)
-    tell("data", loaders.describe())
-    tell("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
+    models.fast.select_kernels(student.network, device.type, amp_dtype)
+    print_once("data", loaders.describe())
+    print_once("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
     if args.eval:
         return evaluate_files(args, student, loaders, device, amp_dtype)
     if args.teacher_cache:
@@ -73,49 +73,64 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     else:
         teacher = build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
     if teacher is not None:
-        tell("teacher", teacher.describe())
+        print_once("teacher", teacher.describe())
     hint = (
         " (this CPU computes in bf16: --amp bf16)"
         if args.amp == "auto" and spares_bf16(device)
         else ""
     )
-    tell("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}{hint}")
+    print_once("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}{hint}")
     live = isinstance(teacher, torch.nn.Module)
     model = student
     mixup_fn = transforms.build_mixup(args, loaders.num_classes)
     views = 0 if live or teacher is None else teacher.views
     if views and args.teacher_cache_mode in ("write", "verify"):
-        return ask_all(args, loaders, teacher, device, mixup_fn)
-    pace = optim.build_pace(args, len(loaders.train), processes.world_size)
-    updates_per_epoch, effective = pace.updates, pace.batch
+        return fill_cache(args, loaders, teacher, device, mixup_fn)
+    batch_plan = optim.build_batch_plan(args, len(loaders.train), processes.world_size)
+    updates_per_epoch, effective = batch_plan.updates, batch_plan.batch
     ema = optim.build_ema(args, student.network)
     criterion = objective.build_objective(
-        args, student, teacher, mixing=mixup_fn is not None, input_size=inputs.input_size,
+        args,
+        student,
+        teacher,
+        mixing=mixup_fn is not None,
+        input_size=inputs.input_size,
         total_updates=args.epochs * updates_per_epoch,
-    )  # fmt: skip
+    )
     if isinstance(criterion, objective.Objective):
-        tell("objective", criterion.describe())
+        print_once("objective", criterion.describe())
     optimizer, _ = optim.build_optimizer(args, student, processes.world_size)
-    follower = getattr(criterion, "at_update", None)
-    schedule = optim.build_schedule(args, optimizer, updates_per_epoch, follower)
+    on_step = getattr(criterion, "at_update", None)
+    schedule = optim.build_schedule(args, optimizer, updates_per_epoch, on_step)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    tell("recipe", pace.describe())
+    print_once("recipe", batch_plan.describe())
 
-    tally = engine.Tally(device)
-    keeper = build_keeper(
-        args, {"model": student.network, "projections": student.trained_projections(),
-               "optimizer": optimizer, "lr_scheduler": schedule, "scaler": scaler,
-               "model_ema": ema}, tally,
-        facts={"processes": processes.world_size, "data": loaders.fingerprint(),
-               "teacher": build_identity(args),
-               "views that come again": views if views < args.epochs else 0},
+    state = engine.EpochState(device)
+    checkpointer = build_checkpointer(
+        args,
+        {
+            "model": student.network,
+            "projections": student.trained_projections(),
+            "optimizer": optimizer,
+            "lr_scheduler": schedule,
+            "scaler": scaler,
+            "model_ema": ema,
+        },
+        state,
+        facts={
+            "processes": processes.world_size,
+            "data": loaders.fingerprint(),
+            "teacher": build_identity(args),
+            "views that come again": views if views < args.epochs else 0,
+        },
         classes=loaders.classes,
-        steps=len(loaders.train) if loaders.train_sampler is not None else 0, device=device,
-    )  # fmt: skip
+        steps=len(loaders.train) if loaders.train_sampler is not None else 0,
+        device=device,
+    )
     answers, asked = None, teacher if live else getattr(teacher, "live", None)
     if asked is not None and args.distillation_type != "none":
         answers = Answers(asked)
-    teacher_stats = examine(args, student, answers, loaders, inputs, device)
+    teacher_stats = check_student_and_teacher(args, student, answers, loaders, inputs, device)
     if args.check:
         return {}
     if processes.world_size > 1:
@@ -124,9 +139,10 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     if args.torchcompile:  # in place, so that names of weights stay; evaluation runs .network
         student.compile(backend=args.torchcompile, dynamic=False)
     log = metrics.RunLog(
-        args.output_dir if distributed.is_main() else "", keeper.epoch,
-        images_seen=keeper.global_step * effective,
-    )  # fmt: skip
+        args.output_dir if distributed.is_main() else "",
+        checkpointer.epoch,
+        images_seen=checkpointer.global_step * effective,
+    )
     log.config(vars(args))
     if log.has_board:
         loaders.set_epoch(0)
@@ -134,37 +150,56 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         shown = visualize.train_batch(
             loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=answers
         )
-        log.picture("train/batch", shown, 0)
+        log.image("train/batch", shown, 0)
     stats: dict[str, float] = {}
-    started, first = time.time(), keeper.epoch
+    started, first = time.time(), checkpointer.epoch
 
-    for epoch in keeper.epochs(args.epochs):
-        loaders.set_epoch(epoch % views if views else epoch, tally.micro)
+    for epoch in checkpointer.epochs(args.epochs):
+        loaders.set_epoch(epoch % views if views else epoch, state.micro)
         seen = epoch * updates_per_epoch
         train_stats = engine.train_one_epoch(
-            model, criterion, loaders.train, optimizer, device, epoch,
-            teacher=teacher, schedule=schedule, loss_scaler=scaler, amp_dtype=amp_dtype,
+            model,
+            criterion,
+            loaders.train,
+            optimizer,
+            device,
+            epoch,
+            teacher=teacher,
+            schedule=schedule,
+            loss_scaler=scaler,
+            amp_dtype=amp_dtype,
             max_norm=args.clip_grad if args.clip_grad and args.clip_grad > 0 else None,
-            accum_steps=args.grad_accum_steps, model_ema=ema, mixup_fn=mixup_fn,
-            set_training_mode=args.train_mode, seed=args.seed, views=views,
-            max_bad_steps=args.max_bad_steps, log_interval=args.log_interval,
+            accum_steps=args.grad_accum_steps,
+            model_ema=ema,
+            mixup_fn=mixup_fn,
+            set_training_mode=args.train_mode,
+            seed=args.seed,
+            views=views,
+            max_bad_steps=args.max_bad_steps,
+            log_interval=args.log_interval,
             header=f"Epoch: [{epoch + 1}/{args.epochs}]",
             on_log=lambda update, shown, seen=seen: log.train(
                 shown, criterion.term_weights, (seen + update + 1) * effective
             ),
-            on_update=keeper.after_update, on_bad_batch=keeper.save_bad_batch, tally=tally,
-        )  # fmt: skip
+            on_update=checkpointer.after_update,
+            on_bad_batch=checkpointer.save_bad_batch,
+            state=state,
+        )
         if not stats:  # the first epoch of this process
-            objective.warn_of_lost_terms(train_stats)
+            objective.warn_about_small_terms(train_stats)
         stats = engine.evaluate(
-            loaders.val, student.network, device, amp_dtype=amp_dtype, interrupt=keeper
+            loaders.val, student.network, device, amp_dtype=amp_dtype, interrupt=checkpointer
         )
         ema_stats = {}
         if ema is not None:
             ema_stats = engine.evaluate(
-                loaders.val, ema.on(device), device, amp_dtype=amp_dtype, header="Test EMA:",
-                interrupt=keeper,
-            )  # fmt: skip
+                loaders.val,
+                ema.on(device),
+                device,
+                amp_dtype=amp_dtype,
+                header="Test EMA:",
+                interrupt=checkpointer,
+            )
         schedule.end_epoch(epoch, stats["acc1"])
         images_seen = (epoch + 1) * updates_per_epoch * effective
         log.epoch(epoch, train_stats, stats, ema_stats, student.num_parameters(), images_seen)
@@ -173,26 +208,28 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
             looks = visualize.attention(
                 student.network, diagnose.sample(loaders.val, 4)[0].to(device), inputs
             )
-            log.picture("val/attention", looks, images_seen)
-        keeper.end_epoch(stats["acc1"])  # after the log, from which a resumed run drops doubles
+            log.image("val/attention", looks, images_seen)
+        checkpointer.end_epoch(
+            stats["acc1"]
+        )  # after the log, from which a resumed run drops doubles
         report(stats)
-        tell(None, f"Max accuracy: {keeper.best:.2f}%")
+        print_once(None, f"Max accuracy: {checkpointer.best:.2f}%")
         if left := args.epochs - epoch - 1:
             seconds = (time.time() - started) / (epoch + 1 - first) * left
-            tell(None, f"{left} epochs left, about {metrics.clock(seconds)}")
+            print_once(None, f"{left} epochs left, about {metrics.clock(seconds)}")
     if args.recipe and stats and (line := recipe.find(args.recipe).beside(stats["acc1"])):
-        tell("recipe", line)
+        print_once("recipe", line)
     if not stats:
-        tell(None, f"Nothing to train: {keeper.epoch} of {args.epochs} epochs are done")
-    tell(None, f"Training time {metrics.clock(time.time() - started)}")
+        print_once(None, f"Nothing to train: {checkpointer.epoch} of {args.epochs} epochs are done")
+    print_once(None, f"Training time {metrics.clock(time.time() - started)}")
     skipped = int(distributed.all_reduce_sum(torch.tensor(loaders.skipped(), device=device)))
     if skipped:
-        tell("data", f"{skipped} unreadable pictures were left out")
+        print_once("data", f"{skipped} unreadable images were left out")
     log.close()
     return stats
 
 
-def examine(args, student, answers, loaders, inputs, device) -> dict[str, float]:
+def check_student_and_teacher(args, student, answers, loaders, inputs, device) -> dict[str, float]:
     """Say what speaks against student and teacher, and return the teacher's accuracy if asked.
 
     answers: the teacher's logits, or None where no network answers.
@@ -200,25 +237,30 @@ def examine(args, student, answers, loaders, inputs, device) -> dict[str, float]
     if args.check or args.teacher_check:
         found = diagnose.build_findings(args, student, answers, loaders, inputs, device)
         for line in found or [diagnose.check_passed(args, answers)] * args.check:
-            tell("check", line)
+            print_once("check", line)
     if answers is None or args.check or not args.teacher_check:
         return {}
-    tell("teacher", "accuracy on the evaluation set")
+    print_once("teacher", "accuracy on the evaluation set")
     return engine.evaluate(loaders.val, answers, device, header="Teacher:")
 
 
-def ask_all(args, loaders, teacher, device, mixup_fn) -> dict[str, float]:
+def fill_cache(args, loaders, teacher, device, mixup_fn) -> dict[str, float]:
     """Show the teacher every view of its cache: to write what is missing, or to compare."""
     doing = "Write" if args.teacher_cache_mode == "write" else "Verify"
     for epoch in range(teacher.views):
         loaders.set_epoch(epoch)
-        engine.ask_teacher(
-            loaders.train, teacher, device, epoch, mixup_fn=mixup_fn, seed=args.seed,
+        engine.query_epoch(
+            loaders.train,
+            teacher,
+            device,
+            epoch,
+            mixup_fn=mixup_fn,
+            seed=args.seed,
             header=f"{doing}: [{epoch + 1}/{teacher.views}]",
-        )  # fmt: skip
+        )
     teacher.store.flush()
     distributed.barrier()
-    tell("teacher", teacher.describe())
+    print_once("teacher", teacher.describe())
     return {}
 
 
@@ -247,7 +289,7 @@ def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float
         what = "published weights" if args.pretrained else "random weights (no --resume)"
         if args.pretrained and args.model.startswith("local-dir:"):
             what = args.model
-        tell("weights", what)
+        print_once("weights", what)
         found = models.released.published(args.model) if args.pretrained else None
         return report(
             engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype), found
@@ -255,7 +297,7 @@ def evaluate_files(args, student, loaders, device, amp_dtype) -> dict[str, float
     stats: dict[str, float] = {}
     for key in models.weight_keys(path):
         models.load_weights(student.network, path, key=key)
-        tell("weights", f"{path}, {key}" if key else path)
+        print_once("weights", f"{path}, {key}" if key else path)
         stats[key or "model"] = report(
             engine.evaluate(loaders.val, student.network, device, amp_dtype=amp_dtype),
             models.released.published(args.model, path),
@@ -267,13 +309,15 @@ def report(
     stats: dict[str, float], found: models.released.Released | None = None
 ) -> dict[str, float]:
     """Print an accuracy, and beside it the published one of the file, where there is one."""
-    tell(None, f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%")
+    print_once(
+        None, f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%"
+    )
     if found is not None and (line := found.beside(stats["acc1"], int(stats["count"]))):
-        tell("published", line)
+        print_once("published", line)
     return stats
 
 
-def tell(what: str | None, line: str) -> None:
+def print_once(what: str | None, line: str) -> None:
     """Print a line once, for all processes."""
     if distributed.is_main():
         print(f"{what}: {line}" if what else line, flush=True)
@@ -294,7 +338,7 @@ def run(
             return 0
         main(settings.args, settings.notes, settings.about)
     except KeyboardInterrupt:
-        tell(None, "Interrupted; --resume auto goes on from the last checkpoint")
+        print_once(None, "Interrupted; --resume auto goes on from the last checkpoint")
         return 128 + Signals.SIGINT
     except UserError as error:
         if distributed.first_to_say(error.line(), code=2):
@@ -302,14 +346,14 @@ def run(
         return 2  # without leaving the group: another process may still wait in a collective
     except Stopped as stop:
         name = Signals(stop.signal_number).name
-        tell(None, f"Stopped by {name}; --resume auto goes on from here")
+        print_once(None, f"Stopped by {name}; --resume auto goes on from here")
         distributed.shutdown()
         on_stop(stop.signal_number)
         return EXIT_STOPPED
     except (RuntimeError, ConnectionError, EOFError) as error:
         if code := distributed.said_by_another():  # and it has left, so that a collective failed
             return code
-        if reason := distributed.lost_reason(error):
+        if reason := distributed.peer_lost_reason(error):
             what = "a process of this run has died or does not answer"
             advice = "--resume auto goes on; if one is only slow, raise --dist-timeout"
         elif "DataLoader timed out" in str(error):
@@ -320,7 +364,7 @@ def run(
             advice = "was the memory full? Use fewer --num-workers; --resume auto goes on"
         else:
             raise
-        if isinstance(error, Lost) or distributed.first_to_say(what, code=1):
+        if isinstance(error, PeerLost) or distributed.first_to_say(what, code=1):
             print(f"error: {what} ({reason}); {advice}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     distributed.shutdown()

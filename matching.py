@@ -102,10 +102,12 @@ class IntermediateMatch:
     def __post_init__(self) -> None:
         where = f"match {self.name}"
         for what, value, known in (
-            ("feature", self.feature, FEATURES), ("loss", self.loss, losses.MATCH_LOSS_MAP),
-            ("tokens", self.tokens, TOKENS), ("attention", self.attention, ATTENTION_KINDS),
+            ("feature", self.feature, FEATURES),
+            ("loss", self.loss, losses.MATCH_LOSS_MAP),
+            ("tokens", self.tokens, TOKENS),
+            ("attention", self.attention, ATTENTION_KINDS),
             ("resize", self.resize, (None, *RESIZES)),
-        ):  # fmt: skip
+        ):
             pick(dict.fromkeys(map(str, known)), str(value), f"{where}: {what}")
         if not 0 <= self.weight < math.inf:
             raise UserError(f"{where}: weight {self.weight}; it must be a number, not below 0")
@@ -171,8 +173,14 @@ def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
     _check_keys(given, IntermediateMatch, f"match {source!r}")
     if missing := {"loss", "feature"} - set(given):
         raise UserError(f"match {source!r}: lacks {', '.join(sorted(missing))}")
-    readers = {"layer_S": _layers, "layer_T": _layers, "weight": float, "proj": _proj,
-               "teacher": _number_or_name, "textbrewer_clip": _bool}  # fmt: skip
+    readers = {
+        "layer_S": _layers,
+        "layer_T": _layers,
+        "weight": float,
+        "proj": _proj,
+        "teacher": _number_or_name,
+        "textbrewer_clip": _bool,
+    }
     values = {}
     for key, value in given.items():
         try:
@@ -311,33 +319,65 @@ def check_objective(args: Namespace) -> None:
         pick(ADAPTORS, name, "adaptor")
     soft, teaches = args.distillation_type == "soft", args.distillation_type != "none"
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
-    for name in ("kd_loss_weight", "hard_label_weight", "ranking_kl_weight", "ranking_tau",
-                 "distillation_tau"):  # fmt: skip
+    for name in (
+        "kd_loss_weight",
+        "hard_label_weight",
+        "ranking_kl_weight",
+        "ranking_tau",
+        "distillation_tau",
+    ):
         value = getattr(args, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a number, not below 0")
     for wrong, message in (
-        (args.kd_loss_type and not soft and not args.distill_config,
-         f"--kd-loss-type {args.kd_loss_type} belongs to --distillation-type soft"),
-        (args.logit_standardization and not soft, "--logit-standardization belongs to "
-         "--distillation-type soft"),
-        (scheduled and not args.kd_loss_type,
-         "--temperature-scheduler needs --kd-loss-type ce or mse: DeiT's loss has one temperature"),
-        (scheduled and args.kd_loss_type == "dist", "--kd-loss-type dist takes one temperature: "
-         "leave out --temperature-scheduler"),
+        (
+            args.kd_loss_type and not soft and not args.distill_config,
+            f"--kd-loss-type {args.kd_loss_type} belongs to --distillation-type soft",
+        ),
+        (
+            args.logit_standardization and not soft,
+            "--logit-standardization belongs to --distillation-type soft",
+        ),
+        (
+            scheduled and not args.kd_loss_type,
+            "--temperature-scheduler needs --kd-loss-type ce or mse: DeiT's loss has one "
+            "temperature",
+        ),
+        (
+            scheduled and args.kd_loss_type == "dist",
+            "--kd-loss-type dist takes one temperature: leave out --temperature-scheduler",
+        ),
         (not args.temperature_min > 0, f"--temperature-min {args.temperature_min}: must be over 0"),
-        (args.probability_shift and mixes, "probability_shift needs one true class a picture: "
-         "set --mixup 0 --cutmix 0"),
-        (args.probability_shift and not teaches, "probability_shift needs a teacher's logits: set "
-         "--distillation-type soft"),
-        (args.ranking_kl_weight < 0 or not args.ranking_tau > 0, "--ranking-kl-weight must not be "
-         f"below 0 ({args.ranking_kl_weight}), --ranking-tau must be above 0 ({args.ranking_tau})"),
-        (args.ranking_kl_weight and args.batch_size < 3, f"--batch-size {args.batch_size}: ranking "
-         "needs 3 pictures a batch, so that each has two others to choose from"),
-        (args.cosub and (matches or args.ranking_kl_weight or args.distill_config
-                         or args.student_adaptor or args.hard_label_weight is not None
-                         or args.hard_label_weight_scheduler != "none"),
-         "--cosub has no teacher to match, and no weights"),
-    ):  # fmt: skip
+        (
+            args.probability_shift and mixes,
+            "probability_shift needs one true class an image: set --mixup 0 --cutmix 0",
+        ),
+        (
+            args.probability_shift and not teaches,
+            "probability_shift needs a teacher's logits: set --distillation-type soft",
+        ),
+        (
+            args.ranking_kl_weight < 0 or not args.ranking_tau > 0,
+            f"--ranking-kl-weight must not be below 0 ({args.ranking_kl_weight}), "
+            f"--ranking-tau must be above 0 ({args.ranking_tau})",
+        ),
+        (
+            args.ranking_kl_weight and args.batch_size < 3,
+            f"--batch-size {args.batch_size}: ranking "
+            "needs 3 images a batch, so that each has two others to choose from",
+        ),
+        (
+            args.cosub
+            and (
+                matches
+                or args.ranking_kl_weight
+                or args.distill_config
+                or args.student_adaptor
+                or args.hard_label_weight is not None
+                or args.hard_label_weight_scheduler != "none"
+            ),
+            "--cosub has no teacher to match, and no weights",
+        ),
+    ):
         if wrong:
             raise UserError(message)

@@ -36,7 +36,7 @@ INAT_CATEGORIES = [
     "family",
     "genus",
     "name",
-]  # fmt: skip
+]
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,38 +132,73 @@ def _add_run_flags(group: Any) -> None:
         metavar="NAME",
         help=f"a published run or a YAML file, under the flags: {', '.join(recipe.names())}",
     )
-    add("--dry-run", action="store_true",
-        help="print what a run would be: settings, sizes, memory, time; train nothing")  # fmt: skip
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print what a run would be: settings, sizes, memory, time; train nothing",
+    )
     add("--check", action="store_true", help="examine student and teacher, and exit")
-    add("--batch-size", default=64, type=int, help="pictures per process and micro-step")
+    add("--batch-size", default=64, type=int, help="images per process and micro-step")
     add("--epochs", default=300, type=int)
     add("--grad-accum-steps", default=1, type=int, help="micro-steps per optimizer update")
-    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="auto: bf16 (else fp16) on a GPU, off on a CPU")  # fmt: skip
-    add("--torchcompile", nargs="?", const="inductor", default="", metavar="BACKEND",
-        help="compile student and teacher in training; inductor if no backend")  # fmt: skip
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "off", "bf16", "fp16"),
+        help="auto: bf16 (else fp16) on a GPU, off on a CPU",
+    )
+    add(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        default="",
+        metavar="BACKEND",
+        help="compile student and teacher in training; inductor if no backend",
+    )
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--seed", default=0, type=int)
     add("--output-dir", default="", help="checkpoints, log.txt, TensorBoard; empty: save nothing")
-    add("--resume", default="", help="checkpoint to go on from, or to evaluate: file, URL, or "
-        "auto: the newest good one in --output_dir, auto:FILE: or else that file")  # fmt: skip
+    add(
+        "--resume",
+        default="",
+        help="checkpoint to go on from, or to evaluate: file, URL, or "
+        "auto: the newest good one in --output_dir, auto:FILE: or else that file",
+    )
     add("--resume-anyway", action="store_true", help="go on although settings have changed")
     add("--checkpoint-steps", default=0, type=int, help="updates between two checkpoints; 0: off")
-    add("--checkpoint-minutes", default=30.0, type=float,
-        help="minutes between two checkpoints, besides the one of every epoch; 0: off")  # fmt: skip
+    add(
+        "--checkpoint-minutes",
+        default=30.0,
+        type=float,
+        help="minutes between two checkpoints, besides the one of every epoch; 0: off",
+    )
     add("--keep-checkpoints", default=2, type=int, help="the last so many; the best besides")
     add("--start-epoch", default=0, type=int, help="first epoch; a resumed run knows its own")
     add("--eval", action="store_true", help="evaluate and exit")
-    add("--list-models", nargs="?", const="*", metavar="PATTERN",
-        help="print the released checkpoints and exit: a part of the name, or *, ?")  # fmt: skip
+    add(
+        "--list-models",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="print the released checkpoints and exit: a part of the name, or *, ?",
+    )
     add("--log-interval", default=10, type=int, help="steps between two printed lines")
-    add("--max-bad-steps", default=10, type=int,
-        help="updates in a row with a non-finite loss before the run stops")  # fmt: skip
+    add(
+        "--max-bad-steps",
+        default=10,
+        type=int,
+        help="updates in a row with a non-finite loss before the run stops",
+    )
     add("--dist-eval", action="store_true", help="always on: evaluation is sharded and exact")
     add("--world-size", default=1, type=int, help="no effect: the launcher says")
     add("--dist-url", default="env://", help="how the processes find each other")
-    add("--dist-timeout", default=30.0, type=float, metavar="MIN",
-        help="minutes that the processes wait for one another before the run ends")  # fmt: skip
+    add(
+        "--dist-timeout",
+        default=30.0,
+        type=float,
+        metavar="MIN",
+        help="minutes that the processes wait for one another before the run ends",
+    )
     add("--distributed", action="store_true", help="no effect: the launcher says")
 
 
@@ -171,50 +206,107 @@ def _add_model_flags(group: Any) -> None:
     add = group.add_argument
     add("--model", default="deit_base_patch16_224", help="any name timm knows, ours included")
     add("--nb-classes", default=None, type=int, help="default: counted in the data")
-    add("--input-size", default=None, type=int, nargs="+", metavar="PX",
-        help="one side, or height and width; default: the model's own")  # fmt: skip
+    add(
+        "--input-size",
+        default=None,
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="one side, or height and width; default: the model's own",
+    )
     add("--drop", default=0.0, type=float, help="dropout")
     add("--drop-path", default=0.1, type=float, help="stochastic depth")
     add("--pretrained", action="store_true", help="start from the published weights")
     add("--finetune", default="", help="start from this file or URL; head and grid may differ")
-    add("--attn-only", action="store_true",
-        help="train attention, heads and position embedding only")  # fmt: skip
+    add(
+        "--attn-only",
+        action="store_true",
+        help="train attention, heads and position embedding only",
+    )
     add("--mean", default=None, type=float, nargs=3, help="of the input; default: the model's")
     add("--std", default=None, type=float, nargs=3, help="of the input; default: the model's")
     add("--interpolation", default=None, help="of the evaluation resize; default: the model's")
-    add("--grad-checkpointing", action="store_true",
-        help="compute blocks twice: less memory, a third more work")  # fmt: skip
-    _switch(group, "train-mode", True, "train in training mode",
-            "freeze dropout and stochastic depth, as DeiT's fine-tuning did")  # fmt: skip
+    add(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute blocks twice: less memory, a third more work",
+    )
+    _switch(
+        group,
+        "train-mode",
+        True,
+        "train in training mode",
+        "freeze dropout and stochastic depth, as DeiT's fine-tuning did",
+    )
 
 
 def _add_distillation_flags(group: Any) -> None:
     add = group.add_argument
-    add("--teacher-model", default="regnety_160", action=Repeatable,
-        help="timm name, hf-hub: or local-dir: source; repeat for several")  # fmt: skip
-    add("--teacher-path", default="", action=Repeatable,
-        help="its weights: file or URL; empty: timm's pretrained")  # fmt: skip
-    add("--teacher-weight", default=None, type=float, action="append",
-        help="share of a teacher among several; 0: it is only matched; default: equal")  # fmt: skip
-    add("--teacher-amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="auto: as --amp; half precision also folds BatchNorm")  # fmt: skip
-    add("--teacher-logits", default="mean", choices=("mean", "apart"),
-        help="of several: one term of the mean, or a term each")  # fmt: skip
+    add(
+        "--teacher-model",
+        default="regnety_160",
+        action=Repeatable,
+        help="timm name, hf-hub: or local-dir: source; repeat for several",
+    )
+    add(
+        "--teacher-path",
+        default="",
+        action=Repeatable,
+        help="its weights: file or URL; empty: timm's pretrained",
+    )
+    add(
+        "--teacher-weight",
+        default=None,
+        type=float,
+        action="append",
+        help="share of a teacher among several; 0: it is only matched; default: equal",
+    )
+    add(
+        "--teacher-amp",
+        default="auto",
+        choices=("auto", "off", "bf16", "fp16"),
+        help="auto: as --amp; half precision also folds BatchNorm",
+    )
+    add(
+        "--teacher-logits",
+        default="mean",
+        choices=("mean", "apart"),
+        help="of several: one term of the mean, or a term each",
+    )
     add("--distillation-type", default="none", choices=("none", "soft", "hard"))
-    add("--distillation-alpha", default=0.5, type=float,
-        help="loss = (1 - alpha) * base + alpha * distillation")  # fmt: skip
+    add(
+        "--distillation-alpha",
+        default=0.5,
+        type=float,
+        help="loss = (1 - alpha) * base + alpha * distillation",
+    )
     add("--distillation-tau", default=1.0, type=float, help="temperature of soft distillation")
-    add("--distillation-head", default="auto", choices=("auto", "dist", "cls"),
-        help="auto: the distillation head where there is one")  # fmt: skip
-    add("--distillation-reduction", default="numel", choices=("numel", "batchmean"),
-        help="soft: numel is DeiT's (over B*C), batchmean Hinton's (over B)")  # fmt: skip
-    _switch(group, "teacher-check", True, "print the teacher's accuracy at the start",
-            "skip it")  # fmt: skip
-    add("--teacher-cache", default="", metavar="DIR",
-        help="keep the teacher's answers there, and read them in later runs")  # fmt: skip
-    add("--teacher-cache-mode", default="auto", choices=("auto", "write", "read", "verify"),
+    add(
+        "--distillation-head",
+        default="auto",
+        choices=("auto", "dist", "cls"),
+        help="auto: the distillation head where there is one",
+    )
+    add(
+        "--distillation-reduction",
+        default="numel",
+        choices=("numel", "batchmean"),
+        help="soft: numel is DeiT's (over B*C), batchmean Hinton's (over B)",
+    )
+    _switch(group, "teacher-check", True, "print the teacher's accuracy at the start", "skip it")
+    add(
+        "--teacher-cache",
+        default="",
+        metavar="DIR",
+        help="keep the teacher's answers there, and read them in later runs",
+    )
+    add(
+        "--teacher-cache-mode",
+        default="auto",
+        choices=("auto", "write", "read", "verify"),
         help="auto: read what is there, write what is not; write: fill it and stop; read: "
-        "no teacher is loaded; verify: compare it with the teacher and stop")  # fmt: skip
+        "no teacher is loaded; verify: compare it with the teacher and stop",
+    )
     add(
         "--teacher-cache-views",
         default=0,
@@ -222,18 +314,31 @@ def _add_distillation_flags(group: Any) -> None:
         metavar="V",
         help="epochs after which augmentation and mixing come again; 0: the cache's, or --epochs",
     )
-    add("--teacher-cache-topk", default="all",
-        help="all logits, the K largest probabilities, or hard: the likeliest class")  # fmt: skip
+    add(
+        "--teacher-cache-topk",
+        default="all",
+        help="all logits, the K largest probabilities, or hard: the likeliest class",
+    )
     add("--cosub", action="store_true", help="co-train two submodels instead of a teacher")
 
 
 def _add_objective_flags(group: Any) -> None:
     add = group.add_argument
-    add("--match", default=[], action="append", metavar="KEY=VALUE,...",
-        help="layer_S=6,layer_T=12,feature=hidden,loss=cos,proj=linear; repeatable")  # fmt: skip
+    add(
+        "--match",
+        default=[],
+        action="append",
+        metavar="KEY=VALUE,...",
+        help="layer_S=6,layer_T=12,feature=hidden,loss=cos,proj=linear; repeatable",
+    )
     add("--distill-config", default="", help="TextBrewer's DistillationConfig, .json or .yaml")
-    add("--plugin", default=[], action="append", metavar="FILE.py",
-        help="adds losses, projections, schedules or adaptors by name; repeatable")  # fmt: skip
+    add(
+        "--plugin",
+        default=[],
+        action="append",
+        metavar="FILE.py",
+        help="adds losses, projections, schedules or adaptors by name; repeatable",
+    )
     add("--student-adaptor", default="", help="reads the output of a student the taps do not know")
     add("--teacher-adaptor", default="", help="reads the output of such a teacher")
     add("--kd-loss-type", default="", help="soft: ce, mse or dist instead of DeiT's divergence")
@@ -241,15 +346,19 @@ def _add_objective_flags(group: Any) -> None:
     add("--hard-label-weight", default=None, type=float, help="default: 1 - --distillation-alpha")
     for name in ("kd-loss-weight", "hard-label-weight"):
         add(f"--{name}-scheduler", default="none", help="linear_decay or linear_growth replaces it")
-    add("--temperature-scheduler", default="none", type=matching.read_schedule,
-        help="constant, flsw:BETA:GAMMA or cwsm:BETA, with --kd-loss-type")  # fmt: skip
+    add(
+        "--temperature-scheduler",
+        default="none",
+        type=matching.read_schedule,
+        help="constant, flsw:BETA:GAMMA or cwsm:BETA, with --kd-loss-type",
+    )
     add("--temperature-min", default=0.1, type=float, help="floor of scheduled temperatures")
     _switch(group, "probability-shift", False, "swap the teacher's top logit with the label's")
     _switch(group, "logit-standardization", False, "soft: z-score both sides' logits")
-    add("--ranking-kl-weight", default=0.0, type=float, help="of the pictures' similarities")
+    add("--ranking-kl-weight", default=0.0, type=float, help="of the images' similarities")
     add("--ranking-similarity", default="cos", choices=("cos", "dot"))
     add("--ranking-tau", default=1.0, type=float, help="temperature of the similarities")
-    _switch(group, "ranking-gather", False, "rank among the pictures of all processes")
+    _switch(group, "ranking-gather", False, "rank among the images of all processes")
 
 
 def _add_optimizer_flags(group: Any) -> None:
@@ -257,8 +366,15 @@ def _add_optimizer_flags(group: Any) -> None:
     add("--opt", default="adamw", help="timm's name of the optimizer")
     add("--opt-eps", default=1e-8, type=float)
     add("--opt-betas", default=None, type=float, nargs="+")
-    add("--opt-kwargs", default={}, type=_setting, nargs="+", action=Settings, metavar="KEY=VALUE",
-        help="more options of the optimizer, such as fused=False")  # fmt: skip
+    add(
+        "--opt-kwargs",
+        default={},
+        type=_setting,
+        nargs="+",
+        action=Settings,
+        metavar="KEY=VALUE",
+        help="more options of the optimizer, such as fused=False",
+    )
     add("--clip-grad", default=None, type=float, help="largest gradient norm; 0 or less: off")
     add("--momentum", default=0.9, type=float)
     add("--weight-decay", default=0.05, type=float)
@@ -280,19 +396,24 @@ def _add_optimizer_flags(group: Any) -> None:
     _switch(group, "model-ema", True, "keep a moving average of the weights")
     add("--model-ema-decay", default=0.99996, type=float)
     add("--model-ema-force-cpu", action="store_true", help="keep it on the CPU")
-    _switch(group, "model-ema-warmup", True, "shorter average at the start",
-            "constant decay, as DeiT")  # fmt: skip
+    _switch(
+        group, "model-ema-warmup", True, "shorter average at the start", "constant decay, as DeiT"
+    )
 
 
 def _add_augmentation_flags(group: Any) -> None:
     add = group.add_argument
     add("--color-jitter", default=0.3, type=float)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="AutoAugment policy; '' or none: off")
-    add("--augment-on", default="worker", choices=("worker", "device"),
-        help="where pictures are augmented after crop and flip")  # fmt: skip
+    add(
+        "--augment-on",
+        default="worker",
+        choices=("worker", "device"),
+        help="where images are augmented after crop and flip",
+    )
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
-    _switch(group, "repeated-aug", True, "three views of a picture in an epoch")
+    _switch(group, "repeated-aug", True, "three views of an image in an epoch")
     _switch(group, "ThreeAugment", False, "DeiT III's augmentation")
     _switch(group, "src", False, "simple random crop, with --ThreeAugment")
     add("--reprob", default=0.25, type=float, help="random erasing probability")
@@ -310,17 +431,34 @@ def _add_augmentation_flags(group: Any) -> None:
 
 def _add_data_flags(group: Any) -> None:
     add = group.add_argument
-    add("--data-path", default="", help="folder of pictures; empty: the embedded digits")
-    add("--data-set", default=None,
-        help=f"{', '.join(DATA_SETS)}, or what timm's create_dataset opens (wds/...)")  # fmt: skip
-    add("--val-split", default="test", choices=("test", "dev"),
-        help="of the embedded digits: what to evaluate on; tune on dev")  # fmt: skip
+    add("--data-path", default="", help="folder of images; empty: the embedded digits")
+    add(
+        "--data-set",
+        default=None,
+        help=f"{', '.join(DATA_SETS)}, or what timm's create_dataset opens (wds/...)",
+    )
+    add(
+        "--val-split",
+        default="test",
+        choices=("test", "dev"),
+        help="of the embedded digits: what to evaluate on; tune on dev",
+    )
     add("--inat-category", default="name", choices=INAT_CATEGORIES)
-    add("--eval-crop-ratio", "--crop-pct", default=None, type=float,
-        help="default: the model's own, 0.875 for DeiT's")  # fmt: skip
+    add(
+        "--eval-crop-ratio",
+        "--crop-pct",
+        default=None,
+        type=float,
+        help="default: the model's own, 0.875 for DeiT's",
+    )
     add("--num-workers", default=None, type=int, help="per process; default: what the cores allow")
-    add("--loader-timeout", default=20.0, type=float, metavar="MIN",
-        help="minutes a worker may take for a batch, before the run ends; 0: for ever")  # fmt: skip
+    add(
+        "--loader-timeout",
+        default=20.0,
+        type=float,
+        metavar="MIN",
+        help="minutes a worker may take for a batch, before the run ends; 0: for ever",
+    )
     add("--on-bad-image", default="fail", choices=("fail", "skip"))
     _switch(group, "pin-mem", True, "page-locked batches for a GPU")
 
@@ -394,8 +532,11 @@ def _with_recipe(
         found, args.batch_size, args.grad_accum_steps, world, frozenset(given)
     )
     args = _parse(argv, defaults=flags | fitted)
-    changed = {flag: value for flag, value in given.items()
-               if flag in found.flags and value != found.flags[flag]}  # fmt: skip
+    changed = {
+        flag: value
+        for flag, value in given.items()
+        if flag in found.flags and value != found.flags[flag]
+    }
     effective = args.batch_size * args.grad_accum_steps * world
     about = recipe.describe(found, changed, fitted)
     return args, about, recipe.batch_warnings(found, effective)
@@ -521,7 +662,7 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         and args.distillation_type != "hard"
     ):
         raise UserError(
-            "--teacher-cache-topk hard keeps one class a picture: use --distillation-type hard"
+            "--teacher-cache-topk hard keeps one class an image: use --distillation-type hard"
         )
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(()):
         known = ", ".join(torch.compiler.list_backends(()))

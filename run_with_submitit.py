@@ -25,18 +25,27 @@ LAST_WORDS_S = 60  # how long the other tasks wait for the first one to have the
 def get_submitit_parser() -> argparse.ArgumentParser:
     """Return the parser of the request to Slurm; main.py's own flags are left over by it."""
     parser = options.Parser(
-        "run_with_submitit.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+        "run_with_submitit.py",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
         epilog="All other flags go to main.py; see python main.py --help.",
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--ngpus", default=8, type=int, help="GPUs, and tasks, per node; 0: CPU tasks")
     add("--tasks-per-node", default=None, type=int, help="default: --ngpus, or 1 without GPUs")
     add("--nodes", default=2, type=int)
     add("--timeout", default=2800, type=int, metavar="MIN", help="time limit in minutes")
-    add("--job-dir", default="", help="Slurm's and our output; %%j: the job's number; default: %%j "
-        "in --shared-dir")  # fmt: skip
-    add("--shared-dir", default="", help="a folder that all nodes see, where they find each other; "
-        "default: --job-dir, or experiments here")  # fmt: skip
+    add(
+        "--job-dir",
+        default="",
+        help="Slurm's and our output; %%j: the job's number; default: %%j in --shared-dir",
+    )
+    add(
+        "--shared-dir",
+        default="",
+        help="a folder that all nodes see, where they find each other; "
+        "default: --job-dir, or experiments here",
+    )
     add("--partition", default="learnfair")
     add("--use-volta32", action="store_true", help="--constraint volta32gb")
     add("--constraint", default="")
@@ -45,11 +54,21 @@ def get_submitit_parser() -> argparse.ArgumentParser:
     add("--qos", default="")
     add("--cpus-per-task", default=10, type=int)
     add("--mem-per-gpu", default=40, type=int, metavar="GB", help="for each task; 0: do not ask")
-    add("--signal-delay", default=120, type=int, metavar="S",
-        help="seconds before the time limit at which the job is told to stop")  # fmt: skip
+    add(
+        "--signal-delay",
+        default=120,
+        type=int,
+        metavar="S",
+        help="seconds before the time limit at which the job is told to stop",
+    )
     add("--max-timeouts", default=30, type=int, help="how often a timed-out job is requeued")
-    add("--slurm", action="append", default=[], metavar="KEY[=VALUE]",
-        help="any sbatch parameter, as in --slurm exclusive --slurm nice=100")  # fmt: skip
+    add(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="any sbatch parameter, as in --slurm exclusive --slurm nice=100",
+    )
     return parser
 
 
@@ -104,9 +123,14 @@ class Trainer:
         shared_dir.mkdir(parents=True, exist_ok=True)
         meeting = shared_dir / f".meeting-{job_id}-{restarts}"
         return [
-            *self.argv, "--output-dir", str(output_dir), "--resume", self.resume,
-            "--dist-url", f"file://{meeting}",
-        ]  # fmt: skip
+            *self.argv,
+            "--output-dir",
+            str(output_dir),
+            "--resume",
+            self.resume,
+            "--dist-url",
+            f"file://{meeting}",
+        ]
 
 
 def forget_meetings(current: Path) -> None:
@@ -134,8 +158,12 @@ def slurm_parameters(request: argparse.Namespace) -> dict[str, object]:
     if request.mem_per_gpu:
         parameters["mem_gb"] = request.mem_per_gpu * tasks
     constraint = request.constraint or ("volta32gb" if request.use_volta32 else "")
-    for name, value in (("constraint", constraint), ("comment", request.comment),
-                        ("account", request.account), ("qos", request.qos)):  # fmt: skip
+    for name, value in (
+        ("constraint", constraint),
+        ("comment", request.comment),
+        ("account", request.account),
+        ("qos", request.qos),
+    ):
         if value:
             parameters[f"slurm_{name}"] = value
     pairs = (pair.partition("=") for pair in request.slurm)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from base.errors import Lost, UserError
+from base.errors import PeerLost, UserError
 
 _logger = logging.getLogger(__name__)
 SAID = "somebody has said it"
@@ -131,8 +131,9 @@ def init_processes(
         except ValueError as error:
             raise UserError(f"--dist-url {dist_url}: {error}") from error
         except RuntimeError as error:
-            raise Lost(
-                f"process {rank_} of {world} did not find the others: {lost_reason(error) or error}"
+            raise PeerLost(
+                f"process {rank_} of {world} did not find the others: "
+                f"{peer_lost_reason(error) or error}"
             ) from error
     return Processes(rank_, local_rank_, world, place, launcher)
 
@@ -196,14 +197,14 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
             if store.check([f"greeting/{other}"]):  # perhaps that of a dead one: harmless
                 store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
         if time.monotonic() > end:
-            raise Lost(f"{len(missing)} have not come, number {missing[0]} among them")
+            raise PeerLost(f"{len(missing)} have not come, number {missing[0]} among them")
         time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
 
-def lost_reason(error: Exception) -> str:
+def peer_lost_reason(error: Exception) -> str:
     """Return in few words how another process was lost, or "" where `error` says no such thing."""
-    if isinstance(error, Lost | dist.DistError) or "gloo/" in str(error):
+    if isinstance(error, PeerLost | dist.DistError) or "gloo/" in str(error):
         line = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0]  # gloo begins with its file
         return line.partition(". This is typically")[0]
     return ""

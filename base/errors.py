@@ -5,7 +5,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A setting, a file or a picture that only the user can put right.
+    """A setting, a file or an image that only the user can put right.
 
     The message is one line: what was asked, what was found, what to do. `main.py` prints it on
     stderr and ends with exit code 2.
@@ -33,7 +33,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], what: str = "") 
             yield f"{what}{name} was {one!r} and is {other!r}"
 
 
-class Damaged(UserError):
+class CorruptFile(UserError):
     """A file that is not what was written: whoever looks for a good one may take another."""
 
 
@@ -52,5 +52,5 @@ class Stopped(Exception):
         self.signal_number = signal_number
 
 
-class Lost(RuntimeError):
+class PeerLost(RuntimeError):
     """Another process of the run does not come, has died, or does not answer."""

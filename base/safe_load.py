@@ -22,16 +22,29 @@ from urllib.parse import urlparse
 import torch
 
 from base import distributed
-from base.errors import Damaged, UserError
+from base.errors import CorruptFile, UserError
 from base.files import _brief, hash_of, is_finite
 
 _logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
-UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, AttributeError,
-              IndexError, TypeError, ImportError, AssertionError, ArithmeticError, MemoryError,
-              struct.error, zipfile.BadZipFile)  # fmt: skip
+UNREADABLE = (
+    RuntimeError,
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    TypeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def is_url(source: str) -> bool:
@@ -51,16 +64,16 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
     """
     path = fetch(str(source)) if is_url(str(source)) else Path(source)
     if not path.exists():
-        raise Damaged(f"{source}: not there; give a checkpoint file or URL")
+        raise CorruptFile(f"{source}: not there; give a checkpoint file or URL")
     if path.is_dir():
-        raise Damaged(f"{source}: is a folder; give a checkpoint file in it")
+        raise CorruptFile(f"{source}: is a folder; give a checkpoint file in it")
     if not path.is_file():
-        raise Damaged(f"{source}: is no file (a pipe or device); give a checkpoint file")
+        raise CorruptFile(f"{source}: is no file (a pipe or device); give a checkpoint file")
     if path.stat().st_size == 0:
-        raise Damaged(f"{source}: is empty; copy or download it again")
+        raise CorruptFile(f"{source}: is empty; copy or download it again")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     if not isinstance(content, Mapping):
-        raise Damaged(f"{source}: holds a {type(content).__name__}, not a dict of weights")
+        raise CorruptFile(f"{source}: holds a {type(content).__name__}, not a dict of weights")
     return dict(content)
 
 
@@ -71,7 +84,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise Damaged(f"{path}: not a readable safetensors file ({_brief(error)})") from error
+        raise CorruptFile(f"{path}: not a readable safetensors file ({_brief(error)})") from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -89,12 +102,12 @@ def _read_pickle(path: Path) -> Any:
             r"(?:class|function|type) (?:<class ')?([\w]+(?:\.[\w]+)+)", str(error)
         )
         if wanted:
-            raise Damaged(
+            raise CorruptFile(
                 f"{path}: refused, because reading it would run {wanted.group(1)}; only tensors "
                 "and plain values are read. If you trust its source, save it again as safetensors"
             ) from error
         reason = "not a file of torch.save" if "Weights only" in str(error) else _brief(error)
-        raise Damaged(
+        raise CorruptFile(
             f"{path}: not a readable checkpoint ({reason}); it may be cut short or no "
             "checkpoint at all"
         ) from error
@@ -168,8 +181,8 @@ def check_numbers(
         value = found.get(name)
         if not isinstance(value, torch.Tensor):
             continue
-        alike = value.is_floating_point() == own.is_floating_point() and not value.is_complex()
-        if not alike or (same_type and value.dtype != own.dtype):
+        compatible = value.is_floating_point() == own.is_floating_point() and not value.is_complex()
+        if not compatible or (same_type and value.dtype != own.dtype):
             raise ValueError(f"{name} is {value.dtype}, not {own.dtype}")
         if not is_finite(value) and is_finite(own):
             raise ValueError(f"{name} holds values that are not finite")

@@ -17,7 +17,7 @@ from data.transforms import InputConfig
 from distill.teacher import Answers, build_sources
 from models import Student
 
-SAMPLE = 128  # pictures on which a teacher is tried
+SAMPLE = 128  # images on which a teacher is tried
 FEW_TOKENS = 16  # a student with fewer patches learns little (DeiT issue 154)
 MARGIN = 15.0  # points below its published accuracy at which a teacher is suspected
 
@@ -35,7 +35,7 @@ def build_findings(
     found = []
     if grid is not None and grid < FEW_TOKENS:
         found.append(
-            f"student: sees a picture as {grid} patches only; raise --input-size, or take a model "
+            f"student: sees an image as {grid} patches only; raise --input-size, or take a model "
             "with smaller patches"
         )
     if answers is None:
@@ -72,15 +72,17 @@ def check_passed(args: Namespace, answers: Answers | None) -> str:
 
 
 def enlarged(size_T: int, size: int) -> list[str]:
-    """Return a finding if a teacher of `size_T` pixels sees much smaller pictures enlarged."""
+    """Return a finding if a teacher of `size_T` pixels sees much smaller images enlarged."""
     if size_T <= 1.25 * size:
         return []
-    return [f"teacher: was trained at {size_T} px and gets the student's {size} px enlarged; a "
-            "teacher of the student's resolution knows more of them"]  # fmt: skip
+    return [
+        f"teacher: was trained at {size_T} px and gets the student's {size} px enlarged; a "
+        "teacher of the student's resolution knows more of them"
+    ]
 
 
 def sample(loader: torch.utils.data.DataLoader, count: int) -> tuple[Tensor, Tensor]:
-    """Return pictures and labels from all over an evaluation set, `count` at most.
+    """Return images and labels from all over an evaluation set, `count` at most.
 
     From a stream, which has no order, the first ones.
     """
@@ -111,13 +113,17 @@ def label_order(theirs: list[str] | None, ours: list[str] | None) -> list[str]:
     if theirs is None or ours is None or theirs == ours:
         return []
     if sorted(theirs) == sorted(ours):
-        return [f"teacher: has the data's {len(ours)} classes in another order; train it on "
-                "folders of the same names"]  # fmt: skip
+        return [
+            f"teacher: has the data's {len(ours)} classes in another order; train it on "
+            "folders of the same names"
+        ]
     first = next(
         (pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours))
     )
-    return [f"teacher: was trained on other classes ({first[0]} where the data has {first[1]}); "
-            "train it on this data"]  # fmt: skip
+    return [
+        f"teacher: was trained on other classes ({first[0]} where the data has {first[1]}); "
+        "train it on this data"
+    ]
 
 
 def teacher_findings(logits: Tensor, labels: Tensor, published: float | None) -> list[str]:
@@ -125,7 +131,7 @@ def teacher_findings(logits: Tensor, labels: Tensor, published: float | None) ->
 
     published: its known Acc@1 in percent. The floor is MARGIN points below it, else three times
     chance, but at most half way from chance to certainty. An accuracy that renaming the answers
-    would mend is a label order: this needs five pictures a class.
+    would mend is a label order: this needs five images a class.
     """
     count, num_classes = logits.shape
     answers = logits.argmax(1)
@@ -138,7 +144,11 @@ def teacher_findings(logits: Tensor, labels: Tensor, published: float | None) ->
     table.index_put_((answers, labels), torch.ones_like(labels), accumulate=True)
     renamed = 100 * float(table.max(1).values.sum()) / count
     if count >= 5 * num_classes and renamed >= floor and renamed > 2 * acc1:
-        return [f"teacher: {acc1:.0f}% right on {count} pictures, {renamed:.0f}% with its classes "
-                "renamed: its label order is another; compare the class folders"]  # fmt: skip
-    return [f"teacher: {acc1:.0f}% right on {count} pictures, at least {floor:.0f}% is expected; "
-            "compare its weights, its classes, and its mean and std"]  # fmt: skip
+        return [
+            f"teacher: {acc1:.0f}% right on {count} images, {renamed:.0f}% with its classes "
+            "renamed: its label order is another; compare the class folders"
+        ]
+    return [
+        f"teacher: {acc1:.0f}% right on {count} images, at least {floor:.0f}% is expected; "
+        "compare its weights, its classes, and its mean and std"
+    ]

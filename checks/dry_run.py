@@ -28,7 +28,7 @@ from distill.teacher import build_sources, input_of
 from training import optim
 from training.metrics import clock
 
-# What --data-set names, training pictures and classes: counted with where the data is not there.
+# What --data-set names, training images and classes: counted with where the data is not there.
 EXTENTS = {
     "IMNET": ("ImageNet", 1_281_167, 1000),
     "CIFAR10": ("CIFAR-10", 50_000, 10),
@@ -42,7 +42,7 @@ DAY_S = 86_400
 
 @dataclass(frozen=True)
 class Size:
-    """What a network costs: parameters, those of them that train, and for one picture FLOPs
+    """What a network costs: parameters, those of them that train, and for one image FLOPs
     forward and bytes kept for backward in float32."""
 
     parameters: int
@@ -51,7 +51,7 @@ class Size:
     kept_bytes: int
 
     def describe(self) -> str:
-        return f"{self.parameters / 1e6:.2f} M parameters, {self.flops / 1e9:.2f} GFLOPs a picture"
+        return f"{self.parameters / 1e6:.2f} M parameters, {self.flops / 1e9:.2f} GFLOPs an image"
 
 
 def measure(make: Callable[[], nn.Module], height: int, width: int) -> Size:
@@ -78,7 +78,7 @@ def measure(make: Callable[[], nn.Module], height: int, width: int) -> Size:
 
 @dataclass(frozen=True)
 class Planned:
-    """A network of the run that is planned; side: (height, width) of its pictures."""
+    """A network of the run that is planned; side: (height, width) of its images."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -88,10 +88,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Extent:
-    """How much data an epoch has: micro-steps of a process, and pictures drawn for all of them."""
+    """How much data an epoch has: micro-steps of a process, and images drawn for all of them."""
 
     steps: int
-    pictures: int
+    images: int
     num_classes: int
     what: str
 
@@ -102,23 +102,23 @@ def build_plan(
     """Return the lines of --dry-run: settings, data, sizes, memory, teacher cache, time, pace."""
     extent = _build_extent(args, processes, inputs)
     student = _build_planned_student(args, extent.num_classes, inputs)
-    masters = _build_planned_teachers(args, extent.num_classes)
-    pace = optim.build_pace(args, extent.steps, processes.world_size)
+    teachers = _build_planned_teachers(args, extent.num_classes)
+    batch_plan = optim.build_batch_plan(args, extent.steps, processes.world_size)
     settings = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(args).items()}
     return [
         *yaml.safe_dump(settings).splitlines(),
-        f"data: {extent.what}; {extent.pictures} pictures an epoch",
+        f"data: {extent.what}; {extent.images} images an epoch",
         f"student: {student.name}, {student.size.describe()} of {inputs.describe()}",
         *(
             f"teacher: {teacher.name}, {teacher.size.describe()} of "
             f"{teacher.side[0]}x{teacher.side[1]}"
-            for teacher in masters
+            for teacher in teachers
         ),
         *_build_cache(args, extent),
-        f"memory: {_build_memory(args, student, masters, amp_dtype)}",
-        f"time: {_build_time(args, student, masters, extent, processes, amp_dtype)}",
-        f"recipe: {pace.describe()}",
-        *(f"WARNING: {line}" for line in optim.build_warnings(args, pace.lr)),
+        f"memory: {_build_memory(args, student, teachers, amp_dtype)}",
+        f"time: {_build_time(args, student, teachers, extent, processes, amp_dtype)}",
+        f"recipe: {batch_plan.describe()}",
+        *(f"WARNING: {line}" for line in optim.build_warnings(args, batch_plan.lr)),
     ]
 
 
@@ -145,17 +145,17 @@ def _build_assumed(args: Namespace, processes: Processes, why: str) -> Extent:
 
     why: what is the matter with the data.
     """
-    name, pictures, classes = EXTENTS.get(str(args.data_set), EXTENTS["IMNET"])
+    name, images, classes = EXTENTS.get(str(args.data_set), EXTENTS["IMNET"])
     unknown = "" if args.data_set in EXTENTS else "of unknown size, "
     if args.inat_category != "name" and not args.nb_classes:
         unknown += "--nb-classes unknown, "
     classes = args.nb_classes or classes
     sampler = TrainSampler(
-        pictures,
+        images,
         num_replicas=processes.world_size,
         repeats=datasets.REPEATS if args.repeated_aug else 1,
     )
-    what = f"not there, {unknown}{name}'s {pictures} pictures and {classes} classes assumed ({why})"
+    what = f"not there, {unknown}{name}'s {images} images and {classes} classes assumed ({why})"
     return Extent(sampler.count // args.batch_size, sampler.kept, classes, what)
 
 
@@ -193,10 +193,12 @@ def _build_cache(args: Namespace, extent: Extent) -> list[str]:
     if args.distillation_type == "none":
         return []
     views = args.teacher_cache_views or args.epochs
-    rows = extent.pictures * views
+    rows = extent.images * views
     asked = cache_store.read_topk(args.teacher_cache_topk, extent.num_classes)
-    sizes = [f"{amount(rows * cache_store.row_bytes(keep, extent.num_classes))} with {keep}"
-             for keep in dict.fromkeys((cache_store.ALL, asked, cache_store.HARD))]  # fmt: skip
+    sizes = [
+        f"{amount(rows * cache_store.row_bytes(keep, extent.num_classes))} with {keep}"
+        for keep in dict.fromkeys((cache_store.ALL, asked, cache_store.HARD))
+    ]
     return [f"cache: {', '.join(sizes)} (--teacher-cache-topk); {rows} answers, {views} views"]
 
 
@@ -215,20 +217,20 @@ def duration(seconds: float) -> str:
 def _build_memory(
     args: Namespace,
     student: Planned,
-    masters: Sequence[Planned],
+    teachers: Sequence[Planned],
     amp_dtype: torch.dtype | None,
 ) -> str:
     """Return in words what a process holds, about: weights and their company, and the batch."""
     moments = 1 if args.opt.lower() in ("sgd", "momentum", "nesterov", "lion") else 2
     copies = 1 + (args.model_ema and not args.model_ema_force_cpu)
     numbers = copies * student.size.parameters + (1 + moments) * student.size.trained
-    weights = 4 * (numbers + sum(teacher.size.parameters for teacher in masters))
+    weights = 4 * (numbers + sum(teacher.size.parameters for teacher in teachers))
     kept = student.size.kept_bytes * args.batch_size
     if amp_dtype is not None:
         kept //= 2
     return (
         f"about {amount(weights + kept)} a process: {amount(weights)} for weights, gradients, "
-        f"optimizer, average and teacher, {amount(kept)} for the {args.batch_size} pictures of a "
+        f"optimizer, average and teacher, {amount(kept)} for the {args.batch_size} images of a "
         "micro-step"
     )
 
@@ -236,7 +238,7 @@ def _build_memory(
 def _build_time(
     args: Namespace,
     student: Planned,
-    masters: Sequence[Planned],
+    teachers: Sequence[Planned],
     extent: Extent,
     processes: Processes,
     amp_dtype: torch.dtype | None,
@@ -244,18 +246,18 @@ def _build_time(
     """Return in words how long the run takes, by a short probe of its networks."""
     device, batch = processes.device, args.batch_size
     if device.type == "cpu":
-        flops = sum(planned.size.flops for planned in (student, *masters))
+        flops = sum(planned.size.flops for planned in (student, *teachers))
         batch = max(1, min(batch, int(PROBE_FLOPS / flops)))
     alone = probe(student.make(), student.side, batch, device, amp_dtype, trains=True)
     asked = sum(
         probe(teacher.make(), teacher.side, batch, device, amp_dtype, trains=False)
-        for teacher in masters
+        for teacher in teachers
     )
     epoch = (alone + asked) * extent.steps * args.batch_size
     cached = f" ({1 / alone:.1f} from a full cache of the teacher)" if asked else ""
     return (
         f"{1 / (alone + asked):.1f} images/s a process{cached} in a probe of {batch} random "
-        f"pictures; an epoch {duration(epoch)}, {args.epochs} epochs "
+        f"images; an epoch {duration(epoch)}, {args.epochs} epochs "
         f"{duration(epoch * args.epochs)}, if the data keeps up, without evaluation"
     )
 
@@ -270,12 +272,12 @@ def probe(
     trains: bool,
     steps: int = 2,
 ) -> float:
-    """Return the seconds a picture takes: forward and backward, or forward alone.
+    """Return the seconds an image takes: forward and backward, or forward alone.
 
-    side: (height, width) of the pictures.
+    side: (height, width) of the images.
     """
     network = network.to(device).train(trains)
-    models.fast.suit_device(network, device.type, amp_dtype)
+    models.fast.select_kernels(network, device.type, amp_dtype)
     images = torch.randn(batch, 3, *side, device=device)
     began = 0.0
     for step in range(steps + 1):

@@ -1,4 +1,4 @@
-"""Pictures for people: an augmented batch with what it is called, and where a student looks.
+"""Images for people: an augmented batch with what it is called, and where a student looks.
 
 Shapes: B batch, C classes, H heads, N tokens. All results are uint8 tensors (3, height, width).
 """
@@ -23,21 +23,21 @@ HEAT = (255, 140, 0)  # colour of attention
 
 
 def to_uint8(images: Tensor, inputs: InputConfig) -> Tensor:
-    """Return normalised pictures (B, 3, height, width) as they looked, values 0 to 255."""
+    """Return normalised images (B, 3, height, width) as they looked, values 0 to 255."""
     std, mean = (torch.tensor(v)[:, None, None] for v in (inputs.std, inputs.mean))
     return ((images.float().cpu() * std + mean).clamp(0, 1) * 255).byte()
 
 
-def grid(pictures: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) -> Tensor:
-    """Return pictures (B, 3, height, width) uint8 in rows, each above the lines of its caption."""
-    high = round(SIDE * pictures.shape[-2] / pictures.shape[-1])
-    rows = -(-len(pictures) // columns)
+def grid(images: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) -> Tensor:
+    """Return images (B, 3, height, width) uint8 in rows, each above the lines of its caption."""
+    high = round(SIDE * images.shape[-2] / images.shape[-1])
+    rows = -(-len(images) // columns)
     tall = high + LINE * max(len(lines) for lines in captions) + 6
     sheet = Image.new("RGB", (columns * (SIDE + 4), rows * tall), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LETTERS)
-    for i, (picture, lines) in enumerate(zip(pictures, captions)):
+    for i, (image, lines) in enumerate(zip(images, captions)):
         x, y = i % columns * (SIDE + 4), i // columns * tall
-        tile = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((SIDE, high))
+        tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((SIDE, high))
         sheet.paste(tile, (x, y))
         for n, line in enumerate(lines):
             while draw.textlength(line, font) > SIDE:
@@ -46,7 +46,7 @@ def grid(pictures: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) 
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
 
 
-def opinion(shares: Tensor, classes: Sequence[str] | None, most: int = 2) -> str:
+def top_classes(shares: Tensor, classes: Sequence[str] | None, most: int = 2) -> str:
     """Return the classes of one distribution (C,) that weigh most, with their percentages."""
     values, places = shares.topk(min(most, len(shares)))
     return ", ".join(
@@ -67,7 +67,7 @@ def train_batch(
     teacher: Callable[[Tensor], Tensor] | None = None,
     count: int = 8,
 ) -> Tensor | None:
-    """Return pictures as the student gets them, with their labels and the teacher's opinion.
+    """Return images as the student gets them, with their labels and the teacher's opinion.
 
     They are the first of the epoch, drawn beside the loader: no order and no random number of the
     run changes. None for streamed data, which cannot be asked twice.
@@ -85,16 +85,16 @@ def train_batch(
         images, labels = mixup_fn(images, labels)
     width = len(classes) if classes else int(labels.max()) + 1
     shares = labels if labels.dim() == 2 else F.one_hot(labels, width)
-    captions = [[opinion(row.float(), classes)] for row in shares.cpu()]
+    captions = [[top_classes(row.float(), classes)] for row in shares.cpu()]
     if teacher is not None:
         for lines, row in zip(captions, teacher(images).softmax(1).cpu()):
-            lines.append(f"teacher: {opinion(row, classes)}")
+            lines.append(f"teacher: {top_classes(row, classes)}")
     return grid(to_uint8(images, inputs), captions)
 
 
 @torch.no_grad()
 def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor | None:
-    """Return pictures beside the last block's attention of their class and distillation token.
+    """Return images beside the last block's attention of their class and distillation token.
 
     images: (B, 3, height, width) on the network's device. The maps are means over the heads,
     scaled to their largest value. None for a network whose attention cannot be read.
@@ -120,11 +120,11 @@ def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor
     maps = F.interpolate(looks, images.shape[-2:], mode="bilinear").cpu()
     shown = to_uint8(images, inputs)
     tiles, captions = [], []
-    for picture, own in zip(shown, maps):
-        tiles.append(picture)
-        captions.append(["picture"])
+    for image, own in zip(shown, maps):
+        tiles.append(image)
+        captions.append(["image"])
         for name, look in zip(("class token", "distillation token"), own):
             heat = look * torch.tensor(HEAT)[:, None, None]
-            tiles.append((0.5 * picture + 0.5 * heat).byte())  # seen on black pictures too
+            tiles.append((0.5 * image + 0.5 * heat).byte())  # seen on black images too
             captions.append([name])
     return grid(torch.stack(tiles), captions, columns=2 * (1 + min(2, maps.shape[1])))

@@ -1,6 +1,6 @@
-"""timm's augmentations on batches of uint8 pictures, on any device, a sample at a time.
+"""timm's augmentations on batches of uint8 images, on any device, a sample at a time.
 
-Shapes: B batch, S steps, H height, W width. A worker crops and flips a picture and only draws what
+Shapes: B batch, S steps, H height, W width. A worker crops and flips an image and only draws what
 comes after; what it drew is the sample's program (S, 8), a row a step: the operation and its
 numbers. `Augment` carries out a batch of programs. The draws are the transform's own, in its order,
 so a sample is what the worker would have made of it, to within the tolerances that
@@ -26,27 +26,34 @@ from torchvision import transforms
 from base.errors import UserError
 from base.transfer import send
 from data import image_ops
-from data.image_ops import Picture
+from data.image_ops import ImageLike
 from data.transforms import Blur, Normalize, Solarize, augment_ops
 
 COLUMNS = 8  # of a program's row: the operation, then its numbers
 NOTHING, AFFINE, COLOR, SHARPNESS, BLUR, ERASE = range(6)
 # Operations that look every value up in a table of its sample and channel
-(INVERT, AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS,
- CONTRAST) = range(10, 18)  # fmt: skip
+(INVERT, AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST) = range(
+    10, 18
+)
 CHUNK = 64  # samples at a time, of what needs many times their memory
 BLUR_PASSES = 3  # of a box: Pillow's Gaussian blur
 BLUR_REACH = 4  # pixels to each side; enough for a radius of 3
 # The steps of a transform that come after crop and flip
-AFTER_CROP = (RandAugment, AutoAugment, AugMixAugment, transforms.RandomChoice,
-              transforms.ColorJitter, Normalize)  # fmt: skip
+AFTER_CROP = (
+    RandAugment,
+    AutoAugment,
+    AugMixAugment,
+    transforms.RandomChoice,
+    transforms.ColorJitter,
+    Normalize,
+)
 
 
 # ---- in the worker: what is drawn
 
 
 class Tape:
-    """Stands for a picture (height, width) in a transform, and writes down what is to be done."""
+    """Stands for an image (height, width) in a transform, and writes down what is to be done."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -145,7 +152,7 @@ class _Erasing:
 
 
 def _on_tape(step: Any) -> Callable[[Tape], Tape]:
-    """Return a step of a transform that writes on a tape what the step would do to a picture."""
+    """Return a step of a transform that writes on a tape what the step would do to an image."""
     if isinstance(step, RandAugment | AutoAugment):
         for operation in augment_ops(transforms.Compose([step])):
             operation.aug_fn = _Operation(operation.name)
@@ -181,7 +188,7 @@ def _longest(step: Any) -> int:
 class Recorded:
     """A training transform of `augment` up to the crop and the flip, and a program for the rest.
 
-    Called with a picture it returns its pixels (3, H, W) uint8 and its program (S, 8) float64;
+    Called with an image it returns its pixels (3, H, W) uint8 and its program (S, 8) float64;
     `carry_out` is what carries out batches of them. Raises UserError for what only workers can do.
     """
 
@@ -203,32 +210,32 @@ class Recorded:
         )
         self.steps = [_on_tape(step) for step in rest]
 
-    def __call__(self, picture: Picture) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: ImageLike) -> tuple[Tensor, Tensor]:
         for step in self.crop:
-            picture = step(picture)
-        if not isinstance(picture, Tensor):
-            picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        tape = Tape(*picture.shape[1:])
+            image = step(image)
+        if not isinstance(image, Tensor):
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tape = Tape(*image.shape[1:])
         for step in self.steps:
             tape = step(tape)
         program = torch.zeros(self.length, COLUMNS, dtype=torch.float64)
         if tape.rows:
             program[: len(tape.rows)] = torch.tensor(tape.rows, dtype=torch.float64)
-        return picture.contiguous(), program
+        return image.contiguous(), program
 
 
 # ---- on the device: what is done
 
 
 class Augment:
-    """Carries out programs on batches of pictures and normalises them.
+    """Carries out programs on batches of images and normalises them.
 
     mean, std: (3, 1, 1), of values in [0, 1]. fill: (red, green, blue), what comes from outside a
-    picture. noise: whether erased boxes hold normal noise, or else a colour.
-    Called with pictures (B, 3, H, W) uint8, programs (B, S, 8) on the CPU and a device, it returns
-    (B, 3, H, W) float32 there; the pictures stay as they are. No sample depends on its neighbours.
+    image. noise: whether erased boxes hold normal noise, or else a colour.
+    Called with images (B, 3, H, W) uint8, programs (B, S, 8) on the CPU and a device, it returns
+    (B, 3, H, W) float32 there; the images stay as they are. No sample depends on its neighbours.
     Who gets what is sorted out on the CPU, and goes to the device once, from pinned memory: where
-    the loader has pinned the pictures too, the host never waits for the device.
+    the loader has pinned the images too, the host never waits for the device.
     """
 
     def __init__(
@@ -277,7 +284,7 @@ def plan(operations: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
 
 
 def carried_out(operation: int, images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
-    """Return pictures (B, 3, H, W) uint8 after one operation. numbers: (B, 7); fill: (3, 1, 1)."""
+    """Return images (B, 3, H, W) uint8 after one operation. numbers: (B, 7); fill: (3, 1, 1)."""
     if operation == AFFINE:
         return affine(images, numbers, fill)
     if operation in PIXELWISE:
@@ -406,7 +413,7 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     return blend(mean.view(-1, 1, 1), _values(images), factor)
 
 
-# From pictures (B, 3, H, W) uint8 and a number each, (B, 1, 1), to what each value becomes, (B, 3,
+# From images (B, 3, H, W) uint8 and a number each, (B, 1, 1), to what each value becomes, (B, 3,
 # 256) uint8
 TABLE_OF: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     INVERT: lambda images, _: (255 - _values(images)).to(torch.uint8),
@@ -426,7 +433,7 @@ def look_up(images: Tensor, found: Tensor) -> Tensor:
 
 
 def affine(images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
-    """Return pictures whose pixel (x, y) comes from (a x + b y + c, d x + e y + f), as in Pillow.
+    """Return images whose pixel (x, y) comes from (a x + b y + c, d x + e y + f), as in Pillow.
 
     images: (B, 3, H, W) uint8; numbers: (B, 7), a to f, and 1 for bicubic (a = -1, Pillow's, where
     torch's has -0.75) or 0 for bilinear; fill: (3, 1, 1), for what comes from outside.
@@ -467,7 +474,7 @@ def _taps(part: Tensor, cubic: Tensor) -> list[Tensor]:
 
 
 def erase(images: Tensor, boxes: Tensor, noise: bool) -> Tensor:
-    """Return normalised pictures (B, 3, H, W) with a box filled in each.
+    """Return normalised images (B, 3, H, W) with a box filled in each.
 
     boxes: (B, 7): top, left, height, width, and a colour (3), or the key of the noise.
     """

@@ -1,6 +1,6 @@
-"""Pictures in memory, read, cropped, resized and warped as Pillow does it, in less time.
+"""Images in memory, read, cropped, resized and warped as Pillow does it, in less time.
 
-A picture is a Pillow image in RGB or an array (H, W, 3) uint8, which may be read-only. What differs
+An image is a Pillow image in RGB or an array (H, W, 3) uint8, which may be read-only. What differs
 from Pillow says by how much, in steps of 255; `tests/test_image_ops.py` holds it to that.
 """
 
@@ -21,34 +21,40 @@ try:
 except ImportError:  # only faster, by a half
     simplejpeg = None
 
-# Of what becomes of a picture by its key (seed, view, index) and its place in a batch. Raise it
+# Of what becomes of an image by its key (seed, view, index) and its place in a batch. Raise it
 # with any change, here, in augment, device_augment, samplers or the engine's mixing, by which the
 # same key gives other pixels: answers of teachers that were kept before are then refused.
 VERSION = 2
-Picture = Image.Image | np.ndarray
+ImageLike = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
-# what Pillow raises for files that are no whole picture
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-              Image.DecompressionBombError)  # fmt: skip
+# what Pillow raises for files that are no whole image
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture in RGB, 8 bits; those of 16 bits are scaled, where Pillow would clip."""
-    if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    elif picture.mode in ("I", "F"):
-        raise ValueError(
-            f"mode {picture.mode}, whose white nobody knows; save it with 8 or 16 bits"
-        )
-    return picture.convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image in RGB, 8 bits; those of 16 bits are scaled, where Pillow would clip."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, whose white nobody knows; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
-def decode(data: bytes) -> Picture:
-    """Return the picture in the bytes of a file, in RGB.
+def decode(data: bytes) -> ImageLike:
+    """Return the image in the bytes of a file, in RGB.
 
     simplejpeg's libjpeg-turbo gives Pillow's pixels, every one. What is no JPEG, what is one for
     printing (CMYK), and what simplejpeg refuses, goes to Pillow. Raises what Pillow raises for what
-    is no whole picture.
+    is no whole image.
     """
     if simplejpeg is not None and data[:2] == JPEG_START:
         try:
@@ -59,22 +65,22 @@ def decode(data: bytes) -> Picture:
     return to_rgb(Image.open(io.BytesIO(data)))
 
 
-def as_image(picture: Picture | Tensor) -> Image.Image:
-    """Return a Pillow image. picture: may also be a tensor (3, H, W) uint8."""
-    if isinstance(picture, Image.Image):
-        return picture
-    if isinstance(picture, Tensor):
-        picture = picture.permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(picture))
+def as_image(image: ImageLike | Tensor) -> Image.Image:
+    """Return a Pillow image. image: may also be a tensor (3, H, W) uint8."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor):
+        image = image.permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(image))
 
 
-def size_of(picture: Picture) -> tuple[int, int]:
+def size_of(image: ImageLike) -> tuple[int, int]:
     """Return (height, width) in pixels."""
-    return picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+    return image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
 
 
 def crop_and_resize(
-    picture: Picture, box: tuple[int, int, int, int], size: tuple[int, int], mode: str
+    image: ImageLike, box: tuple[int, int, int, int], size: tuple[int, int], mode: str
 ) -> Tensor:
     """Return the pixels of `box` (top, left, height, width), resized, (3, H, W) uint8.
 
@@ -84,31 +90,31 @@ def crop_and_resize(
     is less work, which rounds and clips in between: 0.3 steps in the mean, a dozen at sharp edges.
     """
     top, left, height, width = box
-    if isinstance(picture, np.ndarray):
-        pixels = np.array(picture[top : top + height, left : left + width])
+    if isinstance(image, np.ndarray):
+        pixels = np.array(image[top : top + height, left : left + width])
     else:
-        pixels = np.array(picture.crop((left, top, left + width, top + height)))
+        pixels = np.array(image.crop((left, top, left + width, top + height)))
     # (1, 3, h, w) with every stride of channels last, for which torch has its fastest way
     batch = torch.from_numpy(pixels).view(1, height, width, 3).permute(0, 3, 1, 2)
     return F.interpolate(batch, size=size, mode=mode, antialias=True)[0]
 
 
-def normalize(picture: Picture | Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize(image: ImageLike | Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return (3, H, W) float32, normalised: torchvision's ToTensor and Normalize, bit for bit.
 
     mean, std: (3, 1, 1), of values in [0, 1].
     """
-    if isinstance(picture, Image.Image):  # whose bands are split faster than an array is turned
-        bands = b"".join(band.tobytes() for band in picture.split())
-        shape = (3, picture.height, picture.width)
-        picture = torch.frombuffer(bytearray(bands), dtype=torch.uint8).view(shape)
-    elif not isinstance(picture, Tensor):
-        picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return picture.contiguous().float().div_(255).sub_(mean).div_(std)
+    if isinstance(image, Image.Image):  # whose bands are split faster than an array is turned
+        bands = b"".join(band.tobytes() for band in image.split())
+        shape = (3, image.height, image.width)
+        image = torch.frombuffer(bytearray(bands), dtype=torch.uint8).view(shape)
+    elif not isinstance(image, Tensor):
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return image.contiguous().float().div_(255).sub_(mean).div_(std)
 
 
 def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any, *, cubic: bool) -> Image.Image:
-    """Return the picture with pixel (x, y) taken from (x + shifts[y], y), bicubic or bilinear.
+    """Return the image with pixel (x, y) taken from (x + shifts[y], y), bicubic or bilinear.
 
     shifts: (H,) in pixels. What comes from outside is `fill`. Differs from Pillow's affine
     transform by 1 step at most, in two values of a thousand; in up to one of ten where the shift's

@@ -1,7 +1,7 @@
-"""A data set in a few large files: pictures once shrunk, read at random places of a memory map.
+"""A data set in a few large files: images once shrunk, read at random places of a memory map.
 
-A folder has `manifest.json` and, for each split (`train`, `val`), the pictures one after another in
-`<split>.bin` and a row about each in `<split>.table`. Raw pictures are uint8 (height, width, 3);
+A folder has `manifest.json` and, for each split (`train`, `val`), the images one after another in
+`<split>.bin` and a row about each in `<split>.table`. Raw images are uint8 (height, width, 3);
 JPEG ones are whole files. `tools/prepare_data.py` writes them, `--data-set PREPARED` reads them.
 """
 
@@ -19,31 +19,40 @@ import numpy as np
 from PIL import Image
 
 from base.errors import UserError, differences
-from data.image_ops import Picture, as_image, decode
+from data.image_ops import ImageLike, as_image, decode
 
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "unfinished.json"
 RAW, JPEG = "raw", "jpeg"
-# place: the picture's index in the data set it comes from; crc: of its bytes
-ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("height", "<u4"), ("width", "<u4"),
-                ("label", "<u4"), ("place", "<u4"), ("crc", "<u4")])  # fmt: skip
+# place: the image's index in the data set it comes from; crc: of its bytes
+ROW = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("label", "<u4"),
+        ("place", "<u4"),
+        ("crc", "<u4"),
+    ]
+)
 SYNC_ROWS = 1024  # rows between two moments at which all is safe from a power failure too
 AGAIN = "python tools/prepare_data.py makes it again"
 
 
-def shrink(picture: Image.Image, short_side: int) -> Image.Image:
-    """Return the picture with its shorter side at `short_side` pixels, bicubic; never enlarged."""
-    width, height = picture.size
+def shrink(image: Image.Image, short_side: int) -> Image.Image:
+    """Return the image with its shorter side at `short_side` pixels, bicubic; never enlarged."""
+    width, height = image.size
     if min(width, height) <= short_side:
-        return picture
+        return image
     scale = short_side / min(width, height)
     size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def encode(picture: Picture, kind: str, short_side: int, quality: int) -> tuple[bytes, int, int]:
-    """Return a picture's bytes as they are kept, and its height and width in pixels."""
-    image = shrink(as_image(picture), short_side)
+def encode(source: ImageLike, kind: str, short_side: int, quality: int) -> tuple[bytes, int, int]:
+    """Return an image's bytes as they are kept, and its height and width in pixels."""
+    image = shrink(as_image(source), short_side)
     if kind == RAW:
         return image.tobytes(), image.height, image.width
     file = io.BytesIO()
@@ -54,13 +63,13 @@ def encode(picture: Picture, kind: str, short_side: int, quality: int) -> tuple[
 class Writer:
     """Writes one split of `folder`, from where an earlier, interrupted one stopped.
 
-    Each picture is handed to the system, and then its row, so that a killed process loses no whole
+    Each image is handed to the system, and then its row, so that a killed process loses no whole
     one. Both are forced to the disk every `SYNC_ROWS` rows; of what is found, as many rows are
     checked, and what is not whole is dropped.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
-        self._pictures, self._table = _open(folder, split, "bin"), _open(folder, split, "table")
+        self._images, self._table = _open(folder, split, "bin"), _open(folder, split, "table")
         try:
             # held by this process alone; flock's its workers would share, who outlive it by seconds
             fcntl.lockf(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +78,7 @@ class Writer:
         written = self._table.read()
         keep = len(written) // ROW.itemsize
         rows = np.frombuffer(written, ROW, count=keep)
-        size = os.fstat(self._pictures.fileno()).st_size
+        size = os.fstat(self._images.fileno()).st_size
         for number in range(max(0, keep - SYNC_ROWS), keep):
             if not self._is_whole(rows[number], size):
                 keep = number
@@ -78,19 +87,19 @@ class Writer:
         self.next_place = int(rows["place"][keep - 1]) + 1 if keep else 0
         self._end = int(rows["offset"][keep - 1]) + int(rows["size"][keep - 1]) if keep else 0
         self._table.truncate(keep * ROW.itemsize)
-        self._pictures.truncate(self._end)
+        self._images.truncate(self._end)
         self._table.seek(0, os.SEEK_END)
-        self._pictures.seek(0, os.SEEK_END)
+        self._images.seek(0, os.SEEK_END)
 
     def _is_whole(self, row: np.void, size: int) -> bool:
         if int(row["offset"]) + int(row["size"]) > size:
             return False
-        self._pictures.seek(int(row["offset"]))
-        return zlib.crc32(self._pictures.read(int(row["size"]))) == row["crc"]
+        self._images.seek(int(row["offset"]))
+        return zlib.crc32(self._images.read(int(row["size"]))) == row["crc"]
 
     def append(self, data: bytes, height: int, width: int, label: int, place: int) -> None:
         row = (self._end, len(data), height, width, label, place, zlib.crc32(data))
-        for file, content in ((self._pictures, data), (self._table, np.array(row, ROW).tobytes())):
+        for file, content in ((self._images, data), (self._table, np.array(row, ROW).tobytes())):
             file.write(content)
             file.flush()
         self._end += len(data)
@@ -100,7 +109,7 @@ class Writer:
 
     def sync(self) -> None:
         """Force all to the disk."""
-        for file in (self._pictures, self._table):
+        for file in (self._images, self._table):
             os.fsync(file.fileno())
 
     def close(self) -> dict[str, Any]:
@@ -108,7 +117,7 @@ class Writer:
         self.sync()
         self._table.seek(0)
         digest = hashlib.sha256(self._table.read()).hexdigest()
-        self._pictures.close()
+        self._images.close()
         self._table.close()
         return {"pictures": self.rows, "bytes": self._end, "table": digest}
 
@@ -187,8 +196,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class Prepared:
     """One split of a prepared data set, as a source (see `sources.Source`).
 
-    Opening it checks the sizes of both files and the table's checksum. A picture's own checksum is
-    looked at whenever a JPEG is read; of a raw picture, of which a crop touches only a part, by
+    Opening it checks the sizes of both files and the table's checksum. An image's own checksum is
+    looked at whenever a JPEG is read; of a raw image, of which a crop touches only a part, by
     `damaged`. Workers share the memory.
     """
 
@@ -205,7 +214,7 @@ class Prepared:
             manifest["classes"],
             manifest["flips"],
         )
-        self.what = f"pictures prepared in {folder} ({split})"
+        self.what = f"images prepared in {folder} ({split})"
         made = manifest.get("plan", {})
         words = (f"{name} {made[name]}" for name in ("short side", "quality") if name in made)
         self.form = ", ".join([f"prepared {self.kind}", *words])
@@ -234,11 +243,11 @@ class Prepared:
         return f"{index} ({self.split}) of {self.folder}"
 
     def identity(self) -> bytes:
-        """Return what says which pictures these are, to the last bit, wherever they lie."""
+        """Return what says which images these are, to the last bit, wherever they lie."""
         return f"{self.kind} {self._digest}".encode()
 
-    def load(self, index: int) -> tuple[Picture, int]:
-        """Return picture and label. Raises ValueError for a JPEG whose checksum is wrong."""
+    def load(self, index: int) -> tuple[ImageLike, int]:
+        """Return image and label. Raises ValueError for a JPEG whose checksum is wrong."""
         row = self._rows[index]
         data = self._data(row)
         if self.kind == RAW:
@@ -249,7 +258,7 @@ class Prepared:
         return decode(data), int(row["label"])
 
     def damaged(self) -> Iterator[int | None]:
-        """Read every picture; yield its index if its checksum is wrong, else None."""
+        """Read every image; yield its index if its checksum is wrong, else None."""
         for index, row in enumerate(self._rows):
             yield index if zlib.crc32(self._data(row)) != row["crc"] else None
 

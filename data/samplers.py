@@ -31,15 +31,15 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class TrainSampler(Sampler[Key]):
-    """One process's share of a shuffled epoch, with `repeats` views of every picture drawn.
+    """One process's share of a shuffled epoch, with `repeats` views of every image drawn.
 
     Process r takes the samples r, r + num_replicas, ... of one common order: the k-th batches of
     B of all processes are together the k-th batch of num_replicas * B of a single process.
 
-    An epoch has about `length` samples. With repeats=1 each picture comes once, and the
+    An epoch has about `length` samples. With repeats=1 each image comes once, and the
     `length % num_replicas` last of the order are left out. With repeats=3 (DeiT) the order is a
-    permutation in which each picture comes three times in a row, of which the first
-    `length // 256 * 256` are kept, that is about a third of the pictures; below 256 pictures,
+    permutation in which each image comes three times in a row, of which the first
+    `length // 256 * 256` are kept, that is about a third of the images; below 256 images,
     where that rounding would leave nothing, the first `length` are kept.
     Raises UserError if not every process gets a sample.
     Source: RASampler of DeiT; differs in that the order depends on `seed` and works in one process.
@@ -57,14 +57,14 @@ class TrainSampler(Sampler[Key]):
     ) -> None:
         _check_place(num_replicas, rank)
         if repeats < 1:
-            raise UserError(f"{repeats} repeats of a picture: must be at least 1")
+            raise UserError(f"{repeats} repeats of an image: must be at least 1")
         kept = length // ROUNDING * ROUNDING if repeats > 1 and length >= ROUNDING else length
         self.kept = kept  # in an epoch, before it is shared
         self.count = kept // num_replicas
         if self.count < 1:
             raise UserError(
-                f"{length} train pictures cannot be shared by {num_replicas} processes; "
-                "start fewer processes or bring more pictures"
+                f"{length} train images cannot be shared by {num_replicas} processes; "
+                "start fewer processes or bring more images"
             )
         self.length, self.num_replicas, self.rank = length, num_replicas, rank
         self.seed, self.repeats, self.shuffle = seed, repeats, shuffle
@@ -98,7 +98,7 @@ class TrainSampler(Sampler[Key]):
 
 
 class EvalSampler(Sampler[Key]):
-    """One process's share of all pictures in order: nothing padded, nothing counted twice.
+    """One process's share of all images in order: nothing padded, nothing counted twice.
 
     Shares may differ by one and may be empty. The view of every key is 0.
     """

@@ -1,4 +1,4 @@
-"""Labelled pictures by index, from folders, archives and timm's readers.
+"""Labelled images by index, from folders, archives and timm's readers.
 
 To add a data set, write a function that opens a source and name it in `DATA_SETS`. timm's names
 (`wds/...`, `tfds/...`, `torch/...`, `folder`) go to timm.
@@ -24,27 +24,27 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from base.errors import UserError
-from data.image_ops import UNREADABLE, Picture, decode, to_rgb
+from data.image_ops import UNREADABLE, ImageLike, decode, to_rgb
 from data.packed import open_prepared
 
 
 class Source(Protocol):
-    """Labelled pictures by index. `classes` holds their names, or is None where nobody knows.
+    """Labelled images by index. `classes` holds their names, or is None where nobody knows.
 
-    An `identity()`, where a source has one, are bytes that say which pictures these are, wherever
+    An `identity()`, where a source has one, are bytes that say which images these are, wherever
     they lie. It is found out within a second, so each says how much it knows. A prepared source has
-    `flips`, whether a mirrored picture keeps its label, and `form`, how its pictures are kept.
+    `flips`, whether a mirrored image keeps its label, and `form`, how its images are kept.
     """
 
     classes: list[str] | None
     what: str
 
     def __len__(self) -> int: ...
-    def load(self, index: int) -> tuple[Picture, int]: ...
+    def load(self, index: int) -> tuple[ImageLike, int]: ...
     def name(self, index: int) -> str: ...
 
 
-# Of so many pictures, spread over the list, an identity has the size of the file, its content, or
+# Of so many images, spread over the list, an identity has the size of the file, its content, or
 # the pixels. A network disk takes up to a millisecond for a size, a quarter hour for a million.
 SIZES, CONTENTS, PIXELS = 1000, 16, 64
 CONTENT_BYTES = 2**20  # of a file, at most
@@ -77,27 +77,27 @@ def _content(path: str) -> int:
 
 
 class Files:
-    """Picture files below `root`, held as arrays so that worker processes share the memory."""
+    """Image files below `root`, held as arrays so that worker processes share the memory."""
 
     def __init__(
         self, root: str, names: Sequence[str], labels: Sequence[int], classes: list[str] | None
     ) -> None:
-        self.root, self.classes, self.what = root, classes, f"pictures in {root}"
+        self.root, self.classes, self.what = root, classes, f"images in {root}"
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index: int) -> tuple[Picture, int]:
+    def load(self, index: int) -> tuple[ImageLike, int]:
         return decode(Path(self.name(index)).read_bytes()), int(self.labels[index])
 
     def identity(self) -> bytes:
-        """Return what says which pictures these are, wherever the folder lies.
+        """Return what says which images these are, wherever the folder lies.
 
         It knows every name and label, the size of `SIZES` files and the content of `CONTENTS`: so
-        it finds out pictures that were resized or encoded again under their names, and another
-        release. It does not see a few replaced pictures among many more than `SIZES`.
+        it finds out images that were resized or encoded again under their names, and another
+        release. It does not see a few replaced images among many more than `SIZES`.
         """
         digest = hashlib.sha256(self.names.tobytes() + self.labels.tobytes())
         total = len(self)
@@ -110,7 +110,7 @@ class Files:
 
 
 class Pairs:
-    """Anything that has pairs of a picture and a label, such as a torchvision data set."""
+    """Anything that has pairs of an image and a label, such as a torchvision data set."""
 
     def __init__(
         self, pairs: Sequence[tuple[Image.Image, int]], classes: list[str] | None, what: str
@@ -120,19 +120,19 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def load(self, index: int) -> tuple[Picture, int]:
-        picture, label = self.pairs[index]
-        return to_rgb(picture), label
+    def load(self, index: int) -> tuple[ImageLike, int]:
+        image, label = self.pairs[index]
+        return to_rgb(image), label
 
     def identity(self) -> bytes:
-        """Return what says which pictures these are: labels and pixels of `PIXELS` of them."""
+        """Return what says which images these are: labels and pixels of `PIXELS` of them."""
         digest = hashlib.sha256()
         for index in _spread(len(self), PIXELS):
             try:
-                picture, label = self.load(index)
+                image, label = self.load(index)
             except UNREADABLE:
                 continue
-            digest.update(repr((index, label, picture.size)).encode() + picture.tobytes())
+            digest.update(repr((index, label, image.size)).encode() + image.tobytes())
         return digest.digest()
 
     def name(self, index: int) -> str:
@@ -172,12 +172,12 @@ def open_digits(root: str, part: Part) -> Pairs:
 
 
 def open_imagenet(root: str, part: Part) -> Files:
-    """Open `root`/train or `root`/val, folders with a folder of pictures for every class."""
+    """Open `root`/train or `root`/val, folders with a folder of images for every class."""
     return open_folder(_split_folder(root, ["train"] if part.is_train else ["val"]))
 
 
 def open_cifar(root: str, part: Part, *, num_classes: int) -> Source:
-    """Open CIFAR-10 or CIFAR-100, as unpacked from its archive or as folders of pictures."""
+    """Open CIFAR-10 or CIFAR-100, as unpacked from its archive or as folders of images."""
     _check_folder(root)
     reader = {10: CIFAR10, 100: CIFAR100}[num_classes]
     base = Path(root).absolute()
@@ -190,7 +190,7 @@ def open_cifar(root: str, part: Part, *, num_classes: int) -> Source:
             raise UserError(
                 f"{base / reader.base_folder}: incomplete or damaged; unpack {reader.url} again"
             ) from error
-        what = f"CIFAR-{num_classes} pictures ({'train' if part.is_train else 'test'})"
+        what = f"CIFAR-{num_classes} images ({'train' if part.is_train else 'test'})"
         return Pairs(data, data.classes, what)
     if not any(os.path.isdir(os.path.join(root, name)) for name in ("train", "test", "val")):
         raise UserError(
@@ -212,7 +212,7 @@ def open_inat(root: str, part: Part, *, year: int) -> Files:
     Classes are the values of one field of the categories (species `name`, `genus`, ...), in order
     of the category ids. Differs from DeiT, where they come in the order of the train listing and
     a category is found by its place in the file, which fails where ids have gaps.
-    Pictures lie where the listing says, or without its second folder (DeiT's layout).
+    Images lie where the listing says, or without its second folder (DeiT's layout).
     """
     _check_folder(root)
     listing = _read_json(os.path.join(root, f"{'train' if part.is_train else 'val'}{year}.json"))
@@ -230,14 +230,12 @@ def open_inat(root: str, part: Part, *, year: int) -> Files:
             "fetch the JSON files of one release"
         ) from error
     if not names:
-        raise UserError(f"{root}: the {year} listing names no picture")
+        raise UserError(f"{root}: the {year} listing names no image")
     first = names[0]
     if not os.path.exists(os.path.join(root, first)):
         names = ["/".join(name.split("/")[:1] + name.split("/")[2:]) for name in names]
         if not os.path.exists(os.path.join(root, names[0])):
-            raise UserError(
-                f"{os.path.join(root, first)}: not there; unpack the pictures in {root}"
-            )
+            raise UserError(f"{os.path.join(root, first)}: not there; unpack the images in {root}")
     classes = list(dict.fromkeys(value_of.values()))
     label_of = {value: label for label, value in enumerate(classes)}
     return Files(root, names, [label_of[value] for value in values], classes)
@@ -266,31 +264,31 @@ WITHOUT_FLIP = {"DIGITS"}  # a mirrored digit is another sign, or none
 
 
 def open_folder(folder: str) -> Files:
-    """List the pictures of `folder`, one class a subfolder, in sorted order; no file is opened.
+    """List the images of `folder`, one class a subfolder, in sorted order; no file is opened.
 
-    Hidden files and folders are no pictures and no classes. Raises UserError for a class without
-    pictures, and for a folder without classes.
+    Hidden files and folders are no images and no classes. Raises UserError for a class without
+    images, and for a folder without classes.
     """
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     if not classes:
-        raise UserError(f"{folder}: no folders of pictures in it; one folder a class is needed")
+        raise UserError(f"{folder}: no folders of images in it; one folder a class is needed")
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(_pictures_below(os.path.join(folder, name)))
+        found = sorted(_images_below(os.path.join(folder, name)))
         names += [os.path.relpath(path, folder) for path in found]
         labels += [label] * len(found)
     present = set(labels)
     empty = [name for label, name in enumerate(classes) if label not in present]
     if empty:
         raise UserError(
-            f"{folder}: {len(empty)} of {len(classes)} classes without pictures "
+            f"{folder}: {len(empty)} of {len(classes)} classes without images "
             f"({some(empty)}); fill or remove the folders"
         )
     return Files(folder, names, labels, classes)
 
 
-def _pictures_below(folder: str) -> Iterator[str]:
+def _images_below(folder: str) -> Iterator[str]:
     for where, _, files in os.walk(folder, followlinks=True):
         for name in files:
             if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
@@ -324,8 +322,16 @@ TIMM_PREFIXES = ("torch", "wds", "tfds")
 TIMM_FOLDERS = ("folder", "image_folder")
 HUGGING_FACE = ("hfds", "hfids")  # their package has the name of this file
 TRAIN_SPLITS, VAL_SPLITS = ("train", "training"), ("validation", "val", "valid", "eval", "test")
-TIMM_FAILS = (AssertionError, AttributeError, ImportError, KeyError, OSError, RuntimeError,
-              TypeError, ValueError)  # fmt: skip
+TIMM_FAILS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def open_timm(name: str, root: str, part: Part) -> tuple[Any, str]:
@@ -364,8 +370,8 @@ def check_name(name: str) -> None:
     prefix, _, rest = name.lower().partition("/")
     if prefix in HUGGING_FACE:
         raise UserError(
-            f"--data-set {name}: Hugging Face data sets are not read; save their pictures as "
-            "train/<class>/<picture> and val/<class>/<picture> (--data-set IMNET), or as shards "
+            f"--data-set {name}: Hugging Face data sets are not read; save their images as "
+            "train/<class>/<image> and val/<class>/<image> (--data-set IMNET), or as shards "
             "(wds/)"
         )
     if prefix in TIMM_FOLDERS or (prefix in TIMM_PREFIXES and rest):
@@ -388,7 +394,7 @@ def class_names(dataset: Any) -> list[str] | None:
 
 @dataclass(frozen=True)
 class Shards:
-    """timm's reader of shards: pictures in the order in which they come, without an index.
+    """timm's reader of shards: images in the order in which they come, without an index.
 
     folder: in which the shards lie, or empty where only the reader knows.
     """
@@ -405,7 +411,7 @@ class Shards:
 
 
 def open_source(name: str, root: str, part: Part) -> Source | Shards:
-    """Return the pictures of a data set. Raises UserError for what is not there or not complete."""
+    """Return the images of a data set. Raises UserError for what is not there or not complete."""
     if name in DATA_SETS:
         return DATA_SETS[name](root, part)
     dataset, what = open_timm(name, root, part)
@@ -414,8 +420,8 @@ def open_source(name: str, root: str, part: Part) -> Source | Shards:
         return Shards(dataset, classes, what, root if name.lower().startswith("wds/") else "")
     samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
     if not samples:
-        return Pairs(dataset, classes, f"pictures of {what}")
-    paths, labels = zip(*samples)  # as in our folders: then a bad picture can be named
+        return Pairs(dataset, classes, f"images of {what}")
+    paths, labels = zip(*samples)  # as in our folders: then a bad image can be named
     source = Files(root, [os.path.relpath(path, root) for path in paths], labels, classes)
-    source.what = f"pictures of {what}"
+    source.what = f"images of {what}"
     return source

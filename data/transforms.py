@@ -1,4 +1,4 @@
-"""How a picture becomes a tensor, for training and for evaluation, and how batches are mixed.
+"""How an image becomes a tensor, for training and for evaluation, and how batches are mixed.
 
 Shapes: B batch, H height, W width, C classes. Sizes are (height, width) in pixels.
 """
@@ -22,19 +22,19 @@ from torchvision.transforms import functional as F
 
 from base.errors import UserError
 from data import image_ops
-from data.image_ops import Picture
+from data.image_ops import ImageLike
 
 SMALL = 32  # pixels; up to here DeiT neither crops at evaluation nor zooms in at training
-Transform = Callable[[Picture], Tensor]
+Transform = Callable[[ImageLike], Tensor]
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What a network takes in: (H, W) in pixels, mean and std per channel of pictures in [0, 1].
+    """What a network takes in: (H, W) in pixels, mean and std per channel of images in [0, 1].
 
     interpolation: of the evaluation resize, by torchvision's name (`bicubic`).
     crop_ratio: evaluation resizes to input_size / crop_ratio and crops the middle; in (0, 1].
-    Raises UserError for a value no picture can be brought to.
+    Raises UserError for a value no image can be brought to.
     """
 
     input_size: tuple[int, int]
@@ -56,12 +56,12 @@ class InputConfig:
 
     @property
     def is_small(self) -> bool:
-        """Whether pictures are taken whole, as DeiT does up to 32 pixels."""
+        """Whether images are taken whole, as DeiT does up to 32 pixels."""
         return max(self.input_size) <= SMALL
 
     @property
     def resize_size(self) -> tuple[int, int]:
-        """The (height, width) that a picture must cover before evaluation crops its middle."""
+        """The (height, width) that an image must cover before evaluation crops its middle."""
         height, width = self.input_size
         return int(height / self.crop_ratio), int(width / self.crop_ratio)
 
@@ -88,9 +88,9 @@ def interpolation_mode(name: str) -> InterpolationMode:
 def build_transform(
     is_train: bool, args: Namespace, inputs: InputConfig, *, hflip: float = 0.5
 ) -> Transform:
-    """Return what turns a picture (RGB) into a normalised tensor (3, H, W), float32.
+    """Return what turns an image (RGB) into a normalised tensor (3, H, W), float32.
 
-    hflip: probability of a mirrored picture; 0 for data in which left and right mean something.
+    hflip: probability of a mirrored image; 0 for data in which left and right mean something.
     Raises UserError for an augmentation policy that timm does not know.
     """
     if not is_train:
@@ -138,7 +138,7 @@ def train_transform(
     policy: timm's AutoAugment, RandAugment or AugMix string; None, '' or 'none' for none.
         color_jitter (strength) acts only without a policy, as in timm.
     erase_prob: of random erasing. Up to 32 pixels the random resized crop gives way to a random
-        crop of the picture padded by 4, resized before where it has another size.
+        crop of the image padded by 4, resized before where it has another size.
     Raises UserError for a policy that timm does not know.
     """
     if policy is None or policy.strip().lower() in ("", "none"):
@@ -196,8 +196,8 @@ def augment_ops(transform: transforms.Compose) -> Iterator[Any]:
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     """Keep the highest 1 to 8 bits of every channel.
 
-    timm's policies ask for 0 bits at their largest magnitude (2 % of DeiT's posterized pictures).
-    Pillow below 13 returned a black picture, Pillow 13 raises; here one bit stays.
+    timm's policies ask for 0 bits at their largest magnitude (2 % of DeiT's posterized images).
+    Pillow below 13 returned a black image, Pillow 13 raises; here one bit stays.
     """
     bits = max(1, bits_to_keep)
     return image if bits >= 8 else ImageOps.posterize(image, bits)
@@ -233,33 +233,33 @@ def three_augment(
 
 
 class RandomResizedCrop:
-    """timm's random resized crop of a picture, with its draws, to a tensor (3, H, W) uint8."""
+    """timm's random resized crop of an image, with its draws, to a tensor (3, H, W) uint8."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
         self.scale, self.ratio, self.size = crop.scale, crop.ratio, crop.size
         self.interpolation = crop.interpolation
 
-    def __call__(self, picture: Picture) -> Tensor:
-        size = torch.empty(()).expand(*image_ops.size_of(picture))  # all that is asked of a picture
+    def __call__(self, image: ImageLike) -> Tensor:
+        size = torch.empty(()).expand(*image_ops.size_of(image))  # all that is asked of an image
         box = RandomResizedCropAndInterpolation.get_params(size, self.scale, self.ratio)
         mode = self.interpolation
         if isinstance(mode, tuple | list):
             mode = random.choice(mode)
-        return image_ops.crop_and_resize(picture, box, tuple(self.size), mode.value)
+        return image_ops.crop_and_resize(image, box, tuple(self.size), mode.value)
 
 
 class Normalize:
-    """A picture, or its pixels (3, H, W) uint8, to (3, H, W) float32, normalised."""
+    """An image, or its pixels (3, H, W) uint8, to (3, H, W) float32, normalised."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
-    def __call__(self, picture: Picture | Tensor) -> Tensor:
-        return image_ops.normalize(picture, self.mean, self.std)
+    def __call__(self, image: ImageLike | Tensor) -> Tensor:
+        return image_ops.normalize(image, self.mean, self.std)
 
 
 # Which of timm's operations shift whole rows or columns: by how many pixels, from the operation's
-# argument and the picture's (height, width)
+# argument and the image's (height, width)
 SHIFTS: dict[str, tuple[str, Callable[[float, int, int], np.ndarray]]] = {
     "ShearX": ("rows", lambda level, height, width: level * (np.arange(height) + 0.5)),
     "ShearY": ("columns", lambda level, height, width: level * (np.arange(width) + 0.5)),
@@ -314,7 +314,7 @@ class Blur:
 
 @dataclass(frozen=True)
 class ResizeTo:
-    """Resize to exactly (H, W), whatever the shape; a picture of that size stays as it is."""
+    """Resize to exactly (H, W), whatever the shape; an image of that size stays as it is."""
 
     size: tuple[int, int]
     mode: InterpolationMode
@@ -328,7 +328,7 @@ class ResizeTo:
 
 @dataclass(frozen=True)
 class Cover:
-    """Resize, keeping the shape, to the smallest picture that covers (H, W).
+    """Resize, keeping the shape, to the smallest image that covers (H, W).
 
     For a square this is torchvision's `Resize(side)`, in every pixel.
     """
@@ -346,7 +346,7 @@ class Cover:
 
 
 class AnyBatchMixup(Mixup):
-    """timm's Mixup for batches of any size: in an odd one the middle picture meets itself."""
+    """timm's Mixup for batches of any size: in an odd one the middle image meets itself."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """images: (B, 3, H, W), mixed in place; labels: (B,). Returns them and (B, C) targets."""
@@ -364,14 +364,14 @@ class AnyBatchMixup(Mixup):
 
 
 def is_mixing(mixup: float, cutmix: float, cutmix_minmax: list[float] | None) -> bool:
-    """Return whether these settings mix pictures at all."""
+    """Return whether these settings mix images at all."""
     return mixup > 0 or cutmix > 0 or cutmix_minmax is not None
 
 
 def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
     """Return what mixes a batch, or None where neither Mixup nor CutMix is on.
 
-    It is called with pictures (B, 3, H, W) and labels (B,), mixes the pictures in place, and
+    It is called with images (B, 3, H, W) and labels (B,), mixes the images in place, and
     returns them with targets (B, C) that hold the label smoothing. It draws from NumPy.
     """
     check_mixup(args)

@@ -2,7 +2,7 @@
 
 Shapes: B batch, C classes, K kept classes. A store has one row for every place of every epoch of
 its cycle: in which epoch of the cycle, and how far down that epoch's order. Order, view, mixing
-partner and strength all follow from that place, so the row is the answer to the mixed picture.
+partner and strength all follow from that place, so the row is the answer to the mixed image.
 Rows lie in one or two memory-mapped files; processes write different rows of the same files. A
 mark for each row is 0 until the row is there and then its checksum: a killed program tears no row,
 and those that a crash of the machine tears count as missing. A mark has 4 bytes; beside the 2 of a
@@ -230,8 +230,10 @@ class Store:
                 "try --teacher-amp off"
             )
         if not self.is_writable:
-            raise UserError(f"--teacher-cache {self.folder}: {len(rows)} rows are missing, and the "
-                            "files cannot be written; change their permissions")  # fmt: skip
+            raise UserError(
+                f"--teacher-cache {self.folder}: {len(rows)} rows are missing, and the "
+                "files cannot be written; change their permissions"
+            )
         if self.keep == ALL:
             parts = [logits]
         elif self.keep == HARD:

@@ -1,6 +1,6 @@
 """The other side of the lesson: a frozen network with its own input adapter, or its answers.
 
-Shapes: B batch, C classes. A teacher is a function from the student's pictures to logits; the
+Shapes: B batch, C classes. A teacher is a function from the student's images to logits; the
 engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
 """
 
@@ -26,10 +26,27 @@ from distill.teacher import build_identity, build_sources, build_teacher
 
 _logger = logging.getLogger(__name__)
 VIEWS = "--teacher-cache-views"
-TRANSFORM = ("color_jitter", "aa", "train_interpolation", "ThreeAugment", "src", "reprob", "remode",
-             "recount", "on_bad_image", "augment_on")  # fmt: skip
-MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode",
-          "batch_size")  # fmt: skip
+TRANSFORM = (
+    "color_jitter",
+    "aa",
+    "train_interpolation",
+    "ThreeAugment",
+    "src",
+    "reprob",
+    "remode",
+    "recount",
+    "on_bad_image",
+    "augment_on",
+)
+MIXING = (
+    "mixup",
+    "cutmix",
+    "cutmix_minmax",
+    "mixup_prob",
+    "mixup_switch_prob",
+    "mixup_mode",
+    "batch_size",
+)
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
 
 
@@ -37,7 +54,7 @@ class CachedTeacher:
     """A teacher's answers from a store; what is not in it, the live teacher says, and is written.
 
     epoch_rows: rows of an epoch of the cycle; needed: how many of them whole batches take.
-    The row of a picture is its place in the common order of all processes in its epoch of the
+    The row of an image is its place in the common order of all processes in its epoch of the
     cycle. What was just written is read back, so that the writing run and the reading runs are
     the same.
     """
@@ -122,25 +139,37 @@ def build_cached_teacher(
     if sampler is None:
         raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
     if args.teacher_logits == "apart" and len(build_sources(args)[0]) > 1:
-        raise UserError("--teacher-cache keeps the mean of several teachers, not --teacher-logits "
-                        "apart; leave out one of them")  # fmt: skip
+        raise UserError(
+            "--teacher-cache keeps the mean of several teachers, not --teacher-logits "
+            "apart; leave out one of them"
+        )
     epoch_rows = sampler.kept
     views = args.teacher_cache_views or _pick_views(args.teacher_cache, mode, args.epochs)
     store = cache_store.Store(
-        args.teacher_cache, rows=views * epoch_rows, num_classes=loaders.num_classes,
+        args.teacher_cache,
+        rows=views * epoch_rows,
+        num_classes=loaders.num_classes,
         keep=cache_store.read_topk(args.teacher_cache_topk, loaders.num_classes),
         facts={VIEWS: views} | build_facts(args, loaders, student_inputs, processes, amp_dtype),
         may_create=mode in ("auto", "write"),
-    )  # fmt: skip
+    )
     needed = len(loaders.train) * args.batch_size * processes.world_size
     reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
-    live = None if reads else build_teacher(
-        args, loaders.num_classes, student_inputs, processes.device, amp_dtype
-    )  # fmt: skip
+    live = (
+        None
+        if reads
+        else build_teacher(args, loaders.num_classes, student_inputs, processes.device, amp_dtype)
+    )
     return CachedTeacher(
-        store, live, epoch_rows=epoch_rows, needed=needed, batch_size=args.batch_size,
-        rank=processes.rank, world_size=processes.world_size, verify=mode == "verify",
-    )  # fmt: skip
+        store,
+        live,
+        epoch_rows=epoch_rows,
+        needed=needed,
+        batch_size=args.batch_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        verify=mode == "verify",
+    )
 
 
 def _pick_views(folder: str, mode: str, epochs: int) -> int:
@@ -157,8 +186,9 @@ def _pick_views(folder: str, mode: str, epochs: int) -> int:
             f"--teacher-cache {folder}: has {found} epochs of views, --epochs is {epochs}; take "
             f"them in turn with {VIEWS} {found}, or give another folder"
         )
-    _logger.info("--teacher-cache has %d epochs of views, which come again in these %d epochs",
-                 found, epochs)  # fmt: skip
+    _logger.info(
+        "--teacher-cache has %d epochs of views, which come again in these %d epochs", found, epochs
+    )
     return found
 
 
@@ -176,7 +206,7 @@ def build_facts(
     processes: Processes,
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Return all that determines a teacher's answer to the picture at a place, as plain values.
+    """Return all that determines a teacher's answer to the image at a place, as plain values.
 
     What evaluation alone sees is not among it. A new flag that reaches the pixels belongs here;
     tests/test_cache.py asks of every one where it belongs.
@@ -209,6 +239,6 @@ def build_facts(
 
 
 def _of_training(inputs: InputConfig) -> dict[str, Any]:
-    """Return what of `inputs` reaches a training picture, as plain values."""
+    """Return what of `inputs` reaches a training image, as plain values."""
     found = {"size": list(inputs.input_size), "mean": list(inputs.mean), "std": list(inputs.std)}
     return found | ({"interpolation": inputs.interpolation} if inputs.is_small else {})

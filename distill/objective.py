@@ -93,7 +93,7 @@ def _comparison(match: IntermediateMatch) -> Callable[..., Tensor]:
 
     def compare(states_S: list[Tensor], states_T: list[Tensor], mask: Tensor | None) -> Tensor:
         if mask is None and match.feature == "attention" and not match.textbrewer_clip:
-            # All ones, on the CPU: pictures have no padding that TextBrewer's clip could mean.
+            # All ones, on the CPU: images have no padding that TextBrewer's clip could mean.
             mask = torch.ones(len(states_S[0]), states_S[0].shape[-1])
         if isinstance(match.layer_S, tuple):
             return loss(states_S, states_T, mask)
@@ -122,7 +122,7 @@ def shift_probability(logits_T: Tensor, labels: Tensor) -> Tensor:
     labels: (B,) class numbers. Raises ValueError for shares, as mixup gives them.
     """
     if labels.is_floating_point() or labels.dim() != 1:
-        raise ValueError("probability_shift needs one true class a picture, not shares")
+        raise ValueError("probability_shift needs one true class an image, not shares")
     largest, place = logits_T.max(1, keepdim=True)
     true = labels[:, None]
     return logits_T.scatter(1, place, logits_T.gather(1, true)).scatter(1, true, largest)
@@ -229,7 +229,7 @@ def build_objective(
 ) -> nn.Module:
     """Return the loss of the run, `losses.DistillationLoss` itself where nothing more is asked.
 
-    It puts taps and projections into `student` and taps on `teacher`, and shows both two pictures
+    It puts taps and projections into `student` and taps on `teacher`, and shows both two images
     of `input_size` (height, width) to check every match.
     Raises UserError, in one line, for a match that these two networks cannot satisfy.
     """
@@ -248,15 +248,24 @@ def build_objective(
     matches = [read_match(match) for match in args.match]
     schedulers = (args.hard_label_weight_scheduler, args.kd_loss_weight_scheduler)
     weights = (args.hard_label_weight, args.kd_loss_weight)
-    asked = (matches, args.ranking_kl_weight, args.distill_config, args.probability_shift,
-             args.student_adaptor, args.temperature_scheduler != "none",
-             set(schedulers) - {"none"}, weights != (None, None))  # fmt: skip
+    asked = (
+        matches,
+        args.ranking_kl_weight,
+        args.distill_config,
+        args.probability_shift,
+        args.student_adaptor,
+        args.temperature_scheduler != "none",
+        set(schedulers) - {"none"},
+        weights != (None, None),
+    )
     names, _ = build_sources(args)
     of_teacher = [_number(match, names) for match in matches]
     for index, share in enumerate(shares):
         if share == 0 and index not in of_teacher:
-            raise UserError(f"teacher {names[index]} has --teacher-weight 0 and no --match says "
-                            f"teacher={index}: it would do nothing; leave it out")  # fmt: skip
+            raise UserError(
+                f"teacher {names[index]} has --teacher-weight 0 and no --match says "
+                f"teacher={index}: it would do nothing; leave it out"
+            )
     if not any(asked):
         return criterion
     alpha = args.distillation_alpha if args.distillation_type != "none" else 0.0
@@ -281,7 +290,7 @@ def _build_terms(
     members: Sequence[Any],
     input_size: tuple[int, int],
 ) -> dict[str, Term]:
-    """Tap both sides, show them two pictures, and return a checked term for every match.
+    """Tap both sides, show them two images, and return a checked term for every match.
 
     of_teacher: which of `members` each of `matches` looks into.
     """
@@ -325,8 +334,10 @@ def _build_terms(
 def _number(match: IntermediateMatch, names: Sequence[str]) -> int:
     """Return which of the teachers a match names."""
     if list(names).count(match.teacher) > 1:
-        raise UserError(f"match {match.name}: {match.teacher} is the name of several teachers; "
-                        f"give its number, 0 to {len(names) - 1}")  # fmt: skip
+        raise UserError(
+            f"match {match.name}: {match.teacher} is the name of several teachers; "
+            f"give its number, 0 to {len(names) - 1}"
+        )
     if match.teacher in names:
         return list(names).index(match.teacher)
     if match.teacher in range(len(names)):
@@ -337,7 +348,7 @@ def _number(match: IntermediateMatch, names: Sequence[str]) -> int:
 
 @torch.no_grad()
 def _show(student: Student, members: Sequence[Any], images: Tensor, *, trains: bool) -> tuple:
-    """Return the tapped states of both sides for two pictures; nothing that trains changes.
+    """Return the tapped states of both sides for two images; nothing that trains changes.
 
     trains: the student shows its inside in training mode alone, so a copy of it is asked.
     """
@@ -402,8 +413,10 @@ class _MatchBuilder:
         if match.loss == "attention_mse_sum" and states_S[0].shape[1] != states_T[0].shape[1]:
             _logger.warning(
                 "%s: sums of %d and of %d heads differ in size; the loss does not scale them",
-                where, states_S[0].shape[1], states_T[0].shape[1],
-            )  # fmt: skip
+                where,
+                states_S[0].shape[1],
+                states_T[0].shape[1],
+            )
         layers = ", ".join("+".join(map(str, several(x))) for x in (match.layer_S, match.layer_T))
         term.row = (self.name, layers, *shapes, projected, f"{match.weight:g}")
         return term
@@ -411,14 +424,18 @@ class _MatchBuilder:
     def _check_prefixes(self, prefix_S: Sequence[str], prefix_T: Sequence[str]) -> None:
         match = self.match
         if match.loss == "pkd" and match.tokens == "patch":
-            raise UserError(f"match {self.name}: pkd compares class tokens, which tokens=patch "
-                            "leaves out; use tokens=all, or feature=pooled")  # fmt: skip
+            raise UserError(
+                f"match {self.name}: pkd compares class tokens, which tokens=patch "
+                "leaves out; use tokens=all, or feature=pooled"
+            )
         if match.tokens != "all" or match.feature == "pooled" or match.loss in ("fsp", "gram"):
             return
         if match.loss == "pkd":
             if "cls" not in prefix_S or "cls" not in prefix_T:
-                raise UserError(f"match {self.name}: pkd compares class tokens, and one side has "
-                                "none; use feature=pooled")  # fmt: skip
+                raise UserError(
+                    f"match {self.name}: pkd compares class tokens, and one side has "
+                    "none; use feature=pooled"
+                )
         elif len(prefix_S) != len(prefix_T):
             raise UserError(
                 f"match {self.name}: the student's prefix tokens are {list(prefix_S)}, the "
@@ -485,7 +502,7 @@ def _rank(
     return losses.in_batch_similarity_loss(embeddings_S, embeddings_T, tau, similarity=similarity)
 
 
-def warn_of_lost_terms(averages: Mapping[str, float]) -> None:
+def warn_about_small_terms(averages: Mapping[str, float]) -> None:
     """Warn if the labels' or the teacher's unweighted term is under 1 % of the other."""
     base, distillation = averages.get("base"), averages.get("distillation")
     if base is None or distillation is None:
@@ -495,5 +512,9 @@ def warn_of_lost_terms(averages: Mapping[str, float]) -> None:
         hint = "; --distillation-reduction batchmean" if small[0] == "distillation" else ""
         _logger.warning(
             "the term %s (%.3g) is under 1 %% of %s (%.3g): see docs/objectives.md%s",
-            small[0], small[1], large[0], large[1], hint,
-        )  # fmt: skip
+            small[0],
+            small[1],
+            large[0],
+            large[1],
+            hint,
+        )

@@ -1,6 +1,6 @@
 """The other side of the lesson: a frozen network with its own input adapter, or its answers.
 
-Shapes: B batch, C classes. A teacher is a function from the student's pictures to logits; the
+Shapes: B batch, C classes. A teacher is a function from the student's images to logits; the
 engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
 """
 
@@ -27,11 +27,11 @@ MOST_PIXELS = 4096  # on a side; more than any classifier takes
 
 
 class InputAdapter(nn.Module):
-    """From pictures as the student sees them to pictures as the teacher was trained on them.
+    """From images as the student sees them to images as the teacher was trained on them.
 
     Undoes the student's normalisation, applies the teacher's, and resizes (bicubic, antialiased)
-    where the sizes differ. Affine in the picture, so that mixing before it is mixing after it. A
-    teacher that takes any size sees a picture of another aspect ratio at the student's size.
+    where the sizes differ. Affine in the image, so that mixing before it is mixing after it. A
+    teacher that takes any size sees an image of another aspect ratio at the student's size.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
 
     amp_dtype: autocast type of its forward, or None. adaptor: reads the output of a network that
         gives more than logits. lean: in words, what was done to the network to make it faster; it
-        then takes pictures channels-last. backend: torch.compile's, for the pictures of training
+        then takes images channels-last. backend: torch.compile's, for the images of training
         alone, which all come in one size of batch.
     """
 
@@ -123,8 +123,13 @@ class Teacher(nn.Module):
 
     def describe(self) -> str:
         count = sum(p.numel() for p in self.network.parameters())
-        parts = [self.name, f"{count / 1e6:.2f} M parameters", self.adapter.describe(), self.lean,
-                 self.backend and f"compiled by {self.backend}"]  # fmt: skip
+        parts = [
+            self.name,
+            f"{count / 1e6:.2f} M parameters",
+            self.adapter.describe(),
+            self.lean,
+            self.backend and f"compiled by {self.backend}",
+        ]
         return ", ".join(filter(None, parts))
 
 
@@ -257,16 +262,23 @@ def build_teacher(
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
         lean = ""
         if amp_dtype is None:  # nothing is folded, for exact comparisons
-            models.fast.suit_device(network, device.type, None)
+            models.fast.select_kernels(network, device.type, None)
         else:
-            network, folded = models.fast.lighten(network, amp_dtype, adapter.size, device.type)
+            network, folded = models.fast.optimize_for_inference(
+                network, amp_dtype, adapter.size, device.type
+            )
             lean = f"{str(amp_dtype).removeprefix('torch.')}, {folded} BatchNorms folded"
         members.append(
             Teacher(
-                network, adapter, name=f"{name} from {path or _whose(name)}", amp_dtype=amp_dtype,
-                adaptor=adaptor, lean=lean, backend=args.torchcompile,
+                network,
+                adapter,
+                name=f"{name} from {path or _whose(name)}",
+                amp_dtype=amp_dtype,
+                adaptor=adaptor,
+                lean=lean,
+                backend=args.torchcompile,
             )
-        )  # fmt: skip
+        )
     one = members[0] if len(members) == 1 else Teachers(members, weights)
     return one.to(device)
 
@@ -277,10 +289,12 @@ def input_of(name: str, path: str) -> InputConfig:
     own, trained = models.data_config(name), _trained_with(name, path)
     size = tuple(trained.get("input_size") or own["input_size"][1:])
     return InputConfig(
-        input_size=(size[0], size[-1]), mean=tuple(trained.get("mean") or own["mean"]),
+        input_size=(size[0], size[-1]),
+        mean=tuple(trained.get("mean") or own["mean"]),
         std=tuple(trained.get("std") or own["std"]),
-        interpolation=own["interpolation"], crop_ratio=own["crop_pct"],
-    )  # fmt: skip
+        interpolation=own["interpolation"],
+        crop_ratio=own["crop_pct"],
+    )
 
 
 def _trained_with(name: str, path: str) -> dict[str, Any]:
@@ -292,13 +306,19 @@ def _trained_with(name: str, path: str) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("model") != name:
         return {}
     for key, kind, counts, least, most in (
-        ("input_size", int, (1, 2), 1, MOST_PIXELS), ("mean", int | float, (3,), -1e6, 1e6),
+        ("input_size", int, (1, 2), 1, MOST_PIXELS),
+        ("mean", int | float, (3,), -1e6, 1e6),
         ("std", int | float, (3,), 1e-6, 1e6),
-    ):  # fmt: skip
+    ):
         value = settings.get(key)
-        fit = isinstance(value, list | tuple) and len(value) in counts and all(
-            isinstance(n, kind) and not isinstance(n, bool) and least <= n <= most for n in value
-        )  # fmt: skip
+        fit = (
+            isinstance(value, list | tuple)
+            and len(value) in counts
+            and all(
+                isinstance(n, kind) and not isinstance(n, bool) and least <= n <= most
+                for n in value
+            )
+        )
         if value is not None and not fit:
             raise UserError(f"--teacher-path {path}: its settings have {key} {value!r}: damaged")
     return settings

@@ -87,9 +87,12 @@ def create_model(
     file = released.find(name) if pretrained else None
     if file is not None:
         network = create_model(
-            name, num_classes=num_classes, img_size=img_size, drop_rate=drop_rate,
+            name,
+            num_classes=num_classes,
+            img_size=img_size,
+            drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
-        )  # fmt: skip
+        )
         as_released = num_classes in (None, 1000) and img_size in (None, (file.pixels,) * 2)
         if as_released:
             load_weights(network, file.url)

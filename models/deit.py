@@ -143,7 +143,7 @@ VITS = {
     "deit_base_distilled_patch16_384": ViT(
         768, 12, 12, pixels=384, file="deit_base_distilled_patch16_384-d0272ac0.pth", acc1=85.224
     ),
-    # The quick start's: small pictures on a CPU.
+    # The quick start's: small images on a CPU.
     "deit_pico_patch4_32": ViT(64, 4, 4, patch=4, pixels=32),
     "deit_pico_distilled_patch4_32": ViT(64, 4, 4, patch=4, pixels=32),
     "deit_pico_patch8_32": ViT(64, 4, 4, patch=8, pixels=32),
@@ -196,22 +196,36 @@ def _vit_factory(name: str) -> Callable[..., nn.Module]:
     def factory(pretrained: bool = False, *, drop_rate: float = 0.0, **options: Any) -> nn.Module:
         # `drop_rate` is DeiT's --drop: timm 0.3 dropped tokens, projections and the MLP with it,
         # timm 1.0 only what enters the head.
-        shape = {"img_size": vit.pixels, "patch_size": vit.patch, "embed_dim": vit.width,
-                 "depth": vit.depth, "num_heads": vit.heads,
-                 "pos_drop_rate": drop_rate, "proj_drop_rate": drop_rate}  # fmt: skip
+        shape = {
+            "img_size": vit.pixels,
+            "patch_size": vit.patch,
+            "embed_dim": vit.width,
+            "depth": vit.depth,
+            "num_heads": vit.heads,
+            "pos_drop_rate": drop_rate,
+            "proj_drop_rate": drop_rate,
+        }
         return build_model_with_cfg(
-            network, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
+            network,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
             **(shape | options),
-        )  # fmt: skip
+        )
 
     return factory
 
 
 def _cnn_factory(pretrained: bool = False, **options: Any) -> nn.Module:
-    shape = {"block": BasicBlock, "layers": (1, 1, 1, 1), "channels": (16, 32, 48, 64),
-             "stem_type": "deep", "stem_width": 8}  # fmt: skip
+    shape = {
+        "block": BasicBlock,
+        "layers": (1, 1, 1, 1),
+        "channels": (16, 32, 48, 64),
+        "stem_type": "deep",
+        "stem_width": 8,
+    }
     network = build_model_with_cfg(ResNet, CNN, pretrained, **(shape | options))
-    network.maxpool = nn.Identity()  # small pictures: the stem halves them once, not twice
+    network.maxpool = nn.Identity()  # small images: the stem halves them once, not twice
     return network
 
 
@@ -226,4 +240,4 @@ def _register(name: str, factory: Callable[..., nn.Module], doc: str) -> None:
 
 for _name in VITS:
     _register(_name, _vit_factory(_name), f"Return {_name} of arXiv 2012.12877, options as timm's.")
-_register(CNN, _cnn_factory, "Return a ResNet of four basic blocks for 32-pixel pictures.")
+_register(CNN, _cnn_factory, "Return a ResNet of four basic blocks for 32-pixel images.")

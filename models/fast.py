@@ -26,7 +26,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, MADV_HUGEPAGE = -1, -3, 14  # of malloc.h an
 HEAP, HUGE_PAGE, MOST_OF_OLD_GLIBC = 2**29, 2**21, 2**25  # bytes
 
 
-def suit_device(network: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
+def select_kernels(network: nn.Module, device_type: str, dtype: torch.dtype | None) -> None:
     """Let `network` compute in the ways that measured fastest. dtype: autocast's, or None."""
     set_attention(network, fused=prefers_fused_attention(device_type, dtype))
     if device_type == "cpu" and dtype is not None:
@@ -194,21 +194,21 @@ def checkpoint_blocks(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def lighten(
+def optimize_for_inference(
     network: nn.Module, dtype: torch.dtype, size: tuple[int, int], device_type: str
 ) -> tuple[nn.Module, int]:
     """Return a frozen network for autocast of `dtype`, and how many BatchNorms were folded.
 
     What autocast would cast at every call (the weights of convolutions and matrix products) is
     cast once; BatchNorm is folded into the convolution before it, and convolutions see channels
-    last. size: (height, width) of the pictures (B, 3, height, width), which are to come
+    last. size: (height, width) of the images (B, 3, height, width), which are to come
     channels-last too.
     """
     network, count = fold_batch_norms(network.eval(), size)
     for module in network.modules():
         if isinstance(module, CAST_BY_AUTOCAST):
             module.to(dtype)
-    suit_device(network, device_type, dtype)
+    select_kernels(network, device_type, dtype)
     return network.to(memory_format=torch.channels_last), count
 
 
@@ -216,12 +216,12 @@ def lighten(
 def fold_batch_norms(network: nn.Module, size: tuple[int, int]) -> tuple[nn.Module, int]:
     """Return a copy with every BatchNorm folded into the convolution before it, and their number.
 
-    The pairs are found by running the network, in evaluation mode, on a random picture of `size`
+    The pairs are found by running the network, in evaluation mode, on a random image of `size`
     (height, width). If the folded one then says something else, because a convolution's output is
     used elsewhere too or its weights are no plain ones, the network comes back as it was, with 0.
     """
-    picture = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    pairs, before = _pairs(network, picture)
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    pairs, before = _pairs(network, image)
     if not pairs or not isinstance(before, Tensor):
         return network, 0
     folded = copy.deepcopy(network)
@@ -230,11 +230,11 @@ def fold_batch_norms(network: nn.Module, size: tuple[int, int]) -> tuple[nn.Modu
         folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, norm))
         rest = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
         folded.set_submodule(norm_name, nn.Sequential(*rest))
-    error = (folded(picture) - before).abs().max() / before.abs().max()
+    error = (folded(image) - before).abs().max() / before.abs().max()
     return (folded, len(pairs)) if error < FOLDING_ERROR else (network, 0)
 
 
-def _pairs(network: nn.Module, picture: Tensor) -> tuple[list[tuple[str, str]], object]:
+def _pairs(network: nn.Module, image: Tensor) -> tuple[list[tuple[str, str]], object]:
     """Return (convolution, BatchNorm) by name, where one runs on the other's output, and what the
     network says."""
     said: dict[str, list[Tensor]] = {}
@@ -250,7 +250,7 @@ def _pairs(network: nn.Module, picture: Tensor) -> tuple[list[tuple[str, str]], 
                 module.register_forward_pre_hook(lambda _, x, note=note: note.append(x[0]))
             )
     try:
-        answer = network(picture)
+        answer = network(image)
     finally:
         for hook in hooks:
             hook.remove()

@@ -232,8 +232,8 @@ def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor
 class AdaptorTaps:
     """An adaptor's answers in the place of `FeatureTaps`.
 
-    Raises UserError at the first forward for keys that are unknown, or mean nothing for pictures
-    (`logits_mask`, `labels`: every picture has one label, which comes from the data), and for a
+    Raises UserError at the first forward for keys that are unknown, or mean nothing for images
+    (`logits_mask`, `labels`: every image has one label, which comes from the data), and for a
     layer that the adaptor does not give.
     """
 
@@ -250,7 +250,7 @@ class AdaptorTaps:
         known = {"logits", "losses", "inputs_mask", *FEATURES}
         if not isinstance(found, Mapping) or set(found) - known:
             given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
-            raise UserError(f"adaptor: gave {given}; for pictures the keys are {sorted(known)}")
+            raise UserError(f"adaptor: gave {given}; for images the keys are {sorted(known)}")
         logits, own = found.get("logits"), found.get("losses", ())
         return Observed(
             logits[0] if isinstance(logits, list) and len(logits) == 1 else logits,

@@ -191,8 +191,11 @@ def _family(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, tuple[int, in
                 for name, own in shapes.items()
             }
     distilled = "dist_token" in weights
-    return "a ViT", {name: (vit.width, vit.depth, vit.patch) for name, vit in VITS.items()
-                     if ("distilled" in name) == distilled}  # fmt: skip
+    return "a ViT", {
+        name: (vit.width, vit.depth, vit.patch)
+        for name, vit in VITS.items()
+        if ("distilled" in name) == distilled
+    }
 
 
 def head_names(network: nn.Module) -> list[str]:

@@ -6,7 +6,7 @@ starts from scratch: LayerScale begins at DeiT's value (1e-4 for DeiT III, timm 
 resmlp_12, timm 1e-4), and stochastic depth is the same in every block (timm's ViT ramps it).
 PatchConvNet's files are left out: timm has no such class.
 
-Accuracies are Acc@1 in percent on ImageNet's 50,000 validation pictures, of DeiT's READMEs; with
+Accuracies are Acc@1 in percent on ImageNet's 50,000 validation images, of DeiT's READMEs; with
 three decimals those of timm's results table, where DeiT printed none. A crop is the one at which
 the number was measured, timm's where DeiT's README names none.
 """
@@ -34,7 +34,7 @@ from base.errors import UserError
 from base.safe_load import HASH_IN_NAME
 from models.deit import FILES, VITS
 
-FULL_VALIDATION_SET = 50_000  # pictures; on fewer the published number says nothing
+FULL_VALIDATION_SET = 50_000  # images; on fewer the published number says nothing
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Released:
         return found.group(1) if found else ""
 
     def beside(self, acc1: float, count: int) -> str:
-        """Return the published number beside a measured Acc@1 (percent) of `count` pictures.
+        """Return the published number beside a measured Acc@1 (percent) of `count` images.
 
         Empty where the two cannot be compared: no published number, or not the full set.
         """
@@ -82,11 +82,13 @@ def _deit3(size: str, patch: int, *rows: tuple) -> dict[str, Released]:
         for pixels, *acc1 in rows:
             version = "_v1" if (size, data) == ("huge", "21k") else ""
             found[f"deit_{size}_patch{patch}_LS.{pixels}_{data}"] = Released(
-                f"deit_3_{size}_{pixels}_{data}{version}.pth", acc1[column],
-                f"deit3_{size}_patch{patch}_{pixels}.{tag}", pixels,
+                f"deit_3_{size}_{pixels}_{data}{version}.pth",
+                acc1[column],
+                f"deit3_{size}_patch{patch}_{pixels}.{tag}",
+                pixels,
                 0.9 if (pixels, data) == (224, "1k") else 1.0,
                 "" if data == "1k" else "pre-trained on ImageNet-21k, fine-tuned on 1k",
-            )  # fmt: skip
+            )
     return found
 
 
@@ -153,8 +155,10 @@ def _class_attention(width: int, depth: int, heads: int, init: float) -> tuple:
 
 def _mlp(width: int, depth: int, patch: int, init: float) -> tuple:
     shape = {"embed_dim": width, "num_blocks": depth, "patch_size": patch, "mlp_ratio": 4}
-    return MlpMixer, shape | {"block_layer": partial(ResBlock, init_values=init),
-                              "norm_layer": Affine}  # fmt: skip
+    return MlpMixer, shape | {
+        "block_layer": partial(ResBlock, init_values=init),
+        "norm_layer": Affine,
+    }
 
 
 NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -179,8 +183,11 @@ NETWORKS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "resmlpB_24": _mlp(768, 24, 8, 1e-6),
 }
 # What DeiT's --drop reached in each family; timm's own drop_rate is before the head alone.
-DROPOUT = {VisionTransformer: ("drop_rate",), Cait: ("pos_drop_rate", "proj_drop_rate"),
-           MlpMixer: ("proj_drop_rate",)}  # fmt: skip
+DROPOUT = {
+    VisionTransformer: ("drop_rate",),
+    Cait: ("pos_drop_rate", "proj_drop_rate"),
+    MlpMixer: ("proj_drop_rate",),
+}
 
 
 def find(name: str) -> Released | None:
@@ -219,11 +226,22 @@ def table(pattern: str = "*") -> str:
     rows = [("name", "top-1", "px", "crop", "hash", "file", "timm's name", "")]
     for name, file in found.items():
         acc1 = "-" if file.acc1 is None else f"{file.acc1:g}"
-        rows.append((name, acc1, str(file.pixels), f"{file.crop:g}", file.hash or "-", file.file,
-                     file.timm, file.note))  # fmt: skip
+        rows.append(
+            (
+                name,
+                acc1,
+                str(file.pixels),
+                f"{file.crop:g}",
+                file.hash or "-",
+                file.file,
+                file.timm,
+                file.note,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-             for row in rows]  # fmt: skip
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
     if others and pattern.strip("*"):
         lines.append(f"timm also knows {_some(others)}")
     return "\n".join(lines)

@@ -43,9 +43,15 @@ class Chromium:
         self._read, write = os.pipe()
         # The protocol is spoken on descriptors 3 (to the browser) and 4 (from it).
         speaks = f'exec "$0" "$@" 3<&{read} 4>&{write} >/dev/null 2>&1'
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                 "--blink-settings=preferredColorScheme=1", "--remote-debugging-pipe",
-                 f"--user-data-dir={profile}"]  # fmt: skip
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--blink-settings=preferredColorScheme=1",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
         self._process = subprocess.Popen(
             ["bash", "-c", speaks, program, *flags], pass_fds=(read, write)
         )
@@ -98,8 +104,9 @@ class Chromium:
     def open(self, address: str, width: int, height: int = 1000) -> None:
         """Show an address in a window of `width` pixels, as a phone or a desktop would."""
         screen = {"width": width, "height": height, "screenWidth": width, "screenHeight": height}
-        self.ask("Emulation.setDeviceMetricsOverride", **screen, deviceScaleFactor=1,
-                 mobile=width < 600)  # fmt: skip
+        self.ask(
+            "Emulation.setDeviceMetricsOverride", **screen, deviceScaleFactor=1, mobile=width < 600
+        )
         self.ask("Page.navigate", url="about:blank")  # another #fragment alone would load nothing
         failed = self.ask("Page.navigate", url=address).get("errorText")
         if failed:
@@ -108,8 +115,12 @@ class Chromium:
 
     def value(self, script: str) -> Any:
         """Return the value of a JavaScript expression on the page; it may call `deep`."""
-        found = self.ask("Runtime.evaluate", expression=f"(() => {{{DEEP} return {script};}})()",
-                         returnByValue=True, awaitPromise=True)  # fmt: skip
+        found = self.ask(
+            "Runtime.evaluate",
+            expression=f"(() => {{{DEEP} return {script};}})()",
+            returnByValue=True,
+            awaitPromise=True,
+        )
         if "exceptionDetails" in found:
             raise RuntimeError(f"{script}: {found['exceptionDetails']}")
         return found["result"].get("value")
@@ -130,6 +141,7 @@ class Chromium:
 
     def pdf(self, file: Path) -> None:
         """Write the page as it would be printed on A4."""
-        printed = self.ask("Page.printToPDF", paperWidth=8.27, paperHeight=11.69,
-                           preferCSSPageSize=True)  # fmt: skip
+        printed = self.ask(
+            "Page.printToPDF", paperWidth=8.27, paperHeight=11.69, preferCSSPageSize=True
+        )
         file.write_bytes(base64.b64decode(printed["data"]))

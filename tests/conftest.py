@@ -24,9 +24,9 @@ SHARED = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real ImageNet and CIFAR-10 pictures beside the checkout."""
+    """The folder with real ImageNet and CIFAR-10 images beside the checkout."""
     if not SHARED.is_dir():
-        pytest.skip("the real pictures beside the checkout (../shared/data) are not there")
+        pytest.skip("the real images beside the checkout (../shared/data) are not there")
     return SHARED
 
 
@@ -41,24 +41,24 @@ def _unpack(archive: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet_sample(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1000 ImageNet pictures, one a class, under val/; their folder."""
+    """1000 ImageNet images, one a class, under val/; their folder."""
     folder = tmp_path_factory.mktemp("imagenet")
     return _unpack(shared_data / "imagenet_sample_256.tar", folder).with_name("imagenet_sample_256")
 
 
 @pytest.fixture(scope="session")
-def cifar10_pictures(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """5,000 train and 1,000 test CIFAR-10 pictures as an image folder."""
+def cifar10_images(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5,000 train and 1,000 test CIFAR-10 images as an image folder."""
     return _unpack(shared_data / "cifar10_jpeg.tar", tmp_path_factory.mktemp("cifar10"))
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder of real digits: train/ and val/ of classes "one", "two"; 12 + 6 pictures."""
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of real digits: train/ and val/ of classes "one", "two"; 12 + 6 images."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     digits = load_digits()
     for label, name in ((1, "one"), (2, "two")):
         rows = digits.images[digits.target == label]
@@ -66,19 +66,34 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = root / split / name
             folder.mkdir(parents=True)
             for number, row in enumerate(chosen):
-                picture = Image.fromarray((row * 15.9).astype("uint8")).convert("RGB")
-                picture.resize((32, 32)).save(folder / f"{number:02d}.png")
+                image = Image.fromarray((row * 15.9).astype("uint8")).convert("RGB")
+                image.resize((32, 32)).save(folder / f"{number:02d}.png")
     return root
 
 
 @pytest.fixture(scope="session")
-def folder_flags(picture_folder: Path) -> list[str]:
+def folder_flags(image_folder: Path) -> list[str]:
     """The flags of a small run that saves every step; mixing, erasing, views and EMA are on."""
     return [
-        "--model", "deit_pico_distilled_patch4_32", "--batch-size", "4", "--epochs", "2",
-        "--warmup-epochs", "0", "--log-interval", "1", "--drop-path", "0.2", "--checkpoint-steps",
-        "1", "--resume", "auto", "--data-path", str(picture_folder),
-    ]  # fmt: skip
+        "--model",
+        "deit_pico_distilled_patch4_32",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+        "--log-interval",
+        "1",
+        "--drop-path",
+        "0.2",
+        "--checkpoint-steps",
+        "1",
+        "--resume",
+        "auto",
+        "--data-path",
+        str(image_folder),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +110,17 @@ def small_run(run_inside, folder_flags: list[str], tmp_path_factory) -> tuple[Pa
 def small_teacher(run_inside, folder_flags: list[str], tmp_path_factory) -> Path:
     """The checkpoint of a CNN that knows the two classes."""
     folder = tmp_path_factory.mktemp("teacher")
-    result = run_inside(*folder_flags, "--model", "resnet_pico", "--epochs", "1", "--output_dir",
-                        str(folder), "--num_workers", "0")  # fmt: skip
+    result = run_inside(
+        *folder_flags,
+        "--model",
+        "resnet_pico",
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(folder),
+        "--num_workers",
+        "0",
+    )
     assert result.returncode == 0, result.stderr
     return folder / "checkpoint.pth"
 

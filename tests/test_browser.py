@@ -1,4 +1,4 @@
-"""TensorBoard as people see it: a real browser shows the curves, the pictures and the settings."""
+"""TensorBoard as people see it: a real browser shows the curves, the images and the settings."""
 
 import json
 import socket
@@ -16,15 +16,17 @@ from data import sources
 
 pytestmark = pytest.mark.slow
 CURVES = {
-    *(f"train/{name}" for name in ("loss", "base", "distillation", "lr", "grad_norm",
-                                   "images_per_s", "data_wait")),
+    *(
+        f"train/{name}"
+        for name in ("loss", "base", "distillation", "lr", "grad_norm", "images_per_s", "data_wait")
+    ),
     *(f"train_weighted/{name}" for name in ("base", "distillation")),
     *(f"{kind}/acc1" for kind in ("val", "val_ema", "val_teacher")),
-}  # fmt: skip
+}
 # Of every chart its tag, and how many of its lines join points.
 CHARTS = """deep('tf-scalar-card').map(card => [card.tag,
     deep('path.line', card.shadowRoot).filter(line => /L/.test(line.getAttribute('d'))).length])"""
-PICTURES = """deep('tf-image-loader').map(card => [card.tag, card.shadowRoot.textContent,
+IMAGES = """deep('tf-image-loader').map(card => [card.tag, card.shadowRoot.textContent,
     ...deep('img', card.shadowRoot).map(img => [img.naturalWidth, img.naturalHeight])])"""
 OPEN_ALL = """deep('tf-category-paginated-view').filter(group => !group.opened)
     .map(group => deep('button', group.shadowRoot)[0].click()).length"""
@@ -32,18 +34,37 @@ OPEN_ALL = """deep('tf-category-paginated-view').filter(group => !group.opened)
 
 @pytest.fixture(scope="module")
 def board(browser, run_inside, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """The address of a TensorBoard that shows the quick start on few of its pictures; its run."""
+    """The address of a TensorBoard that shows the quick start on few of its images; its run."""
     folder = tmp_path_factory.mktemp("board")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "DIGITS_ROWS", {"train": (0, 64), "test": (1197, 1229)})
-        run = run_inside("--distillation-type", "hard", "--epochs", "4", "--batch-size", "16",
-                         "--log-interval", "1", "--output_dir", str(folder))  # fmt: skip
+        run = run_inside(
+            "--distillation-type",
+            "hard",
+            "--epochs",
+            "4",
+            "--batch-size",
+            "16",
+            "--log-interval",
+            "1",
+            "--output_dir",
+            str(folder),
+        )
     assert run.returncode == 0, run.stderr
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port",
-               str(port), "--load_fast", "false"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        str(folder),
+        "--port",
+        str(port),
+        "--load_fast",
+        "false",
+    ]
     said = folder / "tensorboard.log"
     with said.open("w") as output:
         server = subprocess.Popen(command, stdout=output, stderr=output)
@@ -83,16 +104,16 @@ def test_every_term_of_the_loss_and_every_accuracy_has_a_curve(browser, board, s
         browser.screenshot(shots / "scalars.png")
 
 
-def test_the_augmented_batch_and_attention_are_pictures_at_a_number_of_images(
+def test_the_augmented_batch_and_attention_are_images_at_a_number_of_images(
     browser, board, shots
 ) -> None:
     show(browser, board, "images")
-    browser.wait(f"{PICTURES}.filter(([,, size]) => size && size[0]).length >= 2", "two pictures")
+    browser.wait(f"{IMAGES}.filter(([,, size]) => size && size[0]).length >= 2", "two images")
     browser.screenshot(shots / "images.png")
-    found = {tag: (words, size) for tag, words, size in browser.value(PICTURES)}
+    found = {tag: (words, size) for tag, words, size in browser.value(IMAGES)}
     assert set(found) == {"train/batch", "val/attention"}
     assert all(wide > 300 and high > 200 for _, (wide, high) in found.values())
-    assert "256" in found["val/attention"][0], "4 epochs of 64 pictures"
+    assert "256" in found["val/attention"][0], "4 epochs of 64 images"
 
 
 def test_the_configuration_is_there_as_text(browser, board, shots) -> None:

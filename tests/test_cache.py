@@ -181,9 +181,26 @@ def test_runs_that_begin_together_make_one_cache_and_lose_no_row(tmp_path: Path)
     assert store(tmp_path / "new").done(np.arange(12)).sum() == 4
 
 
-RUN = ["--distillation-type", "hard", "--mixup", "0.8", "--cutmix", "1", "--reprob", "0.25",
-       "--drop-path", "0.1", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "128",
-       "--repeated-aug", "--no-teacher-check"]  # fmt: skip
+RUN = [
+    "--distillation-type",
+    "hard",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1",
+    "--reprob",
+    "0.25",
+    "--drop-path",
+    "0.1",
+    "--epochs",
+    "2",
+    "--warmup-epochs",
+    "0",
+    "--batch-size",
+    "128",
+    "--repeated-aug",
+    "--no-teacher-check",
+]
 
 
 def log(folder: Path) -> str:
@@ -232,34 +249,74 @@ def test_a_cache_of_other_epochs_is_taken_as_it_is_or_refused_with_a_way_out(
 
 
 # Every flag of data, augmentation and input: a value by which the facts must differ, or why it
-# cannot reach a training picture.
+# cannot reach a training image.
 REACH = {
-    "color_jitter": ["0.5"], "aa": ["original"], "augment_on": ["device"],
-    "train_interpolation": ["bilinear"], "repeated_aug": False, "ThreeAugment": [], "src": [],
-    "reprob": ["0.1"], "remode": ["const"], "recount": ["2"], "mixup": ["0.5"], "cutmix": ["0.5"],
-    "cutmix_minmax": ["0.2", "0.4"], "mixup_prob": ["0.5"], "mixup_switch_prob": ["0.1"],
-    "mixup_mode": ["elem"], "data_path": ["FOLDER"], "data_set": ["IMNET", "--data-path", "FOLDER"],
-    "inat_category": None, "on_bad_image": ["skip"], "model": ["deit_tiny_patch16_224"],
-    "nb_classes": ["12"], "input_size": ["40"], "mean": ["0.5", "0.5", "0.50001"],
-    "std": ["0.5", "0.5", "0.50001"], "interpolation": ["bilinear"], "seed": ["1"],
-    "batch_size": ["32"], "teacher_model": ["resnet18"], "teacher_path": ["FILE"],
-    "teacher_weight": ["0.5"], "torchcompile": ["eager"],
-}  # fmt: skip
+    "color_jitter": ["0.5"],
+    "aa": ["original"],
+    "augment_on": ["device"],
+    "train_interpolation": ["bilinear"],
+    "repeated_aug": False,
+    "ThreeAugment": [],
+    "src": [],
+    "reprob": ["0.1"],
+    "remode": ["const"],
+    "recount": ["2"],
+    "mixup": ["0.5"],
+    "cutmix": ["0.5"],
+    "cutmix_minmax": ["0.2", "0.4"],
+    "mixup_prob": ["0.5"],
+    "mixup_switch_prob": ["0.1"],
+    "mixup_mode": ["elem"],
+    "data_path": ["FOLDER"],
+    "data_set": ["IMNET", "--data-path", "FOLDER"],
+    "inat_category": None,
+    "on_bad_image": ["skip"],
+    "model": ["deit_tiny_patch16_224"],
+    "nb_classes": ["12"],
+    "input_size": ["40"],
+    "mean": ["0.5", "0.5", "0.50001"],
+    "std": ["0.5", "0.5", "0.50001"],
+    "interpolation": ["bilinear"],
+    "seed": ["1"],
+    "batch_size": ["32"],
+    "teacher_model": ["resnet18"],
+    "teacher_path": ["FILE"],
+    "teacher_weight": ["0.5"],
+    "torchcompile": ["eager"],
+}
 CANNOT = {
-    "smoothing": "labels", "bce_loss": "loss", "resplit": "no effect", "val_split": "evaluation",
-    "eval_crop_ratio": "evaluation", "num_workers": "speed", "loader_timeout": "speed",
-    "pin_mem": "speed", "drop": "student", "drop_path": "student", "pretrained": "student",
-    "finetune": "student", "attn_only": "student", "grad_checkpointing": "student",
+    "smoothing": "labels",
+    "bce_loss": "loss",
+    "resplit": "no effect",
+    "val_split": "evaluation",
+    "eval_crop_ratio": "evaluation",
+    "num_workers": "speed",
+    "loader_timeout": "speed",
+    "pin_mem": "speed",
+    "drop": "student",
+    "drop_path": "student",
+    "pretrained": "student",
+    "finetune": "student",
+    "attn_only": "student",
+    "grad_checkpointing": "student",
     "train_mode": "student",
-}  # fmt: skip
-FREE = [["--val-split", "dev"], ["--eval-crop-ratio", "0.9"], ["--num-workers", "2"],
-        ["--smoothing", "0"], ["--drop-path", "0.3"], ["--epochs", "7"]]  # fmt: skip
+}
+FREE = [
+    ["--val-split", "dev"],
+    ["--eval-crop-ratio", "0.9"],
+    ["--num-workers", "2"],
+    ["--smoothing", "0"],
+    ["--drop-path", "0.3"],
+    ["--epochs", "7"],
+]
 
 
 def facts(*flags: str) -> dict:
     parser = get_args_parser()
-    pico = {name: read_recipe(QUICK_START)[name] for name in ("model", "teacher_model",
-            "teacher_path", "data_set")}  # fmt: skip
+    pico = {
+        name: read_recipe(QUICK_START)[name]
+        for name in ("model", "teacher_model", "teacher_path", "data_set")
+    }
     parser.set_defaults(**pico, distillation_type="hard", num_workers=0, batch_size=4)
     args = parser.parse_args(flags)
     inputs = models.build_input_config(args)
@@ -269,7 +326,7 @@ def facts(*flags: str) -> dict:
 
 
 def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
-    picture_folder: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
     groups = {group.title: group for group in get_args_parser()._action_groups}
     asked = {
@@ -280,7 +337,7 @@ def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
     assert not set(asked) - set(REACH) - set(CANNOT), "a new flag: does it reach the pixels?"
     assert not set(REACH) & set(CANNOT)
     torch.save({"model": {}}, tmp_path / "file.pth")
-    words = {"FOLDER": str(picture_folder), "FILE": str(tmp_path / "file.pth")}
+    words = {"FOLDER": str(image_folder), "FILE": str(tmp_path / "file.pth")}
     ours = facts()
     for name, value in REACH.items():
         if value is None:  # it chooses the labels, and they are among the data
@@ -302,12 +359,12 @@ def test_another_version_is_another_fact(change: tuple, monkeypatch: pytest.Monk
 
 
 def test_data_that_are_never_mirrored_or_otherwise_kept_are_other_facts(
-    picture_folder: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path
 ) -> None:
     target = str(tmp_path / "prepared")
-    assert prepare_data.main([str(picture_folder), target, "--num-workers", "0"]) == 0
+    assert prepare_data.main([str(image_folder), target, "--num-workers", "0"]) == 0
     kept = facts("--data-set", "PREPARED", "--data-path", target)
-    plain = facts("--data-set", "IMNET", "--data-path", str(picture_folder))
+    plain = facts("--data-set", "IMNET", "--data-path", str(image_folder))
     assert kept["form of the data"] == "prepared raw, short side 288"
     assert kept["data"] != plain["data"] and kept["mirrored"] and not facts()["mirrored"]
     manifest = json.loads((tmp_path / "prepared" / "manifest.json").read_text())
@@ -396,8 +453,15 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     ],
 )
 def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:
-    kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache"),
-            "--teacher-cache-views", "1"]  # fmt: skip
+    kept = [
+        *RUN,
+        "--output_dir",
+        "",
+        "--teacher-cache",
+        str(tmp_path / "cache"),
+        "--teacher-cache-views",
+        "1",
+    ]
     assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
     result = run_inside(*kept, *flags)
     assert result.returncode == 2 and words in result.stderr, result.stderr
@@ -414,8 +478,16 @@ def test_a_flipped_weight_of_the_teacher_is_refused(run_inside, tmp_path: Path) 
     weights = load_file(Path(__file__).parents[1] / "models/weights/resnet_pico_digits.safetensors")
     path = tmp_path / "teacher.safetensors"
     save_file(weights, path)
-    kept = [*RUN, "--output_dir", "", "--teacher-path", str(path), "--teacher-cache",
-            str(tmp_path / "cache"), "--teacher-cache-mode"]  # fmt: skip
+    kept = [
+        *RUN,
+        "--output_dir",
+        "",
+        "--teacher-path",
+        str(path),
+        "--teacher-cache",
+        str(tmp_path / "cache"),
+        "--teacher-cache-mode",
+    ]
     assert run_inside(*kept, "write").returncode == 0
     weights["fc.bias"][0] *= -1
     save_file(weights, path)

@@ -27,7 +27,7 @@ from base.errors import EXIT_STOPPED, Stopped, UserError
 from losses import DistillationLoss
 from models.features import Observed, Tap
 from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
-from training.checkpointer import Keeper, alike, is_auto
+from training.checkpointer import Checkpointer, compatible, is_auto
 
 CPU = torch.device("cpu")
 
@@ -58,16 +58,35 @@ def wait_for(words: str, log: Path, process: subprocess.Popen, timeout: float = 
     ],
 )
 def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
-    workers: int, accumulation: int, processes: int, cached: bool, words: str,
-    folder_flags: list[str], small_teacher: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    flags = [*folder_flags, "--num_workers", str(workers), "--grad-accum-steps", str(accumulation),
-             "--batch-size", str(4 // processes)]  # fmt: skip
+    workers: int,
+    accumulation: int,
+    processes: int,
+    cached: bool,
+    words: str,
+    folder_flags: list[str],
+    small_teacher: Path,
+    tmp_path: Path,
+) -> None:
+    flags = [
+        *folder_flags,
+        "--num_workers",
+        str(workers),
+        "--grad-accum-steps",
+        str(accumulation),
+        "--batch-size",
+        str(4 // processes),
+    ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     own: dict[Path, list[str]] = {whole: [], killed: []}
     if cached:  # each fills a cache of its own
-        flags += ["--distillation-type", "hard", "--teacher-model", "resnet_pico", "--teacher-path",
-                  str(small_teacher)]  # fmt: skip
+        flags += [
+            "--distillation-type",
+            "hard",
+            "--teacher-model",
+            "resnet_pico",
+            "--teacher-path",
+            str(small_teacher),
+        ]
         own = {out: ["--teacher-cache", f"{out}-cache"] for out in own}
     finish(flags + own[whole], whole, processes)
     process = start(flags + own[killed], killed, processes)
@@ -149,8 +168,17 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_it_can_go_on(
 
 @pytest.mark.slow
 def test_a_run_of_bad_losses_ends_in_one_line(folder_flags: list[str], tmp_path: Path) -> None:
-    flags = [*folder_flags, "--lr", "1e30", "--unscale-lr", "--max-bad-steps", "2",
-             "--no-sched-on-updates", "--warmup-lr", "1e30"]  # fmt: skip
+    flags = [
+        *folder_flags,
+        "--lr",
+        "1e30",
+        "--unscale-lr",
+        "--max-bad-steps",
+        "2",
+        "--no-sched-on-updates",
+        "--warmup-lr",
+        "1e30",
+    ]
     process = start(flags, tmp_path / "out")
     assert process.wait(60) == 2
     said = (tmp_path / "out.log").read_text()
@@ -168,29 +196,35 @@ class Tiny(nn.Module):
         self.layer = nn.Linear(width, 2)
 
 
-def keeper(folder: Path | str, width: int = 3, **changes: Any) -> Keeper:
+def checkpointer(folder: Path | str, width: int = 3, **changes: Any) -> Checkpointer:
     """A keeper of a tiny run that has made one update; `changes` to its settings or facts."""
     network = Tiny(width)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     network.layer(torch.ones(1, width)).sum().backward()
     optimizer.step()
     settings = {"lr": 0.1, "seed": 0, "batch_size": 4, "grad_accum_steps": 1, "num_workers": 0}
-    facts = {"processes": 1, "data": "24 + 12 pictures"}
+    facts = {"processes": 1, "data": "24 + 12 images"}
     settings |= {k: v for k, v in changes.items() if k not in facts}
     facts |= {k: v for k, v in changes.items() if k in facts}
-    made = Keeper(
-        str(folder), {"model": network, "optimizer": optimizer}, engine.Tally(CPU),
-        settings=settings, facts=facts, steps=6, device=CPU, keep=3,
-    )  # fmt: skip
+    made = Checkpointer(
+        str(folder),
+        {"model": network, "optimizer": optimizer},
+        engine.EpochState(CPU),
+        settings=settings,
+        facts=facts,
+        steps=6,
+        device=CPU,
+        keep=3,
+    )
     made.global_step = 1
     return made
 
 
 def test_auto_without_a_checkpoint_begins_and_with_one_goes_on(tmp_path: Path) -> None:
-    assert "from the beginning" in keeper(tmp_path).resume("auto")
-    first = keeper(tmp_path)
+    assert "from the beginning" in checkpointer(tmp_path).resume("auto")
+    first = checkpointer(tmp_path)
     first.end_epoch(12.5)
-    again = keeper(tmp_path)
+    again = checkpointer(tmp_path)
     assert "epoch 1, step 0" in again.resume("auto")
     assert (again.epoch, again.best, again.global_step) == (1, 12.5, 1)
 
@@ -198,7 +232,7 @@ def test_auto_without_a_checkpoint_begins_and_with_one_goes_on(tmp_path: Path) -
 def test_a_url_is_fetched_by_all_processes_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper(tmp_path).end_epoch(1.0)
+    checkpointer(tmp_path).end_epoch(1.0)
     alone: list[bool] = []
 
     def on_main(function: Callable) -> Any:
@@ -214,31 +248,31 @@ def test_a_url_is_fetched_by_all_processes_together(
     monkeypatch.setattr(distributed, "on_main", on_main)
     monkeypatch.setattr(safe_load, "fetch", fetch)
     for source in ("https://host/run-12345678.pth", "auto:https://host/run-12345678.pth"):
-        assert "epoch 1" in keeper(tmp_path / "empty").resume(source)
+        assert "epoch 1" in checkpointer(tmp_path / "empty").resume(source)
 
 
 def test_auto_falls_back_over_damaged_files_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = keeper(tmp_path)
+    first = checkpointer(tmp_path)
     for acc1 in (3.0, 2.0, 1.0):
         first.end_epoch(acc1)
     newest = tmp_path / "checkpoint.pth"
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert "checkpoint-1.pth, epoch 2" in keeper(tmp_path).resume("auto")
+    assert "checkpoint-1.pth, epoch 2" in checkpointer(tmp_path).resume("auto")
     assert "checkpoint.pth" in caplog.text and "taking the one before" in caplog.text
     assert (tmp_path / "checkpoint.pth.damaged").exists() and not newest.exists()
     for name in ("checkpoint-1.pth", "checkpoint-2.pth"):
         (tmp_path / name).unlink()  # the best may be another name of the same file
         (tmp_path / name).touch()
-    assert "best_checkpoint.pth, epoch 1" in keeper(tmp_path).resume("auto")
+    assert "best_checkpoint.pth, epoch 1" in checkpointer(tmp_path).resume("auto")
 
 
 @pytest.mark.parametrize("kind", ["link to nothing", "tensor", "safetensors"])
 def test_auto_falls_back_over_what_took_the_place_of_a_checkpoint(
     tmp_path: Path, kind: str
 ) -> None:
-    first = keeper(tmp_path)
+    first = checkpointer(tmp_path)
     first.end_epoch(2.0)
     first.end_epoch(1.0)
     newest = tmp_path / "checkpoint.pth"
@@ -251,41 +285,41 @@ def test_auto_falls_back_over_what_took_the_place_of_a_checkpoint(
         target = tmp_path / "x.safetensors"
         target.write_bytes(b"nothing of the kind")
         newest.symlink_to(target)
-    assert "checkpoint-1.pth, epoch 1" in keeper(tmp_path).resume("auto")
+    assert "checkpoint-1.pth, epoch 1" in checkpointer(tmp_path).resume("auto")
     assert os.path.lexists(tmp_path / "checkpoint.pth.damaged")
 
 
 def test_auto_does_not_begin_again_over_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "checkpoint.pth").write_bytes(b"PK\x03\x04, once upon a time")
     with pytest.raises(UserError, match="no checkpoint in .* can be read"):
-        keeper(tmp_path).resume("auto")
+        checkpointer(tmp_path).resume("auto")
 
 
 def test_what_is_not_damaged_is_not_put_aside(tmp_path: Path) -> None:
-    first = keeper(tmp_path)
+    first = checkpointer(tmp_path)
     first.end_epoch(1.0)
     first.end_epoch(2.0)
     rewrite(tmp_path / "checkpoint.pth", lambda content: content.update(format=2))
     with pytest.raises(UserError, match="has format 2"):
-        keeper(tmp_path).resume("auto")
+        checkpointer(tmp_path).resume("auto")
     assert not list(tmp_path.glob("*.damaged*"))
     (tmp_path / "checkpoint.pth").write_bytes(b"torn")
-    assert "checkpoint-1.pth" in keeper(tmp_path, check=True).resume("auto")
+    assert "checkpoint-1.pth" in checkpointer(tmp_path, check=True).resume("auto")
     assert (tmp_path / "checkpoint.pth").exists(), "a check moves nothing"
     (tmp_path / "checkpoint.pth.damaged").mkdir()
-    assert "checkpoint-1.pth" in keeper(tmp_path).resume("auto")
+    assert "checkpoint-1.pth" in checkpointer(tmp_path).resume("auto")
     assert (tmp_path / "checkpoint.pth.damaged-2").read_bytes() == b"torn"
 
 
 def test_going_on_from_a_file_elsewhere_moves_the_folders_own_run_aside(tmp_path: Path) -> None:
-    keeper(tmp_path / "from").end_epoch(1.0)
+    checkpointer(tmp_path / "from").end_epoch(1.0)
     out = tmp_path / "out"
-    keeper(out).end_epoch(9.0)
+    checkpointer(out).end_epoch(9.0)
     kept = (out / "checkpoint.pth").read_bytes()
     for own in ("auto", str(out / "checkpoint.pth"), "auto:elsewhere.pth"):
-        keeper(out).clear(own)
+        checkpointer(out).clear(own)
     assert not (out / "previous-1").exists()
-    keeper(out).clear(str(tmp_path / "from" / "checkpoint.pth"))
+    checkpointer(out).clear(str(tmp_path / "from" / "checkpoint.pth"))
     assert (out / "previous-1" / "checkpoint.pth").read_bytes() == kept
     assert (out / "previous-1" / "best_checkpoint.pth").exists()
     assert [path.name for path in out.iterdir()] == ["previous-1"]
@@ -309,7 +343,7 @@ def test_the_program_keeps_a_run_in_whose_folder_another_one_goes_on(
 def test_what_is_in_the_way_of_moving_in_is_one_line(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name}: Is a directory"):
-        keeper(tmp_path).move_in()
+        checkpointer(tmp_path).take_folder()
 
 
 def test_a_file_whose_name_begins_with_auto_is_a_file() -> None:
@@ -320,13 +354,19 @@ def test_a_file_whose_name_begins_with_auto_is_a_file() -> None:
 @pytest.mark.parametrize(
     ("found", "ours", "fits"),
     [
-        (0.1, 0.2, True), (math.nan, 0.2, False), ("0.1", 0.2, False), (None, 0.2, False),
-        ([0.9, 0.99], (0.9, 0.999), True), ("xy", (0.9, 0.999), False), ((0.9,), (0.9, 0.9), False),
-        (None, True, True), (1.0, None, False),
+        (0.1, 0.2, True),
+        (math.nan, 0.2, False),
+        ("0.1", 0.2, False),
+        (None, 0.2, False),
+        ([0.9, 0.99], (0.9, 0.999), True),
+        ("xy", (0.9, 0.999), False),
+        ((0.9,), (0.9, 0.9), False),
+        (None, True, True),
+        (1.0, None, False),
     ],
-)  # fmt: skip
+)
 def test_a_setting_of_an_optimizer_is_of_our_kind(found: Any, ours: Any, fits: bool) -> None:
-    assert alike(found, ours) == fits
+    assert compatible(found, ours) == fits
 
 
 @pytest.mark.parametrize(
@@ -336,38 +376,38 @@ def test_a_setting_of_an_optimizer_is_of_our_kind(found: Any, ours: Any, fits: b
         ({"seed": 7}, "--seed was 0 and is 7"),
         ({"batch_size": 8}, "--batch-size was 4 and is 8"),
         ({"processes": 2}, "processes: was 1 and is 2"),
-        ({"data": "25 + 12 pictures"}, r"data: was '24 \+ 12 pictures' and is '25"),
+        ({"data": "25 + 12 images"}, r"data: was '24 \+ 12 images' and is '25"),
     ],
 )
 def test_what_must_not_change_is_refused_with_both_values_unless_anyway(
     change: dict, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    keeper(tmp_path).end_epoch(1.0)
+    checkpointer(tmp_path).end_epoch(1.0)
     with pytest.raises(UserError, match=words):
-        keeper(tmp_path, **change).resume("auto")
-    assert "epoch 1" in keeper(tmp_path, **change).resume("auto", anyway=True)
+        checkpointer(tmp_path, **change).resume("auto")
+    assert "epoch 1" in checkpointer(tmp_path, **change).resume("auto", anyway=True)
     assert "resumed anyway" in caplog.text
 
 
 def test_what_does_not_reach_the_weights_may_change(tmp_path: Path) -> None:
-    keeper(tmp_path).end_epoch(1.0)
-    assert "epoch 1" in keeper(tmp_path, num_workers=3, output_dir="b").resume("auto")
+    checkpointer(tmp_path).end_epoch(1.0)
+    assert "epoch 1" in checkpointer(tmp_path, num_workers=3, output_dir="b").resume("auto")
 
 
-def test_with_another_batch_the_place_is_that_of_as_many_pictures(tmp_path: Path) -> None:
-    first = keeper(tmp_path)
-    first.tally.micro = 5  # of 4 pictures
-    first.tally.add({"loss": torch.tensor(2.0)})
+def test_with_another_batch_the_place_is_that_of_as_many_images(tmp_path: Path) -> None:
+    first = checkpointer(tmp_path)
+    first.state.micro = 5  # of 4 images
+    first.state.add({"loss": torch.tensor(2.0)})
     first.save()
-    again = keeper(tmp_path, batch_size=8, grad_accum_steps=2)
+    again = checkpointer(tmp_path, batch_size=8, grad_accum_steps=2)
     again.resume("auto", anyway=True)
-    assert again.tally.micro == 2, "two and a half of 8 pictures, whole updates of two"
-    assert again.tally.meters["loss"].average() == 2.0
+    assert again.state.micro == 2, "two and a half of 8 images, whole updates of two"
+    assert again.state.meters["loss"].average() == 2.0
 
 
 def test_an_average_begins_with_the_weights_where_a_file_has_none(tmp_path: Path) -> None:
-    keeper(tmp_path).end_epoch(1.0)
-    again = keeper(tmp_path)
+    checkpointer(tmp_path).end_epoch(1.0)
+    again = checkpointer(tmp_path)
 
     class Average(Tiny):
         def refresh(self, network: nn.Module) -> None:
@@ -386,7 +426,7 @@ def test_a_second_signal_ends_the_process_at_once(
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    kept = keeper(tmp_path)
+    kept = checkpointer(tmp_path)
     for _ in kept.epochs(1):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # torchrun's copy of the same
@@ -400,7 +440,7 @@ def test_a_second_signal_ends_the_process_at_once(
 
 
 def test_steps_and_minutes_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = keeper(tmp_path)
+    kept = checkpointer(tmp_path)
     saved: list[int] = []
     monkeypatch.setattr(kept, "_write", lambda *_: saved.append(kept.global_step))
     kept.every_steps = 3
@@ -445,10 +485,19 @@ def damage(path: Path, kind: str, dice: random.Random, marker: Path) -> None:
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "key":
-        target = dice.choice([content, content["model"], content["optimizer"], content["facts"],
-                              content["optimizer"]["param_groups"][0], content["tally"],
-                              content["args"], content["optimizer"]["state"],
-                              content["optimizer"]["state"][0]])  # fmt: skip
+        target = dice.choice(
+            [
+                content,
+                content["model"],
+                content["optimizer"],
+                content["facts"],
+                content["optimizer"]["param_groups"][0],
+                content["tally"],
+                content["args"],
+                content["optimizer"]["state"],
+                content["optimizer"]["state"][0],
+            ]
+        )
         target.pop(dice.choice(list(target)))
         torch.save(content, path)
     elif kind == "shape":
@@ -515,32 +564,51 @@ def swelling(path: Path, content: dict) -> None:
     torch.save(content | {"args": nested}, path)
 
 
-KINDS = ["cut", "flip", "overwrite", "noise", "empty", "key", "shape", "type", "dtype", "number",
-         "hostile", "pickle", "folder", "loop", "bomb"]  # fmt: skip
+KINDS = [
+    "cut",
+    "flip",
+    "overwrite",
+    "noise",
+    "empty",
+    "key",
+    "shape",
+    "type",
+    "dtype",
+    "number",
+    "hostile",
+    "pickle",
+    "folder",
+    "loop",
+    "bomb",
+]
 
 
-def state_of(run: Keeper) -> dict[str, Any]:
+def state_of(run: Checkpointer) -> dict[str, Any]:
     """All that a run is, in plain values."""
     parts = {name: part.state_dict() for name, part in run.parts.items()}
-    return parts | {"tally": run.tally.state_dict(), "epoch": run.epoch, "best": run.best,
-                    "global_step": run.global_step}  # fmt: skip
+    return parts | {
+        "tally": run.state.state_dict(),
+        "epoch": run.epoch,
+        "best": run.best,
+        "global_step": run.global_step,
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_300_damaged_checkpoints_none_loads_wrong_runs_code_or_ends_in_a_traceback(
     kind: str, tmp_path: Path
 ) -> None:
-    good = keeper(tmp_path / "good")
+    good = checkpointer(tmp_path / "good")
     good.best = 12.5
-    good.tally.micro = 2
-    good.tally.add({"loss": torch.tensor(2.0)})
+    good.state.micro = 2
+    good.state.add({"loss": torch.tensor(2.0)})
     good.save()
     refused = 0
     for number in range(300 // len(KINDS)):
         path = tmp_path / str(number) / "checkpoint.pth"
         shutil.copytree(tmp_path / "good", path.parent)
         damage(path, kind, random.Random(f"{kind}{number}"), tmp_path / "ran")
-        fresh = keeper(tmp_path)
+        fresh = checkpointer(tmp_path)
         try:
             fresh.resume(str(path))
         except UserError as error:
@@ -604,11 +672,11 @@ def rewrite(path: Path, change: Callable[[dict], Any]) -> None:
 def test_what_shows_only_when_it_is_taken_up_falls_back_too(
     change: Callable[[dict], Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = keeper(tmp_path)
+    first = checkpointer(tmp_path)
     first.end_epoch(2.0)
     first.end_epoch(1.0)
     rewrite(tmp_path / "checkpoint.pth", change)
-    again = keeper(tmp_path)
+    again = checkpointer(tmp_path)
     assert "checkpoint-1.pth, epoch 1" in again.resume("auto")
     assert words in caplog.text and again.epoch == 1
     first.epoch = 1
@@ -616,36 +684,36 @@ def test_what_shows_only_when_it_is_taken_up_falls_back_too(
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
-    kept = keeper(tmp_path)
+    kept = checkpointer(tmp_path)
     kept.save()
     kept.parts["model"].layer.bias.data[1] = torch.inf
     with pytest.raises(UserError, match="after update 1 the weights are not finite"):
         kept.save()
-    assert "step 0 of 6" in keeper(tmp_path).resume("auto")
+    assert "step 0 of 6" in checkpointer(tmp_path).resume("auto")
 
 
 def test_deits_own_file_goes_on_with_what_it_has(tmp_path: Path) -> None:
-    first = keeper(tmp_path)
+    first = checkpointer(tmp_path)
     parts = {name: part.state_dict() for name, part in first.parts.items()}
     args = Namespace(lr=1.0, seed=9, output_dir=Path("x"))
     torch.save(parts | {"epoch": 4, "args": args, "lr_scheduler": {}}, tmp_path / "deit.pth")
-    again = keeper(tmp_path)
+    again = checkpointer(tmp_path)
     assert "epoch 5, step 0" in again.resume(str(tmp_path / "deit.pth"))
     found = {name: part.state_dict() for name, part in again.parts.items()}
     assert not list(differences(parts, found))
     parts["model"]["layer.bias"][0] = torch.nan
     torch.save(parts | {"epoch": 4, "args": args}, tmp_path / "deit.pth")
     with pytest.raises(UserError, match="not finite"):
-        keeper(tmp_path).resume(str(tmp_path / "deit.pth"))
+        checkpointer(tmp_path).resume(str(tmp_path / "deit.pth"))
 
 
 def test_a_streak_of_bad_updates_is_taken_up_at_the_end_of_an_epoch_too(tmp_path: Path) -> None:
-    first = keeper(tmp_path)
-    first.tally.bad.counts = torch.tensor([3, 4])
+    first = checkpointer(tmp_path)
+    first.state.bad.counts = torch.tensor([3, 4])
     first.end_epoch(1.0)
-    again = keeper(tmp_path)
+    again = checkpointer(tmp_path)
     again.resume("auto")
-    assert again.tally.bad.counts.tolist() == [3, 0]
+    assert again.state.bad.counts.tolist() == [3, 0]
 
 
 # ---- losses that are not finite
@@ -666,7 +734,7 @@ class OneHead(nn.Module):
 
 
 def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: Path) -> None:
-    model, kept = OneHead(), keeper(tmp_path)
+    model, kept = OneHead(), checkpointer(tmp_path)
     criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
     loader = [(torch.randn(3, 3, 2, 2), torch.arange(3)) for _ in range(4)]
     for images, _ in loader[1:]:
@@ -674,9 +742,17 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
         images[2] = torch.inf
     with pytest.raises(UserError) as caught:
         engine.train_one_epoch(
-            model, criterion, loader, torch.optim.SGD(model.parameters(), lr=0.1), CPU, 5,
-            seed=3, max_bad_steps=2, on_bad_batch=kept.save_bad_batch, log_interval=100,
-        )  # fmt: skip
+            model,
+            criterion,
+            loader,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            CPU,
+            5,
+            seed=3,
+            max_bad_steps=2,
+            on_bad_batch=kept.save_bad_batch,
+            log_interval=100,
+        )
     for words in ("2 updates in a row", "epoch 5, step 2", "loss nan", "bad_batch.pth"):
         assert words in str(caught.value)
     saved = safe_load.read_weights_file(tmp_path / "bad_batch.pth")
@@ -689,14 +765,14 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
 
 def test_the_file_of_a_bad_batch_is_read_again_also_with_what_a_teacher_saw(tmp_path: Path) -> None:
     seen = Observed(torch.ones(2, 3), {(0, Tap("hidden", 1)): torch.full((2, 5, 4), torch.inf)})
-    path = keeper(tmp_path).save_bad_batch({"teacher_outputs": seen, "epoch": 1})
+    path = checkpointer(tmp_path).save_bad_batch({"teacher_outputs": seen, "epoch": 1})
     saved = safe_load.read_weights_file(path)["teacher_outputs"]
     assert torch.equal(saved["logits"], seen.logits)
     assert [torch.equal(x, y) for x, y in zip(saved["states"].values(), seen.states.values())]
 
 
 def one_of_two(rank: int, folder: str) -> None:
-    """Train in two processes, of which the second gets a picture that is not finite."""
+    """Train in two processes, of which the second gets an image that is not finite."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     distributed.init_processes("cpu", dist_url=f"file://{folder}/meeting")
     model = OneHead()
@@ -709,9 +785,15 @@ def one_of_two(rank: int, folder: str) -> None:
     for limit in (2, 1):
         try:
             stats = engine.train_one_epoch(
-                model, criterion, [(batch, torch.arange(3)) for batch in images], optimizer, CPU, 0,
-                max_bad_steps=limit, on_bad_batch=lambda batch: f"the hands of {batch['rank']}",
-            )  # fmt: skip
+                model,
+                criterion,
+                [(batch, torch.arange(3)) for batch in images],
+                optimizer,
+                CPU,
+                0,
+                max_bad_steps=limit,
+                on_bad_batch=lambda batch: f"the hands of {batch['rank']}",
+            )
             said = str(stats["skipped_updates"])
         except UserError as error:
             said = error.line()
@@ -747,15 +829,16 @@ def test_an_epoch_taken_up_again_has_the_means_of_the_whole(tmp_path: Path) -> N
 
     stats, weights = [], []
     for parts in (1, 2):
-        model, tally = OneHead(), engine.Tally(CPU)
+        model, state = OneHead(), engine.EpochState(CPU)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if parts == 2:
             with pytest.raises(Enough):
-                engine.train_one_epoch(model, criterion, loader, optimizer, CPU, 0,
-                                       on_update=after_two, tally=tally)  # fmt: skip
-            state, tally = tally.state_dict(), engine.Tally(CPU)
-            tally.load_state_dict(state)
-        rest = Rest(loader[tally.micro :])
-        stats.append(engine.train_one_epoch(model, criterion, rest, optimizer, CPU, 0, tally=tally))
+                engine.train_one_epoch(
+                    model, criterion, loader, optimizer, CPU, 0, on_update=after_two, state=state
+                )
+            state, state = state.state_dict(), engine.EpochState(CPU)
+            state.load_state_dict(state)
+        rest = Rest(loader[state.micro :])
+        stats.append(engine.train_one_epoch(model, criterion, rest, optimizer, CPU, 0, state=state))
         weights.append(model.layer.weight)
     assert stats[0] == stats[1] and torch.equal(*weights)

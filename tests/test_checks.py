@@ -60,8 +60,19 @@ def planned(*flags: str) -> dict[str, str]:
 
 
 def test_a_dry_run_shows_the_line_of_the_run_itself(run_inside) -> None:
-    flags = ["--batch-size", "448", "--epochs", "1", "--warmup-epochs", "0", "--lr", "0.01",
-             "--no-unscale-lr", "--output_dir", ""]  # fmt: skip
+    flags = [
+        "--batch-size",
+        "448",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--lr",
+        "0.01",
+        "--no-unscale-lr",
+        "--output_dir",
+        "",
+    ]
     said = [line for line in run_inside(*flags).stdout.splitlines() if line.startswith("recipe: ")]
     found = planned(*flags)["recipe"]
     assert said == [f"recipe: {found}"]
@@ -77,11 +88,11 @@ def test_a_plan_warns_where_the_scaled_rate_is_below_the_lowest() -> None:
 @pytest.mark.parametrize(
     ("data", "words", "updates"),
     [
-        ("IMNET", "ImageNet's 1281167 pictures and 1000 classes assumed", 1281024 // 64),
-        ("CIFAR10", "CIFAR-10's 50000 pictures and 10 classes", 49920 // 64),
-        ("CIFAR", "CIFAR-100's 50000 pictures and 100 classes", 49920 // 64),
-        ("INAT", "iNaturalist 2018's 437513 pictures and 8142 classes", 437504 // 64),
-        ("INAT19", "iNaturalist 2019's 265240 pictures and 1010 classes", 265216 // 64),
+        ("IMNET", "ImageNet's 1281167 images and 1000 classes assumed", 1281024 // 64),
+        ("CIFAR10", "CIFAR-10's 50000 images and 10 classes", 49920 // 64),
+        ("CIFAR", "CIFAR-100's 50000 images and 100 classes", 49920 // 64),
+        ("INAT", "iNaturalist 2018's 437513 images and 8142 classes", 437504 // 64),
+        ("INAT19", "iNaturalist 2019's 265240 images and 1010 classes", 265216 // 64),
         ("PREPARED", "of unknown size, ImageNet's 1281167", 1281024 // 64),
     ],
 )
@@ -95,7 +106,7 @@ def test_data_that_is_not_there_is_counted_by_its_published_size(
 
 def test_data_that_is_there_and_cannot_be_used_ends_a_plan_as_it_would_the_run(tmp_path) -> None:
     (tmp_path / "train" / "empty").mkdir(parents=True)
-    with pytest.raises(UserError, match="without pictures"):
+    with pytest.raises(UserError, match="without images"):
         planned("--data-path", str(tmp_path), "--model", "deit_pico_patch8_32")
     with pytest.raises(UserError, match="larger than the 897"):
         planned("--batch-size", "1000")
@@ -122,8 +133,10 @@ def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
 def test_a_plan_counts_the_views_of_a_cache_in_units_that_show_something() -> None:
     flags = ["--distillation-type", "hard", "--teacher-cache-views", "2", "--teacher-cache-topk"]
     found = planned(*flags, "hard")["cache"]
-    assert found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, " \
-        "2 views"  # fmt: skip
+    assert (
+        found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, "
+        "2 views"
+    )
     assert "with all, 28.0 KiB with 3, " in planned(*flags, "3")["cache"]
     assert dry_run.amount(3 * 2**40) == "3.0 TiB" and dry_run.amount(5) == "5.0 bytes"
 
@@ -132,9 +145,19 @@ def test_a_plan_sees_every_teacher_at_the_size_it_was_trained_at(tmp_path: Path)
     settings = {"model": "resnet_pico", "input_size": [40]}
     torch.save({"model": {}, "args": settings}, tmp_path / "t.pth")
     args = options.parse_args(
-        ["--distillation-type", "soft", "--teacher-model", "resnet_pico", "--teacher-path",
-         str(tmp_path / "t.pth"), "--teacher-model", "deit_pico_patch8_32", "--teacher-path", "x"]
-    ).args  # fmt: skip
+        [
+            "--distillation-type",
+            "soft",
+            "--teacher-model",
+            "resnet_pico",
+            "--teacher-path",
+            str(tmp_path / "t.pth"),
+            "--teacher-model",
+            "deit_pico_patch8_32",
+            "--teacher-path",
+            "x",
+        ]
+    ).args
     found = dry_run._build_planned_teachers(args, 10)
     assert [teacher.side for teacher in found] == [(40, 40), (32, 32)]
     assert dry_run._build_planned_teachers(options.parse_args([]).args, 10) == []
@@ -145,18 +168,39 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run_inside, tmp_pa
     out = tmp_path / "out"
     result = run_inside("--dry-run", "--distillation-type", "hard", "--output_dir", str(out))
     assert result.returncode == 0, result.stderr
-    for word in ("model: deit_pico", "student: ", "teacher: resnet_pico", "GFLOPs", "memory: about",
-                 "cache: 1.1 MiB with all", "26910 answers", "images/s",
-                 "from a full cache of the teacher", "30 epochs"):  # fmt: skip
+    for word in (
+        "model: deit_pico",
+        "student: ",
+        "teacher: resnet_pico",
+        "GFLOPs",
+        "memory: about",
+        "cache: 1.1 MiB with all",
+        "26910 answers",
+        "images/s",
+        "from a full cache of the teacher",
+        "30 epochs",
+    ):
         assert word in result.stdout, word
     assert not out.exists()
 
 
 @pytest.mark.slow
 def test_a_dry_run_of_a_recipe_needs_no_data_and_no_weights(run_inside) -> None:
-    result = run_inside("--recipe", "deit_base_384", "--data-path", "nowhere", "--dry-run",
-                        "--batch-size", "8", "--model", "deit_pico_patch8_32", "--input-size", "32",
-                        "--finetune", "https://nowhere.invalid/x.pth")  # fmt: skip
+    result = run_inside(
+        "--recipe",
+        "deit_base_384",
+        "--data-path",
+        "nowhere",
+        "--dry-run",
+        "--batch-size",
+        "8",
+        "--model",
+        "deit_pico_patch8_32",
+        "--input-size",
+        "32",
+        "--finetune",
+        "https://nowhere.invalid/x.pth",
+    )
     assert result.returncode == 0, result.stderr
     assert "--model deit_pico_patch8_32 instead of deit_base_patch16_384" in result.stdout
     assert "recipe deit_base_384: 83.1 ± 0.3% expected (DeiT" in result.stdout
@@ -165,7 +209,7 @@ def test_a_dry_run_of_a_recipe_needs_no_data_and_no_weights(run_inside) -> None:
 
 @pytest.mark.slow
 def test_check_finds_few_patches_and_a_teacher_of_other_classes(
-    run_inside, picture_folder: Path, tmp_path: Path
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
     result = run_inside("--check", "--distillation-type", "hard", "--input-size", "24")
     assert result.returncode == 0, result.stderr
@@ -173,10 +217,22 @@ def test_check_finds_few_patches_and_a_teacher_of_other_classes(
     teacher = models.create_model("resnet_pico", num_classes=2)
     torch.save({"model": teacher.state_dict(), "classes": ["two", "one"]}, tmp_path / "t.pth")
     result = run_inside(
-        "--check", "--distillation-type", "hard", "--data-path", str(picture_folder),
-        "--model", "deit_pico_distilled_patch4_32", "--teacher-model", "resnet_pico",
-        "--teacher-path", str(tmp_path / "t.pth"), "--batch-size", "4", "--num_workers", "0",
-    )  # fmt: skip
+        "--check",
+        "--distillation-type",
+        "hard",
+        "--data-path",
+        str(image_folder),
+        "--model",
+        "deit_pico_distilled_patch4_32",
+        "--teacher-model",
+        "resnet_pico",
+        "--teacher-path",
+        str(tmp_path / "t.pth"),
+        "--batch-size",
+        "4",
+        "--num_workers",
+        "0",
+    )
     assert result.returncode == 0, result.stderr
     assert "2 classes in another order" in result.stdout and "patches only" not in result.stdout
     assert diagnose.classes_of("") is None
@@ -184,9 +240,17 @@ def test_check_finds_few_patches_and_a_teacher_of_other_classes(
 
 @pytest.mark.slow
 def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> None:
-    flags = ["--check", "--distillation-type", "soft", "--teacher-model", "resnet_pico",
-             "--teacher-path", str(options.QUICK_START.parents[1] / "models" / "weights" /
-                                   "resnet_pico_digits.safetensors")]  # fmt: skip
+    flags = [
+        "--check",
+        "--distillation-type",
+        "soft",
+        "--teacher-model",
+        "resnet_pico",
+        "--teacher-path",
+        str(
+            options.QUICK_START.parents[1] / "models" / "weights" / "resnet_pico_digits.safetensors"
+        ),
+    ]
     other = models.create_model("deit_pico_patch8_32", num_classes=10, img_size=(32, 32))
     torch.save({"model": other.state_dict()}, tmp_path / "t.pth")
     flags += ["--teacher-model", "deit_pico_patch8_32", "--teacher-path", str(tmp_path / "t.pth")]
@@ -204,8 +268,18 @@ def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> Non
 def test_check_praises_no_teacher_that_it_has_not_asked(run_inside, tmp_path: Path) -> None:
     alone = run_inside("--check")
     assert "check: the student suits the data; there is no teacher" in alone.stdout, alone.stderr
-    flags = ["--distillation-type", "hard", "--epochs", "1", "--warmup-epochs", "0",
-             "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]  # fmt: skip
+    flags = [
+        "--distillation-type",
+        "hard",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--output_dir",
+        "",
+        "--teacher-cache",
+        str(tmp_path / "cache"),
+    ]
     wrong = tmp_path / "wrong.pth"
     torch.save({"model": models.create_model("resnet_pico", num_classes=10).state_dict()}, wrong)
     asked = run_inside("--check", *flags, "--teacher-path", str(wrong))

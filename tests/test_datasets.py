@@ -49,35 +49,35 @@ def loaders(data_set: str, data_path: object, *flags: str, rank: int = 0, world:
 
 
 def grey(path: Path, value: int) -> Path:
-    """Save a picture of one grey value, by which the tests recognise it."""
+    """Save an image of one grey value, by which the tests recognise it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (value,) * 3).save(path)
     return path
 
 
 def greys(images: Tensor) -> list[int]:
-    """Return the grey value of each picture, whatever black border a crop has added."""
+    """Return the grey value of each image, whatever black border a crop has added."""
     return [round(value) for value in ((images.amax(dim=(1, 2, 3)) + 1) * 127.5).tolist()]
 
 
 def make_folders(root: Path, train: str = "train", val: str = "val", classes: int = 2) -> Path:
-    """Four train and two val pictures a class; picture n has the grey value n."""
+    """Four train and two val images a class; image n has the grey value n."""
     number = 0
     for split, count in ((train, 4), (val, 2)):
         for label in range(classes):
-            for picture in range(count):
-                grey(root / split / f"class{label}" / f"{picture}.png", number)
+            for image in range(count):
+                grey(root / split / f"class{label}" / f"{image}.png", number)
                 number += 1
     return root
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    return make_folders(tmp_path / "pictures")
+    return make_folders(tmp_path / "images")
 
 
 def spoil(path: Path) -> Path:
-    path.write_bytes(b"no picture at all")
+    path.write_bytes(b"no image at all")
     return path
 
 
@@ -137,19 +137,19 @@ def test_relative_paths_hidden_files_and_nested_folders_are_understood(
 ) -> None:
     grey(folders / "val" / "class1" / "nested" / "LAST.PNG", 99)
     (folders / "val" / "class1" / "._0.png").write_bytes(b"a Mac's shadow")
-    (folders / "val" / "class1" / "notes.txt").write_text("no picture")
+    (folders / "val" / "class1" / "notes.txt").write_text("no image")
     (folders / "val" / ".cache").mkdir()
     monkeypatch.chdir(folders.parent)
     data, classes = build_dataset(False, settings("IMNET", folders.name), INPUTS)
     assert classes == 2 and greys(data[4][0][None]) == [99]
-    assert data.description == "5 pictures in pictures/val, 2 classes"
+    assert data.description == "5 images in images/val, 2 classes"
     data, _ = build_dataset(True, settings("folder", folders.name), INPUTS)
-    assert data.description == "8 pictures of folder (train of pictures), 2 classes"
+    assert data.description == "8 images of folder (train of images), 2 classes"
     assert data[0][1] == 0
 
 
 def write_cifar(root: Path, reader: type, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write CIFAR's own files with two pictures each, and let torchvision expect their sums."""
+    """Write CIFAR's own files with two images each, and let torchvision expect their sums."""
     folder = root / reader.base_folder
     folder.mkdir(parents=True)
 
@@ -162,8 +162,8 @@ def write_cifar(root: Path, reader: type, monkeypatch: pytest.MonkeyPatch) -> Pa
     for kind, first in (("train_list", 0), ("test_list", 100)):
         listed = []
         for number, (name, _) in enumerate(getattr(reader, kind)):
-            pictures = np.full((2, 3072), first + number, dtype=np.uint8)
-            listed.append(dump(name, {"data": pictures, key: [number, count - 1]}))
+            images = np.full((2, 3072), first + number, dtype=np.uint8)
+            listed.append(dump(name, {"data": images, key: [number, count - 1]}))
         monkeypatch.setattr(reader, kind, listed)
     names = {reader.meta["key"]: [f"class{label:02d}" for label in range(count)]}
     meta = dict(zip(("filename", "md5"), dump(reader.meta["filename"], names)))
@@ -194,7 +194,7 @@ def test_cifar_is_read_as_unpacked_from_its_archive(
 
 
 @pytest.mark.parametrize("val", ["test", "val"])
-def test_cifar_is_read_as_folders_of_pictures(val: str, tmp_path: Path) -> None:
+def test_cifar_is_read_as_folders_of_images(val: str, tmp_path: Path) -> None:
     root = make_folders(tmp_path, val=val, classes=10)
     data, classes = build_dataset(False, settings("CIFAR10", root), INPUTS)
     assert (len(data), classes) == (20, 10)
@@ -208,11 +208,11 @@ def test_where_no_cifar_is_the_user_is_told_what_to_fetch(tmp_path: Path) -> Non
     message(error)
 
 
-def test_real_cifar_and_imagenet_pictures_are_read(
-    cifar10_pictures: Path, imagenet_sample: Path
+def test_real_cifar_and_imagenet_images_are_read(
+    cifar10_images: Path, imagenet_sample: Path
 ) -> None:
-    train, classes = build_dataset(True, settings("CIFAR10", cifar10_pictures), INPUTS)
-    val, _ = build_dataset(False, settings("CIFAR10", cifar10_pictures), INPUTS)
+    train, classes = build_dataset(True, settings("CIFAR10", cifar10_images), INPUTS)
+    val, _ = build_dataset(False, settings("CIFAR10", cifar10_images), INPUTS)
     assert (len(train), len(val), classes) == (5000, 1000, 10)
     val, classes = build_dataset(False, settings("IMNET", imagenet_sample), INPUTS)
     assert (len(val), classes) == (1000, 1000)
@@ -229,9 +229,9 @@ def make_inat(root: Path, year: int, short: bool) -> Path:
     ]
     (root / "categories.json").write_text(json.dumps(categories))
     shown = {"train": [(9, 90), (2, 20), (7, 70), (2, 21)], "val": [(7, 71), (9, 91)]}
-    for split, pictures in shown.items():
+    for split, rows in shown.items():
         images, annotations = [], []
-        for category, value in pictures:
+        for category, value in rows:
             area = f"train_val{year}"
             group = next(c["supercategory"] for c in categories if c["id"] == category)
             full = f"{area}/{group}/{category}/{value}.png"
@@ -279,11 +279,11 @@ def test_what_is_wrong_with_inaturalist_is_told_in_one_line(tmp_path: Path) -> N
     assert "--inat-category kingdom" in told("INAT", "--inat-category", "kingdom")
     listing = json.loads((root / "train2018.json").read_text())
     shutil.rmtree(root / "train_val2018")
-    assert "Aves/9/90.png: not there; unpack the pictures" in told()
+    assert "Aves/9/90.png: not there; unpack the images" in told()
     (root / "train2018.json").write_text(json.dumps(listing | {"annotations": []}))
     assert "do not fit" in told()
     (root / "train2018.json").write_text(json.dumps(listing | {"images": []}))
-    assert "names no picture" in told()
+    assert "names no image" in told()
     (root / "train2018.json").write_text("[1, 2")
     assert "train2018.json: not readable as JSON" in told()
 
@@ -296,25 +296,25 @@ def named(name: str, root: Path, *flags: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["IMNET", "folder"])
-def test_a_copied_folder_is_the_same_data_and_other_pictures_of_its_names_are_not(
+def test_a_copied_folder_is_the_same_data_and_other_images_of_its_names_are_not(
     name: str, folders: Path, tmp_path: Path
 ) -> None:
     known = named(name, folders)
     copy = shutil.copytree(folders, tmp_path / "elsewhere")
     assert named(name, copy) == known
-    picture = copy / "train" / "class1" / "2.png"
-    Image.open(picture).resize((6, 6)).save(picture)
+    image = copy / "train" / "class1" / "2.png"
+    Image.open(image).resize((6, 6)).save(image)
     assert named(name, copy) != known, "resized"
     data = bytearray((folders / "train" / "class1" / "2.png").read_bytes())
     data[-20] ^= 1
-    picture.write_bytes(data)
+    image.write_bytes(data)
     assert named(name, copy) != known, "as many bytes, but others"
-    picture.unlink()
-    picture.with_name("5.png").write_bytes(data)
+    image.unlink()
+    image.with_name("5.png").write_bytes(data)
     assert named(name, copy) != known, "renamed"
 
 
-def test_of_many_pictures_those_looked_at_lie_all_over_the_list(monkeypatch) -> None:
+def test_of_many_images_those_looked_at_lie_all_over_the_list(monkeypatch) -> None:
     assert sources._spread(3, 10) == [0, 1, 2]
     assert sources._spread(1_281_167, 4) == [0, 320291, 640583, 960875]
     seen: list[str] = []
@@ -326,7 +326,7 @@ def test_of_many_pictures_those_looked_at_lie_all_over_the_list(monkeypatch) -> 
 
 
 @pytest.mark.parametrize("part", ["pixel", "label", "size"])
-def test_pictures_without_files_are_known_by_pixels_and_labels(part: str) -> None:
+def test_images_without_files_are_known_by_pixels_and_labels(part: str) -> None:
     def pairs() -> list:
         return [(Image.new("RGB", (4, 6), (number,) * 3), number % 3) for number in range(20)]
 
@@ -359,16 +359,20 @@ def write_shards(root: Path, *, bad_label: bool = False) -> Path:
         for file in files:
             with tarfile.open(root / file, "w") as tar:
                 for _ in range(4):
-                    picture = io.BytesIO()
-                    Image.new("RGB", (8, 8), (number,) * 3).save(picture, "png")
+                    image = io.BytesIO()
+                    Image.new("RGB", (8, 8), (number,) * 3).save(image, "png")
                     label = 9 if bad_label else number % 2
-                    for ending, data in (("png", picture.getvalue()), ("cls", b"%d" % label)):
+                    for ending, data in (("png", image.getvalue()), ("cls", b"%d" % label)):
                         member = tarfile.TarInfo(f"{number:03d}.{ending}")
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
                     number += 1
-        splits[split] = {"name": split, "filenames": files, "shard_lengths": [4] * shards,
-                         "num_samples": 4 * shards}  # fmt: skip
+        splits[split] = {
+            "name": split,
+            "filenames": files,
+            "shard_lengths": [4] * shards,
+            "num_samples": 4 * shards,
+        }
     (root / "_info.json").write_text(json.dumps({"splits": splits}))
     return root
 
@@ -385,7 +389,7 @@ def test_shards_are_streamed_and_evaluation_counts_what_comes(tmp_path: Path, wo
         loaders("wds/digits", root)
     data = loaders("wds/digits", root, *flags)
     assert data.train_sampler is None and data.num_classes == 2
-    assert "8 pictures streamed from wds/digits (train of" in data.describe()
+    assert "8 images streamed from wds/digits (train of" in data.describe()
     for _ in range(2):
         seen = torch.cat([images for images, _ in data.val])
         assert sorted(greys(seen)) == [8, 9, 10, 11]
@@ -433,13 +437,13 @@ def test_shards_are_prepared_in_their_order_however_often_it_was_stopped(
     assert "train: goes on after 7 of 8" in capsys.readouterr().out
     for split, first, count in (("train", 0, 8), ("val", 8, 4)):
         source = Prepared(made, split)
-        pictures = [source.load(index) for index in range(len(source))]
-        assert [int(picture.max()) for picture, _ in pictures] == list(range(first, first + count))
-        assert [label for _, label in pictures] == [number % 2 for number in range(count)]
+        images = [source.load(index) for index in range(len(source))]
+        assert [int(image.max()) for image, _ in images] == list(range(first, first + count))
+        assert [label for _, label in images] == [number % 2 for number in range(count)]
     with open(root / "train-1.tar", "ab") as file:
         file.write(bytes(10240))
     assert prepare_data.main(command) == 2, "other shards"
-    assert "pictures train was" in capsys.readouterr().err
+    assert "images train was" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
@@ -448,9 +452,9 @@ def test_shards_are_not_evaluated_in_several_processes_without_a_warning(
 ) -> None:
     root = write_shards(tmp_path / "shards")
     for world in (1, 2):
-        assert "may count a picture twice" not in caplog.text
+        assert "may count an image twice" not in caplog.text
         loaders("wds/digits", root, "--nb-classes", "2", "--batch-size", "2", world=world)
-    assert "evaluation on shards in 2 processes may count a picture twice" in caplog.text
+    assert "evaluation on shards in 2 processes may count an image twice" in caplog.text
 
 
 @pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
@@ -473,16 +477,23 @@ def test_what_timm_cannot_open_is_told_in_one_line(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["hfds/cifar10", "HFIDS/owner/name"])
 def test_hugging_face_data_sets_are_refused_with_a_way_out(name: str) -> None:
-    with pytest.raises(UserError, match="save their pictures as train/<class>/") as error:
+    with pytest.raises(UserError, match="save their images as train/<class>/") as error:
         build_dataset(True, settings(name), INPUTS)
     message(error)
 
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("IMAGENET", "IMNET"), ("imnet", "IMNET"), ("cifar-10", "CIFAR10"), ("wds", "wds/NAME"),
-     ("fodler", "folder"), ("DIGIT", "DIGITS"), ("x/y", None)],
-)  # fmt: skip
+    [
+        ("IMAGENET", "IMNET"),
+        ("imnet", "IMNET"),
+        ("cifar-10", "CIFAR10"),
+        ("wds", "wds/NAME"),
+        ("fodler", "folder"),
+        ("DIGIT", "DIGITS"),
+        ("x/y", None),
+    ],
+)
 def test_an_unknown_name_lists_the_known_ones(name: str, meant: str | None) -> None:
     with pytest.raises(UserError, match=f"--data-set {name}: unknown") as error:
         build_dataset(True, settings(name, "."), INPUTS)
@@ -517,10 +528,10 @@ def test_a_folder_without_its_parts_is_refused(name: str, folders: Path) -> None
     assert str(folders / "train") in message(error)
 
 
-def test_classes_without_pictures_are_named(folders: Path) -> None:
+def test_classes_without_images_are_named(folders: Path) -> None:
     (folders / "val" / "empty1").mkdir()
     (folders / "val" / "empty2").mkdir()
-    with pytest.raises(UserError, match=r"2 of 4 classes without pictures \(empty1, empty2\)"):
+    with pytest.raises(UserError, match=r"2 of 4 classes without images \(empty1, empty2\)"):
         loaders("IMNET", folders)
 
 
@@ -555,16 +566,16 @@ def test_evaluation_alone_needs_no_train_data(folders: Path) -> None:
     shutil.rmtree(folders / "train")
     data = loaders("IMNET", folders, "--eval")
     assert data.train is None and data.train_sampler is None
-    assert data.describe() == f"evaluate on 4 pictures in {folders}/val, 2 classes; no workers"
+    assert data.describe() == f"evaluate on 4 images in {folders}/val, 2 classes; no workers"
     data.set_epoch(1)
     assert sum(len(labels) for _, labels in data.val) == 4
 
 
-# ---- pictures that are wrong ----
+# ---- images that are wrong ----
 
 
 def cut(path: Path) -> Path:
-    """Cut a picture in half: Pillow opens it, and fails when it decodes."""
+    """Cut an image in half: Pillow opens it, and fails when it decodes."""
     Image.effect_noise((64, 64), 90).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     return path
@@ -572,10 +583,14 @@ def cut(path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "damage", "workers"),
-    [(name, damage, "0") for name in ("IMNET", "folder", "torch/folder")
-     for damage in (spoil, cut, Path.unlink)] + [("IMNET", cut, "2")],
-)  # fmt: skip
-def test_an_unreadable_picture_stops_the_run_and_is_named(
+    [
+        (name, damage, "0")
+        for name in ("IMNET", "folder", "torch/folder")
+        for damage in (spoil, cut, Path.unlink)
+    ]
+    + [("IMNET", cut, "2")],
+)
+def test_an_unreadable_image_stops_the_run_and_is_named(
     name: str, damage: Callable[[Path], object], workers: str, folders: Path
 ) -> None:
     bad = folders / "val" / "class1" / "0.png"
@@ -587,21 +602,31 @@ def test_an_unreadable_picture_stops_the_run_and_is_named(
     except UserError as error:
         line = error.line()
         error.with_traceback(None)  # it would hold the workers until some later test
-    assert line.startswith(f"picture {bad} cannot be read: ")
+    assert line.startswith(f"image {bad} cannot be read: ")
     assert line.endswith("mend or remove it, or use --on-bad-image skip")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_skipped_pictures_are_replaced_in_training_left_out_of_evaluation_and_counted(
+def test_skipped_images_are_replaced_in_training_left_out_of_evaluation_and_counted(
     workers: str, folders: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoil(folders / "train" / "class0" / "3.png")
-    for picture in ("0.png", "1.png"):
-        spoil(folders / "val" / "class0" / picture)
+    for image in ("0.png", "1.png"):
+        spoil(folders / "val" / "class0" / image)
     logging.getLogger().addHandler(handler := logging.StreamHandler())
     try:
-        data = loaders("IMNET", folders, "--on-bad-image", "skip", "--batch-size", "1",
-                       "--no-repeated-aug", "--num-workers", workers, *PLAIN)  # fmt: skip
+        data = loaders(
+            "IMNET",
+            folders,
+            "--on-bad-image",
+            "skip",
+            "--batch-size",
+            "1",
+            "--no-repeated-aug",
+            "--num-workers",
+            workers,
+            *PLAIN,
+        )
         assert data.skipped() == 0
         for epoch in range(2):
             data.set_epoch(epoch)
@@ -613,11 +638,11 @@ def test_skipped_pictures_are_replaced_in_training_left_out_of_evaluation_and_co
     assert val == [[10], [11]], "nothing in evaluation counts twice"
     assert data.skipped() == 3, "each once, however often it was met"
     told = capfd.readouterr().err
-    assert told.count("class0/3.png cannot be read: not a picture; skipped") >= 1
+    assert told.count("class0/3.png cannot be read: not an image; skipped") >= 1
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_views_of_a_picture_that_come_in_a_row_are_decoded_once(
+def test_views_of_a_image_that_come_in_a_row_are_decoded_once(
     folders: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     decoded = []
@@ -626,25 +651,28 @@ def test_views_of_a_picture_that_come_in_a_row_are_decoded_once(
     for rank in range(world):
         data = loaders("IMNET", folders, "--batch-size", "4", rank=rank, world=world)
         keys = list(data.train_sampler)
-        pictures = 1 + sum(one[0] != other[0] for one, other in zip(keys, keys[1:]))
+        images = 1 + sum(one[0] != other[0] for one, other in zip(keys, keys[1:]))
         decoded.clear()
         assert sum(len(labels) for _, labels in data.train) == len(keys) == 8 // world
-        assert len(decoded) == pictures < len(keys)
+        assert len(decoded) == images < len(keys)
 
 
-def test_a_replacement_is_the_next_readable_picture(folders: Path) -> None:
-    for picture in ("2.png", "3.png"):
-        spoil(folders / "train" / "class0" / picture)
+def test_a_replacement_is_the_next_readable_image(folders: Path) -> None:
+    for image in ("2.png", "3.png"):
+        spoil(folders / "train" / "class0" / image)
     args = settings("IMNET", folders, "--on-bad-image", "skip", *PLAIN)
     data, _ = build_dataset(True, args, INPUTS)
     data.transform = datasets.build_transform(False, args, INPUTS)
     assert [(greys(data[i][0][None])[0], data[i][1]) for i in (1, 2, 3, 4)] == [
-        (1, 0), (4, 1), (4, 1), (4, 1),
-    ]  # fmt: skip
+        (1, 0),
+        (4, 1),
+        (4, 1),
+        (4, 1),
+    ]
     assert data.skipped() == 2
 
 
-def test_the_first_picture_follows_the_last_and_a_lost_disk_is_no_bad_picture(
+def test_the_first_image_follows_the_last_and_a_lost_disk_is_no_bad_image(
     folders: Path,
 ) -> None:
     args = settings("IMNET", folders, "--on-bad-image", "skip", *PLAIN)
@@ -653,16 +681,16 @@ def test_the_first_picture_follows_the_last_and_a_lost_disk_is_no_bad_picture(
     assert data[7][1] == 0
     data, _ = build_dataset(True, args, INPUTS)
     shutil.rmtree(folders / "train")
-    with pytest.raises(UserError, match="8 pictures in a row cannot be read, .*is the disk"):
+    with pytest.raises(UserError, match="8 images in a row cannot be read, .*is the disk"):
         data[2]
 
 
-def test_grey_and_transparent_pictures_become_rgb(folders: Path) -> None:
+def test_grey_and_transparent_images_become_rgb(folders: Path) -> None:
     for number, mode in enumerate(("L", "RGBA", "P", "1")):
         path = folders / "val" / f"class{number // 2}" / f"{number % 2}.png"
         Image.new(mode, (20, 30)).save(path)
     data = loaders("IMNET", folders, "--eval")
-    (images, _), = list(data.val)  # fmt: skip
+    ((images, _),) = list(data.val)
     assert images.shape == (4, 3, 8, 8)
 
 
@@ -713,7 +741,7 @@ def test_the_batches_of_two_processes_are_together_the_batch_of_one(flags: list[
 def test_repeated_augmentation_is_on_in_one_process_too() -> None:
     data = loaders("DIGITS", "", "--batch-size", "96")
     assert (len(data.train_sampler), len(data.train)) == (768, 8)
-    assert "(an epoch: 768 views, 3 of a picture)" in data.describe()
+    assert "(an epoch: 768 views, 3 of an image)" in data.describe()
     _, labels = epoch_of(data, 0)
     assert labels[0::3].equal(labels[1::3]) and labels[0::3].equal(labels[2::3])
 
@@ -729,7 +757,7 @@ def test_an_epoch_can_go_on_in_its_middle() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 3, 5])
-def test_evaluation_sees_every_picture_exactly_once(world: int, folders: Path) -> None:
+def test_evaluation_sees_every_image_exactly_once(world: int, folders: Path) -> None:
     seen = []
     for rank in range(world):
         data = loaders("IMNET", folders, "--eval", "--batch-size", "1", rank=rank, world=world)
@@ -779,7 +807,7 @@ def test_the_cores_of_a_node_are_shared_by_its_processes(
     assert auto_workers(launcher, environ, cores) == workers
 
 
-def test_pictures_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
+def test_images_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
     values = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
     assert np.asarray(image_ops.to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [
         0,

@@ -34,9 +34,14 @@ LEVELS = (0.0, 4.7, 9.0, 10.0)
 # Rounding in float32 moves single values of a warp by one.
 WARP = (1, 4e-3)
 TOLERANCE = {
-    "Rotate": WARP, "ShearX": WARP, "ShearY": WARP, "TranslateX": WARP, "TranslateY": WARP,
-    "TranslateXRel": WARP, "TranslateYRel": WARP,
-}  # fmt: skip
+    "Rotate": WARP,
+    "ShearX": WARP,
+    "ShearY": WARP,
+    "TranslateX": WARP,
+    "TranslateY": WARP,
+    "TranslateXRel": WARP,
+    "TranslateYRel": WARP,
+}
 
 
 def settings(*flags: str, name: str = "DIGITS"):
@@ -54,12 +59,12 @@ def photographs(request: pytest.FixtureRequest) -> list[Image.Image]:
     return [Image.open(path).convert("RGB").resize((112, 96)) for path in paths]
 
 
-def batch_of(pictures: list[Image.Image]) -> Tensor:
-    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+def batch_of(images: list[Image.Image]) -> Tensor:
+    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in images])
 
 
 def carry_out(images: Tensor, tapes: list[Tape], device: torch.device = CPU) -> np.ndarray:
-    """Return what the device makes of pictures by their tapes, (B, H, W, 3) in steps of 255."""
+    """Return what the device makes of images by their tapes, (B, H, W, 3) in steps of 255."""
     zero, one = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     doing = device_augment.Augment(zero, one, fill=FILL)
     length = max(1, *(len(tape.rows) for tape in tapes))
@@ -69,22 +74,22 @@ def carry_out(images: Tensor, tapes: list[Tape], device: torch.device = CPU) -> 
 
 
 def compare(
-    pictures: list[Image.Image], name: str, levels: tuple, resample: Image.Resampling
+    images: list[Image.Image], name: str, levels: tuple, resample: Image.Resampling
 ) -> None:
     options = {"resample": resample, "fillcolor": FILL}
     base = name.removesuffix("Increasing").removesuffix("Original")
     exact = posterize if base == "Posterize" else NAME_TO_OP[name]
     tapes, theirs = [], []
-    for picture in pictures:
-        tape = Tape(picture.height, picture.width)
+    for image in images:
+        tape = Tape(image.height, image.width)
         random.seed(3)
         device_augment._Operation(name)(tape, *levels, **options)
         random.seed(3)
-        theirs.append(np.asarray(exact(picture, *levels, **options)).astype(int))
+        theirs.append(np.asarray(exact(image, *levels, **options)).astype(int))
         tapes.append(tape)
     greatest, mean = TOLERANCE.get(name, (0, 0))
     for device in DEVICES:
-        ours = carry_out(batch_of(pictures), tapes, device)
+        ours = carry_out(batch_of(images), tapes, device)
         for one, other in zip(ours, theirs):
             far = np.abs(one - other)
             assert far.max() <= greatest and far.mean() <= mean, (name, levels, far.max())
@@ -114,8 +119,8 @@ def test_bilinear_warps_are_pillows_too(photographs: list[Image.Image], name: st
 def test_blurs_are_pillows(photographs: list[Image.Image], radius: float) -> None:
     tapes = [Tape(p.height, p.width).add(device_augment.BLUR, radius) for p in photographs]
     ours = carry_out(batch_of(photographs), tapes)
-    for one, picture in zip(ours, photographs):
-        theirs = np.asarray(picture.filter(ImageFilter.GaussianBlur(radius))).astype(int)
+    for one, image in zip(ours, photographs):
+        theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(radius))).astype(int)
         assert not np.abs(one - theirs).any()
 
 
@@ -139,13 +144,13 @@ def both(*flags: str) -> tuple[Callable, Recorded]:
     return build_transform(True, args, INPUTS), Recorded(build_transform(True, args, INPUTS))
 
 
-def seeded(transform: Callable, picture: Image.Image, seed: int):
+def seeded(transform: Callable, image: Image.Image, seed: int):
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    return transform(picture)
+    return transform(image)
 
 
-def samples(recorded: Recorded, picture: Image.Image, seeds: range) -> tuple[Tensor, Tensor]:
-    images, programs = zip(*(seeded(recorded, picture, seed) for seed in seeds))
+def samples(recorded: Recorded, image: Image.Image, seeds: range) -> tuple[Tensor, Tensor]:
+    images, programs = zip(*(seeded(recorded, image, seed) for seed in seeds))
     return torch.stack(images), torch.stack(programs)
 
 
@@ -154,16 +159,16 @@ def test_the_device_makes_the_sample_that_the_worker_would_make(case: str) -> No
     flags = TRANSFORMS[case]
     flags = flags if "--reprob" in flags else [*flags, "--reprob", "0"]
     worker, recorded = both(*flags)
-    picture, seeds = scene(90, 70), range(40)
-    images, programs = samples(recorded, picture, seeds)
+    image, seeds = scene(90, 70), range(40)
+    images, programs = samples(recorded, image, seeds)
     before = images.clone()
     ours = recorded.carry_out(images, programs, CPU)
     assert ours.dtype == torch.float32 and ours.shape == (40, 3, 40, 56)
-    assert images.equal(before), "the caller's pictures are the caller's"
+    assert images.equal(before), "the caller's images are the caller's"
     std = torch.tensor(INPUTS.std).view(3, 1, 1)
     changed = 0
     for seed, one, crop in zip(seeds, ours, images):
-        far = (one - seeded(worker, picture, seed)).abs() * std * 255
+        far = (one - seeded(worker, image, seed)).abs() * std * 255
         # a step before a contrast or an equalization may become several
         assert far.mean() < 0.1 and (far > 2.5).float().mean() < 0.01, seed
         changed += not one.equal(transforms.Normalize(INPUTS.mean, INPUTS.std)(crop))
@@ -172,20 +177,20 @@ def test_the_device_makes_the_sample_that_the_worker_would_make(case: str) -> No
 
 def test_noise_is_normal_fills_timms_boxes_and_follows_from_its_key() -> None:
     worker, recorded = both("--reprob", "1", "--aa", "none", "--color-jitter", "0")
-    picture, seeds = Image.new("RGB", (90, 70), FILL), range(40)
-    images, programs = samples(recorded, picture, seeds)
+    image, seeds = Image.new("RGB", (90, 70), FILL), range(40)
+    images, programs = samples(recorded, image, seeds)
     ours = recorded.carry_out(images, programs, CPU)
     even = ours[0, :, 0, 0] * 0 + transforms.Normalize(INPUTS.mean, INPUTS.std)(images[0])[:, 0, 0]
     erased = (ours - even.view(3, 1, 1)).abs().amax(1) > 1e-6
     for seed, box in zip(seeds, erased):
-        theirs = (seeded(worker, picture, seed) - even.view(3, 1, 1)).abs().amax(0) > 1e-6
+        theirs = (seeded(worker, image, seed) - even.view(3, 1, 1)).abs().amax(0) > 1e-6
         assert box.equal(theirs)
     values = ours.movedim(1, 3)[erased]
     assert len(values) > 5000
     assert abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.03
     assert abs((values < -1.2816).float().mean() - 0.1) < 0.01
     assert not ours[0].equal(ours[1])
-    again = recorded.carry_out(*samples(recorded, picture, seeds), CPU)
+    again = recorded.carry_out(*samples(recorded, image, seeds), CPU)
     assert again.equal(ours)
 
 
@@ -219,7 +224,7 @@ def test_the_host_asks_the_device_for_nothing_and_sends_a_batch_in_three_copies(
     with Copies() as copies:
         found = recorded.carry_out(images, programs, META)  # has no numbers to be asked for
     assert found.is_meta and found.shape == images.shape
-    assert copies.count == 3, "pictures, programs, and which samples are meant"
+    assert copies.count == 3, "images, programs, and which samples are meant"
 
 
 def test_a_batch_without_anything_to_do_is_only_normalised() -> None:
@@ -276,7 +281,7 @@ def test_tensorboard_shows_what_the_device_makes_of_the_batch() -> None:
     images, labels = next(iter(data.train))
     inputs = InputConfig((40, 40), INPUTS.mean, INPUTS.std)
     shown = visualize.train_batch(data.train, inputs, data.classes, CPU, count=4)
-    captions = [[visualize.opinion(row.float(), data.classes)] for row in F.one_hot(labels, 10)]
+    captions = [[visualize.top_classes(row.float(), data.classes)] for row in F.one_hot(labels, 10)]
     assert shown.equal(visualize.grid(visualize.to_uint8(images, inputs), captions))
 
 
@@ -290,8 +295,19 @@ def test_evaluation_stays_as_it_is() -> None:
 
 @pytest.mark.slow
 def test_a_run_augments_on_the_device_with_a_cached_teacher(run_inside, tmp_path) -> None:
-    flags = ["--distillation-type", "hard", "--epochs", "1", "--batch-size", "256", "--num-workers",
-             "0", "--teacher-cache", str(tmp_path / "cache"), "--no-teacher-check"]  # fmt: skip
+    flags = [
+        "--distillation-type",
+        "hard",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "256",
+        "--num-workers",
+        "0",
+        "--teacher-cache",
+        str(tmp_path / "cache"),
+        "--no-teacher-check",
+    ]
     written = run_inside(*flags, "--augment-on", "device", "--teacher-cache-mode", "write")
     assert written.returncode == 0, written.stderr
     found = run_inside(*flags, "--augment-on", "device", "--teacher-cache-mode", "verify")

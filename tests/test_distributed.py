@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from base import distributed
-from base.errors import Lost, UserError
+from base.errors import PeerLost, UserError
 
 
 def test_torchruns_variables_make_a_group() -> None:
@@ -50,9 +50,9 @@ def test_alone_the_world_is_one() -> None:
 def test_a_users_error_keeps_its_line_through_a_worker() -> None:
     wrapped = UserError(
         "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call "
-        'last):\n  File "x.py", line 1\nerrors.UserError: a.png: not a picture\n'
+        'last):\n  File "x.py", line 1\nerrors.UserError: a.png: not an image\n'
     )
-    assert wrapped.line() == "a.png: not a picture"
+    assert wrapped.line() == "a.png: not an image"
 
 
 def _gathered_gradients(rank: int, folder: str) -> None:
@@ -88,7 +88,7 @@ def test_who_waits_for_a_process_that_never_comes_waits_so_long_and_no_longer(
 ) -> None:
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Lost, match=f"process {rank} of 2 did not find the others"):
+    with pytest.raises(PeerLost, match=f"process {rank} of 2 did not find the others"):
         distributed.init_processes("cpu", dist_url=f"file://{tmp_path}/meeting", timeout_min=0.01)
 
 
@@ -103,7 +103,7 @@ def _one_falls_asleep(rank: int, folder: str) -> None:
     try:
         distributed.barrier()
     except RuntimeError as error:
-        assert distributed.lost_reason(error).startswith("Timed out waiting 6000ms"), error
+        assert distributed.peer_lost_reason(error).startswith("Timed out waiting 6000ms"), error
         told.touch()
 
 

@@ -18,10 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "objectives.md").read_text()
 COMMANDS = re.findall(r"^(?:python|torchrun .*?) ?main\.py (.*)$", TEXT, re.MULTILINE)
 ON_DIGITS = re.findall(r"^python main.py (.*)$", TEXT, re.MULTILINE)
-TEACHERS = {"TEACHER.pth": "deit_pico_patch8_32", "A.pth": "resnet_pico",
-            "B.pth": "deit_pico_patch4_32"}  # fmt: skip
-REGISTRIES = (losses.MATCH_LOSS_MAP, matching.PROJ_MAP, matching.ADAPTORS,
-              schedules.WEIGHT_SCHEDULER, schedules.TEMPERATURE_SCHEDULER)  # fmt: skip
+TEACHERS = {
+    "TEACHER.pth": "deit_pico_patch8_32",
+    "A.pth": "resnet_pico",
+    "B.pth": "deit_pico_patch4_32",
+}
+REGISTRIES = (
+    losses.MATCH_LOSS_MAP,
+    matching.PROJ_MAP,
+    matching.ADAPTORS,
+    schedules.WEIGHT_SCHEDULER,
+    schedules.TEMPERATURE_SCHEDULER,
+)
 
 
 def block(language: str) -> str:
@@ -68,6 +76,12 @@ def test_every_objective_has_a_command() -> None:
         assert f"loss={name}," in text or name in ("gram", "mmd"), name
     for name in (*matching.PROJ_MAP, *losses.KD_LOSS_MAP):
         assert name in TEXT
-    for flag in ("ranking-gather", "logit-standardization", "probability-shift", "teacher-weight",
-                 "distill-config", "teacher-adaptor"):  # fmt: skip
+    for flag in (
+        "ranking-gather",
+        "logit-standardization",
+        "probability-shift",
+        "teacher-weight",
+        "distill-config",
+        "teacher-adaptor",
+    ):
         assert f"--{flag}" in text

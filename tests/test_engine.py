@@ -59,7 +59,7 @@ def train(model: nn.Module, loader: Loader, **settings: object) -> dict[str, flo
     return engine.train_one_epoch(model, criterion, loader, optimizer, device, 0, **settings)
 
 
-def test_evaluation_weighs_pictures_and_not_batches() -> None:
+def test_evaluation_weighs_images_and_not_batches() -> None:
     model = TwoHeads().eval()
     loader = batches((5, 2, 1))
     stats = engine.evaluate(loader, model, torch.device("cpu"))
@@ -177,11 +177,11 @@ def test_bad_updates_are_counted_in_a_row_over_short_epochs_too() -> None:
     loader = batches((3, 3))
     for images, _ in loader:
         images[0] = math.nan
-    tally, model = engine.Tally(torch.device("cpu")), TwoHeads()
-    assert train(model, loader, max_bad_steps=3, tally=tally)["skipped_updates"] == 2
-    tally.reset()
+    state, model = engine.EpochState(torch.device("cpu")), TwoHeads()
+    assert train(model, loader, max_bad_steps=3, state=state)["skipped_updates"] == 2
+    state.reset()
     with pytest.raises(UserError, match="3 updates in a row"):
-        train(model, loader, max_bad_steps=3, tally=tally)
+        train(model, loader, max_bad_steps=3, state=state)
 
 
 class WithStatistics(TwoHeads):
@@ -282,10 +282,18 @@ def test_the_host_asks_for_no_number_between_two_printed_lines(monkeypatch) -> N
     asked, reads = [], Reads()
     with reads:
         engine.train_one_epoch(
-            model, criterion, batches((3,) * 9), optimizer, torch.device("cpu"), 0,
-            teacher=lambda images, place: images.flatten(1)[:, :4], max_norm=1.0,
-            model_ema=ema, log_interval=3, on_update=lambda _: asked.append(reads.counts),
-        )  # fmt: skip
+            model,
+            criterion,
+            batches((3,) * 9),
+            optimizer,
+            torch.device("cpu"),
+            0,
+            teacher=lambda images, place: images.flatten(1)[:, :4],
+            max_norm=1.0,
+            model_ema=ema,
+            log_interval=3,
+            on_update=lambda _: asked.append(reads.counts),
+        )
     grew = [later - earlier for earlier, later in zip([0, *asked], asked)]
     assert [bool(count) for count in grew] == [False, False, True] * 3, grew
 
@@ -346,9 +354,13 @@ def test_a_compiled_student_learns_the_same_and_keeps_its_names(
         loader = Loader((torch.ones(3, 3, 32, 32) * i, torch.arange(3)) for i in range(4))
         criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "soft", 0.5, 1.0)
         stats = train(
-            model, loader, criterion=criterion, accum_steps=2, model_ema=ema,
+            model,
+            loader,
+            criterion=criterion,
+            accum_steps=2,
+            model_ema=ema,
             teacher=lambda images, place: images.flatten(1)[:, :4],
-        )  # fmt: skip
+        )
         found.append((stats, network.state_dict(), ema.state_dict()))
         names.append(list(network.state_dict()))
     assert graphs, "nothing was compiled"

@@ -22,13 +22,23 @@ def run_folder(tmp_path: Path) -> Path:
     """A run's folder with a checkpoint of a distilled student, as main.py leaves it."""
     torch.manual_seed(0)
     network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7)
-    settings = {"model": "deit_pico_distilled_patch8_32", "epochs": 3, "eval_crop_ratio": 0.9,
-                "distillation_type": "hard", "teacher_model": "resnet_pico"}  # fmt: skip
+    settings = {
+        "model": "deit_pico_distilled_patch8_32",
+        "epochs": 3,
+        "eval_crop_ratio": 0.9,
+        "distillation_type": "hard",
+        "teacher_model": "resnet_pico",
+    }
     folder = tmp_path / "run"
     folder.mkdir()
-    content = {"model": network.state_dict(), "args": settings, "epoch": 2, "best_acc1": 71.254321,
-               "classes": list("abcdefg"),
-               "projections": {"0.weight": torch.ones(2, 2)}}  # fmt: skip
+    content = {
+        "model": network.state_dict(),
+        "args": settings,
+        "epoch": 2,
+        "best_acc1": 71.254321,
+        "classes": list("abcdefg"),
+        "projections": {"0.weight": torch.ones(2, 2)},
+    }
     torch.save(content, folder / "best_checkpoint.pth")
     return folder
 
@@ -102,8 +112,12 @@ def test_plain_timm_loads_an_exported_student(tmp_path: Path) -> None:
         "    assert type(network).__module__.startswith('timm')\n"
         "    torch.testing.assert_close(network(images), wanted, rtol=0, atol=1e-5)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, NAME, "deit_small_patch16_LS",
-                           "resmlp_12"], cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, NAME, "deit_small_patch16_LS", "resmlp_12"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -151,16 +165,31 @@ def test_without_onnx_a_line_says_what_to_install(
 
 
 def test_a_card_tells_recipe_data_and_what_distils(run_folder: Path) -> None:
-    settings = {"recipe": "deit_tiny_token", "lr": 5e-4, "batch_size": 64, "grad_accum_steps": 2,
-                "unscale_lr": False, "mixup": 0.8, "cutmix": 0.0, "aa": "rand-m9", "opt": "adamw",
-                "data_set": "IMNET", "data_path": "/somewhere/flowers"}  # fmt: skip
-    change(run_folder, settings, facts={"processes": 8, "data": "90 + 30 pictures, 0a1b"})
+    settings = {
+        "recipe": "deit_tiny_token",
+        "lr": 5e-4,
+        "batch_size": 64,
+        "grad_accum_steps": 2,
+        "unscale_lr": False,
+        "mixup": 0.8,
+        "cutmix": 0.0,
+        "aa": "rand-m9",
+        "opt": "adamw",
+        "data_set": "IMNET",
+        "data_path": "/somewhere/flowers",
+    }
+    change(run_folder, settings, facts={"processes": 8, "data": "90 + 30 images, 0a1b"})
     card = card_of(run_folder)
-    for row in ("recipe | deit_tiny_token", "data | IMNET (flowers)", "epochs | 3",
-                "trained and evaluated on | 90 + 30 pictures", "learning rate | 0.001",
-                "effective batch | 1024: --batch-size 64, processes 8, --grad-accum-steps 2",
-                "augmentation and regularisation | aa rand-m9, mixup 0.8",
-                "distillation | hard, alpha None"):  # fmt: skip
+    for row in (
+        "recipe | deit_tiny_token",
+        "data | IMNET (flowers)",
+        "epochs | 3",
+        "trained and evaluated on | 90 + 30 images",
+        "learning rate | 0.001",
+        "effective batch | 1024: --batch-size 64, processes 8, --grad-accum-steps 2",
+        "augmentation and regularisation | aa rand-m9, mixup 0.8",
+        "distillation | hard, alpha None",
+    ):
         assert f"| {row} |" in card
     assert "/somewhere" not in card and "7 classes" in card and "logits: a, b, c" in card
 
@@ -205,7 +234,7 @@ def test_the_accuracy_is_that_of_the_weights_exported(run_folder: Path) -> None:
     (run_folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "| top-1 | 62.00% after epoch 3 |" in card_of(run_folder)
     assert "| top-1 | 72.12% after epoch 3 |" in card_of(run_folder, "--key", "model_ema")
-    change(run_folder, tally={"micro_steps": 5})
+    change(run_folder, state={"micro_steps": 5})
     assert "| top-1 | not measured: stopped within epoch 4 |" in card_of(run_folder)
 
 

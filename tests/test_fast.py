@@ -111,7 +111,7 @@ def test_a_cpu_gets_its_products_in_float32_alone(dtype, monkeypatch: pytest.Mon
     monkeypatch.setattr(fast, "prefers_onednn", lambda: True)
     for device in (CPU, "cuda"):
         layer = nn.Linear(128, 128)
-        fast.suit_device(layer, device, dtype)
+        fast.select_kernels(layer, device, dtype)
         theirs = device == CPU and dtype is None
         assert type(layer) is (fast.OneDnnLinear if theirs else nn.Linear)
 
@@ -186,7 +186,7 @@ def test_folding_moves_a_trained_networks_logits_by_a_millionth(trained, digits)
 
 @torch.no_grad()
 def test_a_light_teacher_in_bf16_names_the_same_digits(trained, digits) -> None:
-    light, _ = fast.lighten(copy.deepcopy(trained), torch.bfloat16, SIZE, CPU)
+    light, _ = fast.optimize_for_inference(copy.deepcopy(trained), torch.bfloat16, SIZE, CPU)
     assert light.fc.weight.dtype == torch.bfloat16
     with torch.autocast(CPU, torch.bfloat16):
         said = light(digits.contiguous(memory_format=torch.channels_last)).float()

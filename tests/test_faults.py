@@ -15,14 +15,21 @@ from base import safe_load
 from distill import cache_store
 from tools import replay
 from training import metrics
-from training.checkpointer import Keeper, load_run
+from training.checkpointer import Checkpointer, load_run
 
 pytestmark = pytest.mark.slow
 
 
 def taught_by(path: Path) -> list[str]:
-    return ["--distillation-type", "soft", "--teacher-model", "resnet_pico", "--teacher-path",
-            str(path), "--no-teacher-check"]  # fmt: skip
+    return [
+        "--distillation-type",
+        "soft",
+        "--teacher-model",
+        "resnet_pico",
+        "--teacher-path",
+        str(path),
+        "--no-teacher-check",
+    ]
 
 
 # ---- the disk
@@ -57,15 +64,21 @@ def fill(disk: Path) -> None:
     [
         ("out/config.yaml", metrics.RunLog, "config"),
         ("out/log.txt", metrics.RunLog, "epoch"),
-        ("out/tensorboard", metrics.RunLog, "picture"),
-        ("out/checkpoint.pth", Keeper, "after_update"),
+        ("out/tensorboard", metrics.RunLog, "image"),
+        ("out/checkpoint.pth", Checkpointer, "after_update"),
         ("--teacher-cache", cache_store.Store, "_create"),
     ],
 )
 def test_a_disk_that_fills_up_is_one_line_and_the_checkpoint_before_loads(
-    name: str, room: type, method: str, small_disk: Path, small_run, small_teacher: Path,
-    run_inside, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    name: str,
+    room: type,
+    method: str,
+    small_disk: Path,
+    small_run,
+    small_teacher: Path,
+    run_inside,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     folder, flags = small_run
     out = small_disk / "out"
     shutil.copytree(folder, out)
@@ -132,14 +145,24 @@ def test_a_bad_label_file_is_one_line(
 
 
 def test_a_worker_that_brings_nothing_ends_the_run_in_one_line(
-    run_inside, folder_flags: list[str], picture_folder: Path, tmp_path: Path
+    run_inside, folder_flags: list[str], image_folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(picture_folder, tmp_path / "data")
-    picture = tmp_path / "data" / "train" / "one" / "05.png"
-    picture.unlink()
-    os.mkfifo(picture)  # whoever opens it waits for ever, as on a network disk that is gone
-    flags = [*folder_flags, "--data-path", str(tmp_path / "data"), "--no-repeated-aug",
-             "--num_workers", "1", "--loader-timeout", "0.05", "--resume", ""]  # fmt: skip
+    shutil.copytree(image_folder, tmp_path / "data")
+    image = tmp_path / "data" / "train" / "one" / "05.png"
+    image.unlink()
+    os.mkfifo(image)  # whoever opens it waits for ever, as on a network disk that is gone
+    flags = [
+        *folder_flags,
+        "--data-path",
+        str(tmp_path / "data"),
+        "--no-repeated-aug",
+        "--num_workers",
+        "1",
+        "--loader-timeout",
+        "0.05",
+        "--resume",
+        "",
+    ]
     result = run_inside(*flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("error: a DataLoader worker brings nothing") == 1
@@ -168,11 +191,21 @@ def test_a_bad_batch_is_computed_again_to_the_bit(
     (tmp_path / "odd.py").write_text(PLUGIN.replace("== 1 and", "== 0 and"))
     out = tmp_path / "out"
     result = run_inside(
-        *folder_flags, *taught_by(small_teacher), "--plugin", str(tmp_path / "odd.py"),
-        "--kd-loss-type", "odd", "--num_workers", "0", "--max-bad-steps", "1", "--match",
+        *folder_flags,
+        *taught_by(small_teacher),
+        "--plugin",
+        str(tmp_path / "odd.py"),
+        "--kd-loss-type",
+        "odd",
+        "--num_workers",
+        "0",
+        "--max-bad-steps",
+        "1",
+        "--match",
         "feature=hidden,loss=hidden_mse,layer_S=4,layer_T=-1,proj=linear,tokens=patch,resize=avg",
-        "--output_dir", str(out),
-    )  # fmt: skip
+        "--output_dir",
+        str(out),
+    )
     assert result.returncode == 2 and "bad_batch.pth" in result.stderr, result.stderr
     torch.manual_seed(1)  # of no consequence
     plugin = str(tmp_path / "odd.py")
@@ -181,16 +214,16 @@ def test_a_bad_batch_is_computed_again_to_the_bit(
     assert len(finite) >= 2 and finite != set(saved["terms"])
     for name in finite:
         assert torch.equal(again[name], saved["terms"][name]), name
-    assert replay.tell([str(out / "bad_batch.pth"), "--plugin", plugin]) == 0
+    assert replay.print_once([str(out / "bad_batch.pth"), "--plugin", plugin]) == 0
     assert "the run" in capsys.readouterr().out
     (tmp_path / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert replay.tell([str(out / "bad_batch.pth")]) == 2 and not (tmp_path / "ran").exists()
+    assert replay.print_once([str(out / "bad_batch.pth")]) == 2 and not (tmp_path / "ran").exists()
     assert "what a file names is not run" in capsys.readouterr().err
     for key, value in (("args", "words"), ("model", {}), ("labels", [1]), ("terms", {"loss": 0})):
         torch.save({**saved, key: value}, tmp_path / "damaged.pth")
-        assert replay.tell([str(tmp_path / "damaged.pth"), "--plugin", plugin]) == 2, key
+        assert replay.print_once([str(tmp_path / "damaged.pth"), "--plugin", plugin]) == 2, key
         assert capsys.readouterr().err.count("\n") == 1
-    assert replay.tell([str(out / "checkpoint.pth")]) == 2
+    assert replay.print_once([str(out / "checkpoint.pth")]) == 2
     assert "no bad_batch.pth" in capsys.readouterr().err
 
 
@@ -200,10 +233,24 @@ def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(
     (tmp_path / "odd.py").write_text(PLUGIN)
     out = tmp_path / "out"
     result = run_torchrun(
-        2, *folder_flags, *taught_by(small_teacher), "--plugin", str(tmp_path / "odd.py"),
-        "--kd-loss-type", "odd", "--model", "resnet_pico", "--batch-size", "2", "--num_workers",
-        "0", "--max-bad-steps", "2", "--output_dir", str(out),
-    )  # fmt: skip
+        2,
+        *folder_flags,
+        *taught_by(small_teacher),
+        "--plugin",
+        str(tmp_path / "odd.py"),
+        "--kd-loss-type",
+        "odd",
+        "--model",
+        "resnet_pico",
+        "--batch-size",
+        "2",
+        "--num_workers",
+        "0",
+        "--max-bad-steps",
+        "2",
+        "--output_dir",
+        str(out),
+    )
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, result.stderr

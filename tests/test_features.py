@@ -168,10 +168,13 @@ def test_a_layout_names_layers_prefix_tokens_and_grid() -> None:
         (cnn, Tap("attention", 0), "no attention"),
         (vit, Tap("hiden", 0), "hidden, attention, pooled"),
         (lambda: nn.Linear(2, 2), Tap("hidden", 0), "adaptor"),
-        (lambda: timm.create_model("beit_base_patch16_224", **VIT), Tap("attention", 0),
-         "only timm's plain Attention"),
+        (
+            lambda: timm.create_model("beit_base_patch16_224", **VIT),
+            Tap("attention", 0),
+            "only timm's plain Attention",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_tapped_is_an_error(network, tap: Tap, words: str) -> None:
     with pytest.raises(UserError, match=words):
         FeatureTaps(network(), [tap])

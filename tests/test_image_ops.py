@@ -18,10 +18,10 @@ def scene(width: int, height: int, seed: int = 0) -> Image.Image:
     """Edges, areas and noise: worse for an interpolation than most photographs."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8))
-    picture = np.array(coarse.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
-    picture[: height // 3, : width // 2] = (250, 3, 128)
-    picture += rng.integers(-20, 20, picture.shape)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = np.array(coarse.resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+    image[: height // 3, : width // 2] = (250, 3, 128)
+    image += rng.integers(-20, 20, image.shape)
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(params=["made", "real"])
@@ -41,14 +41,14 @@ def steps(ours: object, theirs: Image.Image) -> np.ndarray:
 def test_crops_are_resized_as_by_pillow_within_two_steps(
     photographs: list[Image.Image], mode: str
 ) -> None:
-    for picture in photographs:
-        width, height = picture.size
+    for image in photographs:
+        width, height = image.size
         for box in ((0, 0, height, width), (9, 5, 31, 47), (3, 2, height - 8, width // 2)):
-            directly = F.resized_crop(picture, *box, [64, 80], transforms.interpolation_mode(mode))
+            directly = F.resized_crop(image, *box, [64, 80], transforms.interpolation_mode(mode))
             filter_ = Image.Resampling[mode.upper()]
-            part = F.crop(picture, *box)
+            part = F.crop(image, *box)
             rows_first = part.resize((80, part.height), filter_).resize((80, 64), filter_)
-            for form in (picture, np.asarray(picture)):
+            for form in (image, np.asarray(image)):
                 ours = image_ops.crop_and_resize(form, box, (64, 80), mode)
                 assert steps(ours, rows_first).max() <= 2
                 assert steps(ours, rows_first).mean() < 0.01
@@ -63,42 +63,45 @@ def test_shears_and_shifts_are_pillows_within_a_step(
     exact = auto_augment.NAME_TO_OP[name]
     ours = transforms.Shift(exact, name)
     options = {"resample": mode, "fillcolor": (128, 9, 200)}
-    for picture in photographs:
+    for image in photographs:
         for level, share in ((-0.4519, 2e-3), (0.0, 0), (0.0311, 2e-3), (0.967, 2e-3), (0.2, 0.1)):
-            far = steps(ours(picture, level, **options), exact(picture, level, **options))
+            far = steps(ours(image, level, **options), exact(image, level, **options))
             assert far.max() <= 1 and (far > 0).mean() <= share
 
 
 def test_shifts_by_the_nearest_pixel_are_pillows() -> None:
     exact = auto_augment.NAME_TO_OP["ShearX"]
     options = {"resample": Image.Resampling.NEAREST, "fillcolor": (128, 9, 200)}
-    picture = scene(40, 30)
-    assert not steps(transforms.Shift(exact, "ShearX")(picture, 0.2, **options),
-                     exact(picture, 0.2, **options)).any()  # fmt: skip
+    image = scene(40, 30)
+    assert not steps(
+        transforms.Shift(exact, "ShearX")(image, 0.2, **options), exact(image, 0.2, **options)
+    ).any()
 
 
 def test_shifts_give_the_pixels_of_this_version() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (24, 36, 3), dtype=np.uint8)
     by = np.arange(24) / 4 - 2  # quarters, in which every machine reckons exactly
-    moved = [image_ops.shift_rows(Image.fromarray(noise), by, (128, 9, 200), cubic=cubic)
-             for cubic in (False, True)]  # fmt: skip
+    moved = [
+        image_ops.shift_rows(Image.fromarray(noise), by, (128, 9, 200), cubic=cubic)
+        for cubic in (False, True)
+    ]
     found = [image_ops.VERSION, *(zlib.crc32(np.asarray(each).tobytes()) for each in moved)]
     assert found == [2, 1782900816, 2445857807], "other pixels: raise pixels.VERSION"
 
 
 def test_normalising_is_torchvisions_bit_for_bit() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    picture = scene(48, 36)
-    theirs = F.normalize(F.to_tensor(picture), mean, std)
+    image = scene(48, 36)
+    theirs = F.normalize(F.to_tensor(image), mean, std)
     normalize = transforms.Normalize(mean, std)
-    array = np.asarray(picture)
-    for form in (picture, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+    array = np.asarray(image)
+    for form in (image, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
         assert normalize(form).equal(theirs)
 
 
-def encoded(picture: Image.Image, **options: object) -> bytes:
+def encoded(image: Image.Image, **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, **{"format": "JPEG", **options})
+    image.save(file, **{"format": "JPEG", **options})
     return file.getvalue()
 
 
@@ -116,7 +119,7 @@ def test_real_jpeg_decodes_to_pillows_pixels(imagenet_sample: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
-def test_half_a_picture_is_none(kind: str) -> None:
+def test_half_a_image_is_none(kind: str) -> None:
     data = encoded(scene(61, 45), format=kind)
     for part in (data[: len(data) // 2], data[:10], b""):
         with pytest.raises((OSError, SyntaxError)):

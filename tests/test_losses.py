@@ -1,6 +1,6 @@
-"""Every objective against its formula, written out again here picture by picture in float64.
+"""Every objective against its formula, written out again here image by image in float64.
 
-B pictures, N tokens, D width, H heads, C classes, K candidates; a mask of 1 keeps a token.
+B images, N tokens, D width, H heads, C classes, K candidates; a mask of 1 keeps a token.
 """
 
 import copy
@@ -80,11 +80,11 @@ def refuses(
         assert str(tuple(shape)) in str(error.value)
 
 
-# --- the formulas, one picture at a time ----------------------------------------------------
+# --- the formulas, one image at a time ----------------------------------------------------
 
 
 def kept(mask: Tensor | None) -> list[Tensor]:
-    """The numbers of the kept tokens of each picture."""
+    """The numbers of the kept tokens of each image."""
     return [torch.arange(N) if mask is None else row.nonzero()[:, 0] for row in mask.bool()]
 
 
@@ -129,7 +129,7 @@ def one_head(loss: Callable[..., Tensor], merge: Callable[[Tensor], Tensor]):
 
 
 def rows(S: Tensor, T: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The kept tokens of all pictures below each other, (rows, D)."""
+    """The kept tokens of all images below each other, (rows, D)."""
     if mask is None:
         return S.reshape(-1, S.shape[-1]), T.reshape(-1, T.shape[-1])
     keep = kept(mask)
@@ -157,8 +157,12 @@ def formula_fsp(S: list[Tensor], T: list[Tensor], mask: Tensor | None) -> Tensor
     flows = []
     for first, second in (S, T):
         keep = kept(mask) if mask is not None else [torch.arange(first.shape[1])] * len(first)
-        flows.append([sum(torch.outer(first[b, i], second[b, i]) for i in k) / len(k)
-                      for b, k in enumerate(keep)])  # fmt: skip
+        flows.append(
+            [
+                sum(torch.outer(first[b, i], second[b, i]) for i in k) / len(k)
+                for b, k in enumerate(keep)
+            ]
+        )
     return torch.stack([((s - t) ** 2).mean() for s, t in zip(*flows)]).mean()
 
 
@@ -263,8 +267,10 @@ def test_an_all_ones_mask_is_the_plain_mean_without_the_clip(name: str) -> None:
     none = match_loss(name)(state_S, state_T)
     assert torch.isclose(ones, none) == (not name.startswith("attention"))
     if name.startswith("attention_mse"):
-        near(match_loss(name)(state_S.abs(), state_T.abs(), torch.ones(B, N)),
-             match_loss(name)(state_S.abs(), state_T.abs()))  # fmt: skip
+        near(
+            match_loss(name)(state_S.abs(), state_T.abs(), torch.ones(B, N)),
+            match_loss(name)(state_S.abs(), state_T.abs()),
+        )
 
 
 def test_the_clip_worked_by_hand() -> None:
@@ -274,8 +280,9 @@ def test_the_clip_worked_by_hand() -> None:
     near(losses.att_mse_loss(scores_S, scores_T), torch.tensor((1 + 9 + 25e-8 + 1) / 4), 1e-6)
     half = torch.tensor([[[[0.0, 0.0], [0.0, -1.0]]]])
     first, second = math.log(2), math.log(2) / (1 + math.exp(-1))
-    near(losses.att_ce_loss(torch.zeros(1, 1, 2, 2), half),
-         torch.tensor((first + second) / 2), 1e-6)  # fmt: skip
+    near(
+        losses.att_ce_loss(torch.zeros(1, 1, 2, 2), half), torch.tensor((first + second) / 2), 1e-6
+    )
 
 
 @pytest.mark.parametrize("mask", [None, MASKS["bool"]], ids=["no mask", "mask"])
@@ -291,8 +298,11 @@ def test_a_match_is_zero_where_student_equals_teacher(name: str, mask: Tensor) -
     if name == "vkd":
         value = losses.vkd_loss(F.layer_norm(state, (D,)), state, mask)
     if "ce" in name:  # a cross entropy reaches its least, the entropy
-        assert all(match_loss(name)(state + draw(*state.shape, seed=s), state, MASKS["all ones"])
-                   > match_loss(name)(state, state, MASKS["all ones"]) for s in (1, 2))  # fmt: skip
+        assert all(
+            match_loss(name)(state + draw(*state.shape, seed=s), state, MASKS["all ones"])
+            > match_loss(name)(state, state, MASKS["all ones"])
+            for s in (1, 2)
+        )
     else:
         near(value, torch.zeros_like(value))
 
@@ -461,7 +471,7 @@ def test_an_all_zero_mask_is_refused(name: str) -> None:
         match_loss(name)(*random_states(name), torch.zeros(B, N, dtype=torch.bool))
 
 
-def test_fsp_refuses_a_picture_without_tokens() -> None:
+def test_fsp_refuses_a_image_without_tokens() -> None:
     mask = torch.tensor([[1] * N, [0] * N, [1] * N])
     with pytest.raises(ValueError, match="all zero"):
         losses.fsp_loss(*two_layers(SAME_D, SAME_D), mask)
@@ -495,9 +505,18 @@ def test_a_zero_vector_is_orthogonal_to_everything_for_cos() -> None:
 
 def test_the_map_of_matches_has_textbrewers_names() -> None:
     assert set(losses.MATCH_LOSS_MAP) >= {
-        "attention_mse_sum", "attention_mse", "attention_ce_mean", "attention_ce", "hidden_mse",
-        "cos", "pkd", "gram", "fsp", "mmd", "nst",
-    }  # fmt: skip
+        "attention_mse_sum",
+        "attention_mse",
+        "attention_ce_mean",
+        "attention_ce",
+        "hidden_mse",
+        "cos",
+        "pkd",
+        "gram",
+        "fsp",
+        "mmd",
+        "nst",
+    }
     assert losses.MATCH_LOSS_MAP["gram"] is losses.MATCH_LOSS_MAP["fsp"] is losses.fsp_loss
     assert losses.MATCH_LOSS_MAP["mmd"] is losses.MATCH_LOSS_MAP["nst"] is losses.mmd_loss
 
@@ -557,9 +576,9 @@ def test_dist_is_one_minus_the_correlations(tau: float, weights: dict) -> None:
     logits_S, logits_T = pair((B, C))
     probs_S = torch.stack([softmax(row / tau) for row in logits_S])
     probs_T = torch.stack([softmax(row / tau) for row in logits_T])
-    in_picture = 1 - sum(pearson(s, t) for s, t in zip(probs_S, probs_T)) / B
+    in_image = 1 - sum(pearson(s, t) for s, t in zip(probs_S, probs_T)) / B
     in_class = 1 - sum(pearson(s, t) for s, t in zip(probs_S.T, probs_T.T)) / C
-    total = weights.get("beta", 1) * in_picture + weights.get("gamma", 1) * in_class
+    total = weights.get("beta", 1) * in_image + weights.get("gamma", 1) * in_class
     value = losses.dist_loss(logits_S, logits_T, tau, **weights)
     check(value, tau**2 * total, logits_S, logits_T)
     assert losses.dist_loss(logits_T, logits_T, tau) < 1e-3 * value  # their 1e-8 is what is left
@@ -647,7 +666,7 @@ bases = pytest.mark.parametrize("base", BASES)
 
 
 def soft_kl(S: Tensor, T: Tensor, tau: float = TAU) -> Tensor:
-    """tau^2 * KL(teacher || student), summed over pictures and classes."""
+    """tau^2 * KL(teacher || student), summed over images and classes."""
     total = 0.0
     for s, t in zip(S, T):
         p, q = softmax(t / tau), softmax(s / tau)
@@ -656,16 +675,16 @@ def soft_kl(S: Tensor, T: Tensor, tau: float = TAU) -> Tensor:
 
 
 class Teacher(nn.Module):
-    """Logits from the pictures; counts its calls."""
+    """Logits from the images; counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
         self.head = nn.Linear(D, C, dtype=torch.float64)
         self.calls = 0
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         self.calls += 1
-        return self.head(pictures)
+        return self.head(images)
 
 
 @bases
@@ -687,13 +706,13 @@ def test_none_is_the_base_loss(base: str, tuple_out: bool) -> None:
 def test_soft_is_deits_sum_of_two_terms(base: str, reduction: str, head: str) -> None:
     criterion, labels, formula = BASES[base]
     outputs = pair((B, C))
-    teacher, pictures = Teacher(), draw(B, D, seed=3)
+    teacher, images = Teacher(), draw(B, D, seed=3)
     loss = losses.DistillationLoss(
         criterion, teacher, "soft", ALPHA, TAU, reduction=reduction, head=head
     )
-    value = loss(pictures, outputs, labels)
+    value = loss(images, outputs, labels)
     distilled = outputs[1] if head == "dist" else outputs[0]
-    logits_T = teacher(pictures).detach()
+    logits_T = teacher(images).detach()
     kd = soft_kl(distilled, logits_T) / (B * C if reduction == "numel" else B)
     expected = (1 - ALPHA) * formula(outputs[0], labels) + ALPHA * kd
     near(value, expected)
@@ -714,16 +733,16 @@ def test_soft_is_deits_sum_of_two_terms(base: str, reduction: str, head: str) ->
 def test_hard_is_cross_entropy_with_the_teachers_choice(base: str) -> None:
     criterion, labels, formula = BASES[base]
     outputs = pair((B, C))
-    teacher, pictures = Teacher(), draw(B, D, seed=3)
+    teacher, images = Teacher(), draw(B, D, seed=3)
     loss = losses.DistillationLoss(criterion, teacher, "hard", ALPHA, TAU)
-    value = loss(pictures, outputs, labels)
-    kd = formula_ce(outputs[1], teacher(pictures).argmax(1))
+    value = loss(images, outputs, labels)
+    kd = formula_ce(outputs[1], teacher(images).argmax(1))
     expected = (1 - ALPHA) * formula(outputs[0], labels) + ALPHA * kd
     near(value, expected)
     for ours, theirs in zip(gradients(value, outputs), gradients(expected, outputs)):
         near(ours, theirs)
     other_tau = losses.DistillationLoss(criterion, teacher, "hard", ALPHA, 0)
-    near(other_tau(pictures, outputs, labels), value)
+    near(other_tau(images, outputs, labels), value)
 
 
 def make(kind: str = "soft", teacher: object = None, **named: object) -> losses.DistillationLoss:
@@ -777,15 +796,15 @@ def test_the_teacher_is_no_part_of_the_loss() -> None:
 
 
 def test_given_logits_stand_for_the_teacher() -> None:
-    teacher, pictures, outputs = Teacher(), draw(B, D, seed=3), pair((B, C))
-    live = make("soft", teacher)(pictures, outputs, NUMBERS)
-    logits_T = teacher(pictures)
+    teacher, images, outputs = Teacher(), draw(B, D, seed=3), pair((B, C))
+    live = make("soft", teacher)(images, outputs, NUMBERS)
+    logits_T = teacher(images)
     calls = teacher.calls
     near(make("soft", teacher)(None, outputs, NUMBERS, teacher_outputs=logits_T), live)
     near(make("soft")(None, outputs, NUMBERS, teacher_outputs=logits_T), live)
     assert teacher.calls == calls
     with pytest.raises(ValueError, match="teacher_model, or teacher_outputs"):
-        make("soft")(pictures, outputs, NUMBERS)
+        make("soft")(images, outputs, NUMBERS)
 
 
 def test_a_teacher_of_other_shapes_is_refused() -> None:
@@ -796,7 +815,7 @@ def test_a_teacher_of_other_shapes_is_refused() -> None:
         with pytest.raises(UserError, match=f"{C} classes.* {classes};"):
             make()(None, pair((B, C)), NUMBERS, teacher_outputs=draw(B, classes))
     with pytest.raises(ValueError, match="evaluation mode"):
-        make("soft", lambda pictures: (pictures, pictures))(None, pair((B, C)), NUMBERS)
+        make("soft", lambda images: (images, images))(None, pair((B, C)), NUMBERS)
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
@@ -816,8 +835,10 @@ def test_soft_can_standardize_both_sides() -> None:
     outputs, logits_T = pair((B, C)), draw(B, C, seed=4)
     loss = make(logit_standardization=True)
     loss(None, outputs, NUMBERS, teacher_outputs=logits_T)
-    unit = [(x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7)
-            for x in (outputs[1], logits_T)]  # fmt: skip
+    unit = [
+        (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7)
+        for x in (outputs[1], logits_T)
+    ]
     near(loss.terms["distillation"], (soft_kl(*unit) / (B * C)).detach())
     loss(None, outputs, NUMBERS, teacher_outputs=5 + 9 * outputs[1])
     assert loss.terms["distillation"] < 1e-12
@@ -843,7 +864,7 @@ def test_the_objective_is_float32_under_autocast(kind: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_binary_targets_of_mixed_shares_are_the_classes_in_the_picture(
+def test_binary_targets_of_mixed_shares_are_the_classes_in_the_image(
     smoothing: float, dtype: torch.dtype
 ) -> None:
     logits = draw(B, C)
@@ -941,20 +962,23 @@ def test_explicit_candidates_are_ranked_as_the_teacher_does(name: str, tau: floa
     labels = draw(B, K, seed=9, grad=True)
     by_hand = {"dot": dot, "cosine": cosine}[name]
     scores = torch.stack(
-        [torch.stack([by_hand(embeddings[0][b], other[b]) for other in embeddings[1:]])
-         for b in range(B)])  # fmt: skip
+        [
+            torch.stack([by_hand(embeddings[0][b], other[b]) for other in embeddings[1:]])
+            for b in range(B)
+        ]
+    )
     loss = losses.DistillKLDivLoss(None, similarity, tau)
     value = loss.compute_loss_from_embeddings(embeddings, labels)
     check(value, formula_ranking(scores, labels, tau), embeddings, labels)
 
 
-def test_pictures_are_embedded_by_the_model_which_stays_its_owners() -> None:
+def test_images_are_embedded_by_the_model_which_stays_its_owners() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 2 * 2, D)).double()
-    pictures = [draw(B, 3, 2, 2, seed=i) for i in range(1 + K)]
+    images = [draw(B, 3, 2, 2, seed=i) for i in range(1 + K)]
     labels = draw(B, K, seed=9)
     loss = losses.DistillKLDivLoss(model)
-    value = loss(pictures, labels)
-    near(value, loss.compute_loss_from_embeddings([model(p) for p in pictures], labels))
+    value = loss(images, labels)
+    near(value, loss.compute_loss_from_embeddings([model(p) for p in images], labels))
     value.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     assert loss.temperature == 1 and loss.similarity_fct is losses.pairwise_dot_score
@@ -1001,7 +1025,7 @@ def test_one_candidate_warns_that_there_is_nothing_to_rank() -> None:
 
 @pytest.mark.parametrize("tau", [1.0, 0.2])
 @pytest.mark.parametrize("name", ["dot", "cosine"])
-def test_in_batch_candidates_are_the_other_pictures(name: str, tau: float) -> None:
+def test_in_batch_candidates_are_the_other_images(name: str, tau: float) -> None:
     embeddings_S, embeddings_T = pair((N, D), (N, D + 2))
     by_hand, similarity, in_pairs = {
         "dot": (dot, losses.dot_score, losses.pairwise_dot_score),
@@ -1021,7 +1045,7 @@ def test_in_batch_candidates_are_the_other_pictures(name: str, tau: float) -> No
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.2])
-def test_gallery_candidates_are_the_gallerys_pictures(tau: float) -> None:
+def test_gallery_candidates_are_the_gallerys_images(tau: float) -> None:
     embeddings_S, embeddings_T = pair((B, D), (B, D + 2))
     gallery_S, gallery_T = draw(N, D, seed=5, grad=True), draw(N, D + 2, seed=6, grad=True)
     value = losses.gallery_similarity_loss(embeddings_S, embeddings_T, gallery_S, gallery_T, tau)
@@ -1035,13 +1059,13 @@ def test_too_few_or_other_candidates_are_refused() -> None:
     in_batch, gallery = losses.in_batch_similarity_loss, losses.gallery_similarity_loss
     refuses([(B, D), (1, D)], in_batch, draw(B, D), draw(1, D))
     refuses([(B, N, D)], in_batch, draw(B, N, D), draw(B, N, D))
-    with pytest.raises(ValueError, match="2 pictures"):
+    with pytest.raises(ValueError, match="2 images"):
         in_batch(draw(2, D), draw(2, D))
     one, many = draw(B, D), draw(N, D)
     refuses([(B, D), (1, D)], gallery, one, draw(1, D), many, many)
     refuses([(N, D), (1, D)], gallery, one, one, many, draw(1, D))
     refuses([(B, D), (N, 1)], gallery, one, one, draw(N, 1), many)
-    with pytest.raises(ValueError, match="1 pictures"):
+    with pytest.raises(ValueError, match="1 images"):
         gallery(one, one, draw(1, D), draw(1, D))
 
 
@@ -1067,10 +1091,15 @@ def test_embedding_losses_raise_half_precision(dtype: torch.dtype) -> None:
 
 def test_the_command_line_chooses_the_objective() -> None:
     args = Namespace(
-        cosub=False, smoothing=0.1, bce_loss=False, distillation_type="soft",
-        distillation_alpha=0.7, distillation_tau=2.0, distillation_reduction="batchmean",
+        cosub=False,
+        smoothing=0.1,
+        bce_loss=False,
+        distillation_type="soft",
+        distillation_alpha=0.7,
+        distillation_tau=2.0,
+        distillation_reduction="batchmean",
         logit_standardization=False,
-    )  # fmt: skip
+    )
     loss = losses.build_criterion(args, mixing=False, head="cls")
     assert isinstance(loss, losses.DistillationLoss)
     found = (loss.distillation_type, loss.alpha, loss.tau, loss.reduction, loss.head)

@@ -1,4 +1,4 @@
-"""The programs as a user starts them: whole runs on the embedded and on small real pictures."""
+"""The programs as a user starts them: whole runs on the embedded and on small real images."""
 
 import json
 import re
@@ -13,9 +13,19 @@ import models
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
-    "--model", "deit_pico_distilled_patch4_32", "--batch-size", "4", "--epochs", "2",
-    "--num_workers", "0", "--warmup-epochs", "0", "--log-interval", "1",
-]  # fmt: skip
+    "--model",
+    "deit_pico_distilled_patch4_32",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "2",
+    "--num_workers",
+    "0",
+    "--warmup-epochs",
+    "0",
+    "--log-interval",
+    "1",
+]
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +44,7 @@ def assert_one_line(result, *words: str) -> None:
         assert word in errors[0], errors[0]
 
 
-def test_the_quick_start_distils_on_embedded_pictures(run_main, tmp_path: Path) -> None:
+def test_the_quick_start_distils_on_embedded_images(run_main, tmp_path: Path) -> None:
     result = run_main(
         "--distillation-type", "hard", "--epochs", "1", "--output_dir", str(tmp_path / "out")
     )
@@ -46,8 +56,15 @@ def test_the_quick_start_distils_on_embedded_pictures(run_main, tmp_path: Path) 
     assert re.search(r"Accuracy of the network on the 600 test images: [\d.]+%", result.stdout)
     assert "Max accuracy:" in result.stdout
     record = json.loads((tmp_path / "out" / "log.txt").read_text())
-    assert {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch",
-            "n_parameters"} <= set(record)  # fmt: skip
+    assert {
+        "train_lr",
+        "train_loss",
+        "test_loss",
+        "test_acc1",
+        "test_acc5",
+        "epoch",
+        "n_parameters",
+    } <= set(record)
     saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
     assert {"model", "optimizer", "lr_scheduler", "epoch", "model_ema", "args"} <= set(saved)
     assert not any("teacher" in key for key in saved["model"])
@@ -55,16 +72,22 @@ def test_the_quick_start_distils_on_embedded_pictures(run_main, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["none", "soft", "hard"])
-def test_a_folder_of_pictures_trains_resumes_and_evaluates(
-    kind: str, run_inside, picture_folder: Path, tmp_path: Path
+def test_a_folder_of_images_trains_resumes_and_evaluates(
+    kind: str, run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
     teacher = ["--model", "resnet_pico", "--epochs", "1", "--output_dir", str(tmp_path / "teacher")]
-    base = [*TINY, "--data-path", str(picture_folder), "--output_dir", str(tmp_path / "out")]
+    base = [*TINY, "--data-path", str(image_folder), "--output_dir", str(tmp_path / "out")]
     if kind != "none":
         made = run_inside(*base, *teacher)
         assert made.returncode == 0, made.stderr
-        base += ["--distillation-type", kind, "--teacher-model", "resnet_pico",
-                 "--teacher-path", str(tmp_path / "teacher" / "checkpoint.pth")]  # fmt: skip
+        base += [
+            "--distillation-type",
+            kind,
+            "--teacher-model",
+            "resnet_pico",
+            "--teacher-path",
+            str(tmp_path / "teacher" / "checkpoint.pth"),
+        ]
     once = run_inside(*base, "--epochs", "1")
     assert once.returncode == 0, once.stderr
     again = run_inside(*base, "--resume", str(tmp_path / "out" / "checkpoint.pth"))
@@ -78,9 +101,9 @@ def test_a_folder_of_pictures_trains_resumes_and_evaluates(
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(
-    run_inside, picture_folder: Path, tmp_path: Path
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
-    base = [*TINY, "--data-path", str(picture_folder), "--drop-path", "0.2"]
+    base = [*TINY, "--data-path", str(image_folder), "--drop-path", "0.2"]
     saved = []
     for workers in ("0", "2"):
         folder = tmp_path / workers
@@ -94,47 +117,71 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_workers(
 
 
 def test_evaluation_of_a_checkpoint_that_is_not_there_is_one_line(
-    run_inside, picture_folder: Path, tmp_path: Path
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
-    flags = ["--eval", *TINY, "--data-path", str(picture_folder), "--output_dir", str(tmp_path)]
+    flags = ["--eval", *TINY, "--data-path", str(image_folder), "--output_dir", str(tmp_path)]
     assert_one_line(run_inside(*flags, "--resume", "auto"), "no checkpoint to evaluate")
 
 
-def test_evaluation_needs_no_train_folder(run_inside, picture_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(picture_folder / "val", tmp_path / "data" / "val")
+def test_evaluation_needs_no_train_folder(run_inside, image_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(image_folder / "val", tmp_path / "data" / "val")
     result = run_inside("--eval", *TINY, "--data-path", str(tmp_path / "data"))
     assert result.returncode == 0, result.stderr
     assert "random weights" in result.stdout and "crop" in result.stdout
 
 
 def test_finetuning_takes_another_class_count_resolution_and_a_teacher(
-    run_inside, picture_folder: Path, tmp_path: Path
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
     digits = models.create_model("deit_pico_distilled_patch4_32", num_classes=10)
     torch.save({"model": digits.state_dict()}, tmp_path / "digits.pth")
     result = run_inside(
-        *TINY, "--data-path", str(picture_folder), "--epochs", "1", "--input-size", "32", "48",
-        "--finetune", str(tmp_path / "digits.pth"), "--lr", "1e-4", "--attn-only",
-    )  # fmt: skip
+        *TINY,
+        "--data-path",
+        str(image_folder),
+        "--epochs",
+        "1",
+        "--input-size",
+        "32",
+        "48",
+        "--finetune",
+        str(tmp_path / "digits.pth"),
+        "--lr",
+        "1e-4",
+        "--attn-only",
+    )
     assert result.returncode == 0, result.stderr
     assert "1 resampled (pos_embed)" in result.stdout and "of them train" in result.stdout
 
 
-def test_cosub_bce_and_three_augment_train(run_inside, picture_folder: Path) -> None:
-    base = [*TINY, "--data-path", str(picture_folder), "--epochs", "1"]
-    for flags in (["--cosub", "--model", "deit_pico_patch4_32"],
-                  ["--bce-loss", "--ThreeAugment", "--src", "--smoothing", "0"],
-                  ["--bce-loss", "--mixup", "0", "--cutmix", "0"],
-                  ["--no-train-mode", "--no-model-ema", "--layer-decay", "0.7",
-                   "--no-sched-on-updates", "--no-repeated-aug", "--amp", "bf16",
-                   "--grad-accum-steps", "2", "--clip-grad", "0"]):  # fmt: skip
+def test_cosub_bce_and_three_augment_train(run_inside, image_folder: Path) -> None:
+    base = [*TINY, "--data-path", str(image_folder), "--epochs", "1"]
+    for flags in (
+        ["--cosub", "--model", "deit_pico_patch4_32"],
+        ["--bce-loss", "--ThreeAugment", "--src", "--smoothing", "0"],
+        ["--bce-loss", "--mixup", "0", "--cutmix", "0"],
+        [
+            "--no-train-mode",
+            "--no-model-ema",
+            "--layer-decay",
+            "0.7",
+            "--no-sched-on-updates",
+            "--no-repeated-aug",
+            "--amp",
+            "bf16",
+            "--grad-accum-steps",
+            "2",
+            "--clip-grad",
+            "0",
+        ],
+    ):
         result = run_inside(*base, *flags)
         assert result.returncode == 0, (flags, result.stderr)
 
 
-def bad_picture(folder: Path) -> Path:
+def bad_image(folder: Path) -> Path:
     path = folder / "train" / "one" / "05.png"
-    path.write_bytes(b"not a picture")
+    path.write_bytes(b"not an image")
     return path
 
 
@@ -143,23 +190,23 @@ def bad_picture(folder: Path) -> Path:
     [
         ("missing folder", ["not there"]),
         ("empty folder", ["data"]),
-        ("class without pictures", ["three"]),
+        ("class without images", ["three"]),
         ("lists differ", ["three"]),
         ("unknown model", ["deit_pico_distilled_patch4_32"]),
         ("batch too large", ["batch", "24"]),
         ("unreadable checkpoint", ["bad.pth"]),
         ("missing teacher", ["nowhere.pth"]),
-        ("bad picture", ["05.png"]),
+        ("bad image", ["05.png"]),
         ("teacher of other classes", ["10", "2"]),
         ("teacher of other architecture", ["resnet_pico"]),
         ("soft on one head", ["distilled"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    case: str, words: list[str], run_inside, picture_folder: Path, tmp_path: Path
+    case: str, words: list[str], run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    shutil.copytree(picture_folder, data)
+    shutil.copytree(image_folder, data)
     flags = [*TINY, "--data-path", str(data)]
     shipped = str(ROOT / "models" / "weights" / "resnet_pico_digits.safetensors")
     if case == "missing folder":
@@ -168,7 +215,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         shutil.rmtree(data)
         (data / "train").mkdir(parents=True)
         (data / "val").mkdir()
-    elif case == "class without pictures":
+    elif case == "class without images":
         (data / "train" / "three").mkdir()
         (data / "val" / "three").mkdir()
     elif case == "lists differ":
@@ -182,45 +229,84 @@ def test_bad_input_is_one_line_and_exit_code_2(
         flags += ["--resume", str(tmp_path / "bad.pth")]
     elif case == "missing teacher":
         flags += ["--distillation-type", "hard", "--teacher-path", str(tmp_path / "nowhere.pth")]
-    elif case == "bad picture":
-        bad_picture(data)
-        flags += ["--no-repeated-aug"]  # so that every picture comes in the first epoch
+    elif case == "bad image":
+        bad_image(data)
+        flags += ["--no-repeated-aug"]  # so that every image comes in the first epoch
     elif case == "teacher of other classes":
-        flags += ["--distillation-type", "hard", "--teacher-model", "resnet_pico",
-                  "--teacher-path", shipped]  # fmt: skip
+        flags += [
+            "--distillation-type",
+            "hard",
+            "--teacher-model",
+            "resnet_pico",
+            "--teacher-path",
+            shipped,
+        ]
     elif case == "teacher of other architecture":
-        flags += ["--distillation-type", "hard", "--teacher-model", "resnet18",
-                  "--teacher-path", shipped]  # fmt: skip
+        flags += [
+            "--distillation-type",
+            "hard",
+            "--teacher-model",
+            "resnet18",
+            "--teacher-path",
+            shipped,
+        ]
     elif case == "soft on one head":
-        flags += ["--distillation-type", "soft", "--model", "deit_pico_patch4_32",
-                  "--distillation-head", "dist"]  # fmt: skip
+        flags += [
+            "--distillation-type",
+            "soft",
+            "--model",
+            "deit_pico_patch4_32",
+            "--distillation-head",
+            "dist",
+        ]
     assert_one_line(run_inside(*flags), *words)
 
 
-def test_a_bad_picture_can_be_skipped_and_is_counted(
-    run_inside, picture_folder: Path, tmp_path: Path
+def test_a_bad_image_can_be_skipped_and_is_counted(
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    shutil.copytree(picture_folder, data)
-    bad_picture(data)
+    shutil.copytree(image_folder, data)
+    bad_image(data)
     result = run_inside(
-        *TINY, "--data-path", str(data), "--on-bad-image", "skip", "--num_workers", "1",
-        "--epochs", "1", "--no-repeated-aug",
-    )  # fmt: skip
+        *TINY,
+        "--data-path",
+        str(data),
+        "--on-bad-image",
+        "skip",
+        "--num_workers",
+        "1",
+        "--epochs",
+        "1",
+        "--no-repeated-aug",
+    )
     assert result.returncode == 0, result.stderr
-    assert re.search(r"\d+ unreadable pictures? ", result.stdout)
+    assert re.search(r"\d+ unreadable images? ", result.stdout)
 
 
-def test_an_odd_batch_mixes(run_inside, picture_folder: Path) -> None:
-    result = run_inside(*TINY, "--data-path", str(picture_folder), "--batch-size", "5")
+def test_an_odd_batch_mixes(run_inside, image_folder: Path) -> None:
+    result = run_inside(*TINY, "--data-path", str(image_folder), "--batch-size", "5")
     assert result.returncode == 0, result.stderr
 
 
 def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
     run_main, run_torchrun, tmp_path: Path
 ) -> None:
-    base = ["--distillation-type", "hard", "--epochs", "2", "--mixup", "0", "--cutmix", "0",
-            "--drop-path", "0", "--log-interval", "1", "--no-teacher-check"]  # fmt: skip
+    base = [
+        "--distillation-type",
+        "hard",
+        "--epochs",
+        "2",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--drop-path",
+        "0",
+        "--log-interval",
+        "1",
+        "--no-teacher-check",
+    ]
     one = run_main(*base, "--batch-size", "64", "--output_dir", str(tmp_path / "one"))
     two = run_torchrun(2, *base, "--batch-size", "32", "--output_dir", str(tmp_path / "two"))
     assert one.returncode == 0, one.stderr
@@ -239,10 +325,10 @@ def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
 
 
 def test_an_error_that_one_of_two_processes_meets_is_one_line(
-    run_torchrun, picture_folder: Path, tmp_path: Path
+    run_torchrun, image_folder: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(picture_folder, tmp_path / "data")
-    bad_picture(tmp_path / "data")
+    shutil.copytree(image_folder, tmp_path / "data")
+    bad_image(tmp_path / "data")
     result = run_torchrun(2, *TINY, "--data-path", str(tmp_path / "data"), "--no-repeated-aug")
     assert result.returncode != 0
     said, _, launcher = result.stderr.partition("torch/distributed/elastic")
@@ -253,9 +339,17 @@ def test_an_error_that_one_of_two_processes_meets_is_one_line(
 def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
     run_main, run_torchrun, imagenet_sample: Path, shared_data: Path
 ) -> None:
-    flags = ["--eval", "--model", "tf_efficientnet_lite0", "--data-path", str(imagenet_sample),
-             "--resume", str(shared_data / "tf_efficientnet_lite0_in1k.safetensors"),
-             "--num_workers", "1"]  # fmt: skip
+    flags = [
+        "--eval",
+        "--model",
+        "tf_efficientnet_lite0",
+        "--data-path",
+        str(imagenet_sample),
+        "--resume",
+        str(shared_data / "tf_efficientnet_lite0_in1k.safetensors"),
+        "--num_workers",
+        "1",
+    ]
     for result in (run_main(*flags, OMP_NUM_THREADS="2"), run_torchrun(2, *flags)):
         assert result.returncode == 0, result.stderr
         assert "* Acc@1 87.300 Acc@5 96.900" in result.stdout
@@ -263,9 +357,9 @@ def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
 
 
 def test_a_run_in_the_folder_of_another_moves_that_aside(
-    run_inside, picture_folder: Path, tmp_path: Path
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
-    base = [*TINY, "--data-path", str(picture_folder), "--epochs", "1", "--output_dir"]
+    base = [*TINY, "--data-path", str(image_folder), "--epochs", "1", "--output_dir"]
     for _ in range(2):
         result = run_inside(*base, str(tmp_path / "out"))
         assert result.returncode == 0, result.stderr
@@ -284,14 +378,20 @@ def test_an_output_folder_that_cannot_be_made_is_found_first(run_inside, tmp_pat
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("[/a/gloo/transport/tcp/pair.cc:561] Connection closed by peer. This is typically caused "
-         "by a crash", "error: a process of this run has died or does not answer (Connection "
-         "closed by peer); --resume auto goes on; if one is only slow, raise --dist-timeout\n"),
-        ("DataLoader worker (pid 7) is killed", "error: a DataLoader worker is gone (DataLoader "
-         "worker (pid 7) is killed); was the memory full? Use fewer --num-workers; --resume auto "
-         "goes on\n"),
+        (
+            "[/a/gloo/transport/tcp/pair.cc:561] Connection closed by peer. This is typically "
+            "caused by a crash",
+            "error: a process of this run has died or does not answer (Connection "
+            "closed by peer); --resume auto goes on; if one is only slow, raise --dist-timeout\n",
+        ),
+        (
+            "DataLoader worker (pid 7) is killed",
+            "error: a DataLoader worker is gone (DataLoader "
+            "worker (pid 7) is killed); was the memory full? Use fewer --num-workers; --resume "
+            "auto goes on\n",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_process_that_is_gone_is_one_line(
     words: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -22,16 +22,28 @@ TEXTBREWER = {
     "kd_loss_type": "ce",
     "kd_loss_weight_scheduler": "linear_decay",
     "intermediate_matches": [
-        {"layer_T": 0, "layer_S": 0, "feature": "hidden", "loss": "hidden_mse", "weight": 1,
-         "proj": ["linear", 384, 768]},
+        {
+            "layer_T": 0,
+            "layer_S": 0,
+            "feature": "hidden",
+            "loss": "hidden_mse",
+            "weight": 1,
+            "proj": ["linear", 384, 768],
+        },
         {"layer_T": [0, 12], "layer_S": [0, 3], "feature": "hidden", "loss": "nst", "weight": 2},
     ],
-}  # fmt: skip
+}
 
 
 def test_a_match_reads_the_same_from_a_string_json_and_a_mapping() -> None:
-    mapping = {"layer_T": 12, "layer_S": -1, "feature": "hidden", "loss": "cos", "weight": 0.5,
-               "proj": ["linear", "auto", 96, {"lr": 0.001}]}  # fmt: skip
+    mapping = {
+        "layer_T": 12,
+        "layer_S": -1,
+        "feature": "hidden",
+        "loss": "cos",
+        "weight": 0.5,
+        "proj": ["linear", "auto", 96, {"lr": 0.001}],
+    }
     text = "layer_T=12, layer_S=-1,feature=hidden,loss=cos,weight=0.5,proj=linear:auto:96:lr=0.001"
     expected = IntermediateMatch(
         12, -1, "hidden", "cos", 0.5, ("linear", "auto", 96, {"lr": 0.001})
@@ -45,8 +57,10 @@ def test_two_layers_a_bare_projection_and_our_own_keys() -> None:
     assert (match.layer_T, match.layer_S) == ((0, 12), (0, 3))
     assert match.proj == ("tanh", "auto", "auto", {}) and match.weight == 1
     assert match.name == "hidden_fsp_0-3_0-12"
-    match = read_match("layer_T=1,layer_S=0,feature=attention,loss=attention_mse,teacher=1,"
-                       "textbrewer_clip=true,attention=probabilities,tokens=patch")  # fmt: skip
+    match = read_match(
+        "layer_T=1,layer_S=0,feature=attention,loss=attention_mse,teacher=1,"
+        "textbrewer_clip=true,attention=probabilities,tokens=patch"
+    )
     assert match.textbrewer_clip and match.teacher == 1 and match.taps(0)[0].kind[0] == "p"
 
 
@@ -136,8 +150,9 @@ def test_a_file_that_cannot_be_followed_is_refused(
 def test_a_flag_may_repeat_the_file_or_fill_in_what_it_leaves_out(tmp_path: Path) -> None:
     path = tmp_path / "distill.yaml"
     path.write_text("kd_loss_weight: 0.5\nis_caching_logits: true")
-    settings = options.parse_args(["--distill-config", str(path), "--kd-loss-weight", "0.5",
-                                   "--distillation-tau", "2"])  # fmt: skip
+    settings = options.parse_args(
+        ["--distill-config", str(path), "--kd-loss-weight", "0.5", "--distillation-tau", "2"]
+    )
     assert settings.args.distillation_tau == 2
     assert any("is_caching_logits" in note for note in settings.notes)
     with pytest.raises(UserError, match="nowhere.yaml"):
@@ -153,7 +168,7 @@ def test_a_flag_may_repeat_the_file_or_fill_in_what_it_leaves_out(tmp_path: Path
         ("--distillation-type soft --kd-loss-type dist --temperature-scheduler cwsm:1", "dist"),
         ("--distillation-type soft --kd-loss-type ce --temperature-scheduler cvsm:1", "cwsm"),
         ("--distillation-type soft --distillation-tau 0", "above 0"),
-        ("--ranking-kl-weight 1 --batch-size 2", "3 pictures"),
+        ("--ranking-kl-weight 1 --batch-size 2", "3 images"),
         ("--ranking-kl-weight 1 --ranking-tau 0", "ranking-tau"),
         ("--student-adaptor mine", "mine"),
         (f"--cosub --match {HIDDEN}", "cosub"),
@@ -225,8 +240,16 @@ def test_a_plugins_entries_are_used_by_name(tmp_path: Path, monkeypatch) -> None
     match = "layer_S=1,layer_T=1,feature=hidden,loss=hidden_l1,proj=cubic"
     with pytest.raises(UserError, match="hidden_l1"):
         options.parse_args(["--match", match])
-    flags = ["--plugin", str(path), "--match", match, "--hard-label-weight-scheduler", "late",
-             "--student-adaptor", "second"]  # fmt: skip
+    flags = [
+        "--plugin",
+        str(path),
+        "--match",
+        match,
+        "--hard-label-weight-scheduler",
+        "late",
+        "--student-adaptor",
+        "second",
+    ]
     args = options.parse_args(flags).args
     assert read_match(args.match[0]).proj[0] == "cubic"
     for registry in (losses.MATCH_LOSS_MAP, PROJ_MAP, WEIGHT_SCHEDULER, matching.ADAPTORS):
@@ -250,10 +273,12 @@ def test_a_plugin_that_fails_is_one_line(content: str | None, tmp_path: Path) ->
         ("layer_S=0,layer_S=4,layer_T=1,feature=hidden,loss=cos", "a key comes twice.*0\\+4"),
         ("layer_S=1,layer_T=1,feature=hidden,loss=cos,weight=nan", "weight nan"),
         ("layer_S=1,layer_T=1,feature=hidden,loss=cos,weight=-1", "weight -1"),
-        ("layer_S=1,layer_T=1,feature=attention,loss=attention_ce,attention=probabilities",
-         "takes scores"),
+        (
+            "layer_S=1,layer_T=1,feature=attention,loss=attention_ce,attention=probabilities",
+            "takes scores",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_match_that_says_too_little_or_too_much_is_refused(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         options.parse_args(["--match", text])
@@ -261,9 +286,14 @@ def test_a_match_that_says_too_little_or_too_much_is_refused(text: str, words: s
 
 @pytest.mark.parametrize(
     "flags",
-    ["--kd-loss-weight -1", "--hard-label-weight nan", "--ranking-kl-weight nan",
-     "--ranking-tau inf", "--distillation-tau inf"],
-)  # fmt: skip
+    [
+        "--kd-loss-weight -1",
+        "--hard-label-weight nan",
+        "--ranking-kl-weight nan",
+        "--ranking-tau inf",
+        "--distillation-tau inf",
+    ],
+)
 def test_weights_and_temperatures_are_finite_and_not_below_zero(flags: str) -> None:
     with pytest.raises(UserError, match="must be"):
         options.parse_args(["--distillation-type", "soft", *flags.split()])

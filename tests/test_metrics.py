@@ -11,7 +11,7 @@ import torch
 from training import metrics
 
 
-def test_accuracy_counts_pictures_and_clamps_k() -> None:
+def test_accuracy_counts_images_and_clamps_k() -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 1.0, 2.0], [5.0, 1.0, 0.0]])
     labels = torch.tensor([0, 0, 1])
     top1, top2, top5 = metrics.accuracy(logits, labels, topk=(1, 2, 5))
@@ -80,8 +80,15 @@ def test_a_log_line_starts_with_deits_keys(tmp_path: Path) -> None:
     epoch(log, 0)
     log.close()
     record = json.loads((tmp_path / "log.txt").read_text())
-    assert record == {"train_loss": 1.0, "train_lr": 0.1, "test_loss": 2.0, "test_acc1": 3.0,
-                      "epoch": 0, "n_parameters": 7, "ema_acc1": 4.0}  # fmt: skip
+    assert record == {
+        "train_loss": 1.0,
+        "train_lr": 0.1,
+        "test_loss": 2.0,
+        "test_acc1": 3.0,
+        "epoch": 0,
+        "n_parameters": 7,
+        "ema_acc1": 4.0,
+    }
     assert list((tmp_path / "tensorboard").iterdir())
 
 

@@ -35,12 +35,31 @@ def test_a_deit_model_has_the_released_files_keys_and_size(name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(name)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
-    block = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
-             "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias",
-             "mlp.fc2.weight", "mlp.fc2.bias"]  # fmt: skip
+    block = [
+        "norm1.weight",
+        "norm1.bias",
+        "attn.qkv.weight",
+        "attn.qkv.bias",
+        "attn.proj.weight",
+        "attn.proj.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "mlp.fc1.weight",
+        "mlp.fc1.bias",
+        "mlp.fc2.weight",
+        "mlp.fc2.bias",
+    ]
     keys = {f"blocks.{i}.{rest}" for i in range(12) for rest in block}
-    keys |= {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-             "norm.weight", "norm.bias", "head.weight", "head.bias"}  # fmt: skip
+    keys |= {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "patch_embed.proj.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     if "distilled" in name:
         keys |= {"dist_token", "head_dist.weight", "head_dist.bias"}
     assert set(network.state_dict()) == keys
@@ -233,7 +252,7 @@ def test_resampling_to_the_same_grid_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(new.pos_embed[:, 2:], old.pos_embed[:, 1:])
 
 
-def test_resampling_keeps_a_gradient_across_the_picture(tmp_path: Path) -> None:
+def test_resampling_keeps_a_gradient_across_the_image(tmp_path: Path) -> None:
     old = models.create_model(PLAIN)
     ramp = torch.linspace(0, 1, 8)[:, None].expand(8, 8).reshape(1, 64, 1)  # rows go down
     with torch.no_grad():

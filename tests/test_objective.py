@@ -39,8 +39,14 @@ MATCH_ALL = [
 def vit(width: int, depth: int, heads: int, *, distilled: bool = False, seed: int = 0, **options):
     torch.manual_seed(seed)
     name = "deit_tiny_distilled_patch16_224" if distilled else "vit_tiny_patch16_224"
-    shape = {"img_size": 8, "patch_size": 4, "embed_dim": width, "depth": depth,
-             "num_heads": heads, "num_classes": 5}  # fmt: skip
+    shape = {
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "num_classes": 5,
+    }
     return timm.create_model(name, **(shape | options))
 
 
@@ -63,9 +69,14 @@ def build(*flags: str, student=None, teacher=None, total: int = 4):
     """Return (student, teacher, objective, args) of a command line."""
     args = options.parse_args([*PLAIN, *flags]).args
     student, teacher = student_of(args, student), teacher or vit_teacher()
-    return student, teacher, objective.build_objective(
-        args, student, teacher, mixing=False, input_size=(8, 8), total_updates=total
-    ), args  # fmt: skip
+    return (
+        student,
+        teacher,
+        objective.build_objective(
+            args, student, teacher, mixing=False, input_size=(8, 8), total_updates=total
+        ),
+        args,
+    )
 
 
 def matches(*texts: str) -> list[str]:
@@ -89,8 +100,12 @@ def test_without_a_match_nothing_changes() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
     assert not list(student.projections.parameters()) and student.taps is None
     cls, dist = student(IMAGES)
-    kl = F.kl_div(dist.log_softmax(1), teacher(IMAGES).log_softmax(1), log_target=True,
-                  reduction="sum") / dist.numel()  # fmt: skip
+    kl = (
+        F.kl_div(
+            dist.log_softmax(1), teacher(IMAGES).log_softmax(1), log_target=True, reduction="sum"
+        )
+        / dist.numel()
+    )
     assert torch.equal(
         loss_of(student, teacher, criterion), 0.5 * F.cross_entropy(cls, LABELS) + 0.5 * kl
     )
@@ -98,14 +113,21 @@ def test_without_a_match_nothing_changes() -> None:
 
 def test_the_loss_is_the_sum_of_weighted_terms() -> None:
     texts = [f"{text},weight={0.1 * (i + 1)}" for i, text in enumerate(MATCH_ALL)]
-    student, teacher, criterion, _ = build("--distillation-type", "hard", "--distillation-alpha",
-                                           "0.3", *matches(*texts))  # fmt: skip
+    student, teacher, criterion, _ = build(
+        "--distillation-type", "hard", "--distillation-alpha", "0.3", *matches(*texts)
+    )
     loss, terms = loss_of(student, teacher, criterion), criterion.terms
     assert list(terms) == [
-        "base", "distillation", "hidden_hidden_mse_2_3", "hidden_cos_1_2", "hidden_pkd_-1_-1",
-        "hidden_fsp_0-2_0-3", "hidden_nst_0-2_0-3", "attention_attention_ce_mean_1_2",
+        "base",
+        "distillation",
+        "hidden_hidden_mse_2_3",
+        "hidden_cos_1_2",
+        "hidden_pkd_-1_-1",
+        "hidden_fsp_0-2_0-3",
+        "hidden_nst_0-2_0-3",
+        "attention_attention_ce_mean_1_2",
         "pooled_vkd_0_0",
-    ]  # fmt: skip
+    ]
     values = list(terms.values())
     total = 0.7 * values[0] + 0.3 * values[1]
     total = total + sum(0.1 * (i + 1) * value for i, value in enumerate(values[2:]))
@@ -172,12 +194,15 @@ def test_attention_is_not_clipped_unless_asked() -> None:
 
 
 def test_a_cnn_teaches_hidden_states_fsp_and_pooled_features() -> None:
-    student, teacher, criterion, _ = build(*matches(
-        "layer_S=2,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=bilinear,"
-        "proj=linear",
-        "layer_S=0+2,layer_T=0+1,feature=hidden,loss=fsp,proj=linear",
-        "feature=pooled,loss=pkd,proj=linear",
-    ), teacher=cnn_teacher())  # fmt: skip
+    student, teacher, criterion, _ = build(
+        *matches(
+            "layer_S=2,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=bilinear,"
+            "proj=linear",
+            "layer_S=0+2,layer_T=0+1,feature=hidden,loss=fsp,proj=linear",
+            "feature=pooled,loss=pkd,proj=linear",
+        ),
+        teacher=cnn_teacher(),
+    )
     loss_of(student, teacher, criterion).backward()
     assert student.projections["hidden_hidden_mse_2_-1"].weight.grad.abs().sum() > 0
 
@@ -197,9 +222,14 @@ def test_a_teacher_without_a_classifier_serves_matches_and_ranking() -> None:
         vit(18, 3, 3, seed=1, img_size=14, patch_size=2, num_classes=0),
         InputAdapter(INPUTS, InputConfig((14, 14), (0.5,) * 3, (0.5,) * 3)),
     )
-    student, teacher, criterion, _ = build(*matches(
-        "layer_S=2,layer_T=3,feature=hidden,loss=cos,tokens=patch,resize=avg,proj=linear"),
-        "--ranking-kl-weight", "2", "--ranking-tau", "0.5", teacher=teacher)  # fmt: skip
+    student, teacher, criterion, _ = build(
+        *matches("layer_S=2,layer_T=3,feature=hidden,loss=cos,tokens=patch,resize=avg,proj=linear"),
+        "--ranking-kl-weight",
+        "2",
+        "--ranking-tau",
+        "0.5",
+        teacher=teacher,
+    )
     loss = loss_of(student.eval(), teacher, criterion)
     assert list(criterion.terms) == ["base", "hidden_cos_2_3", "ranking"]
     pooled_S, pooled_T = student(IMAGES).states["ranking"][0], teacher(IMAGES).logits
@@ -215,28 +245,52 @@ def test_a_teacher_without_a_classifier_serves_matches_and_ranking() -> None:
         ("layer_S=3,layer_T=3,feature=hidden,loss=cos", vit_teacher, "layer 3 .*range.*0 to 2"),
         ("layer_S=0,layer_T=4,feature=hidden,loss=cos", vit_teacher, "layer 4 .*range.*0 to 3"),
         ("layer_S=0,layer_T=0,feature=hidden,loss=cos,tokens=cls", vit_teacher, r"12.*18.*proj"),
-        ("layer_S=0,layer_T=0,feature=hidden,loss=cos,tokens=patch,proj=linear:13:18",
-         vit_teacher, "width 13 for the student.*12"),
-        ("layer_S=0,layer_T=0,feature=hidden,loss=cos,tokens=patch,proj=linear:12:19",
-         vit_teacher, "width 19 for the teacher.*18"),
-        ("layer_S=0,layer_T=0,feature=attention,loss=attention_mse,tokens=patch", vit_teacher,
-         "2 heads against 3: use attention_mse_sum"),
-        ("layer_S=0,layer_T=0,feature=attention,loss=attention_ce,tokens=patch", vit_teacher,
-         "attention_ce_mean"),
-        ("layer_S=0,layer_T=0,feature=attention,loss=attention_ce_mean,tokens=patch", cnn_teacher,
-         "no attention"),
+        (
+            "layer_S=0,layer_T=0,feature=hidden,loss=cos,tokens=patch,proj=linear:13:18",
+            vit_teacher,
+            "width 13 for the student.*12",
+        ),
+        (
+            "layer_S=0,layer_T=0,feature=hidden,loss=cos,tokens=patch,proj=linear:12:19",
+            vit_teacher,
+            "width 19 for the teacher.*18",
+        ),
+        (
+            "layer_S=0,layer_T=0,feature=attention,loss=attention_mse,tokens=patch",
+            vit_teacher,
+            "2 heads against 3: use attention_mse_sum",
+        ),
+        (
+            "layer_S=0,layer_T=0,feature=attention,loss=attention_ce,tokens=patch",
+            vit_teacher,
+            "attention_ce_mean",
+        ),
+        (
+            "layer_S=0,layer_T=0,feature=attention,loss=attention_ce_mean,tokens=patch",
+            cnn_teacher,
+            "no attention",
+        ),
         ("layer_S=0,layer_T=0,feature=hidden,loss=cos,proj=linear", vit_teacher, "tokens=patch"),
-        ("layer_S=0,layer_T=0,feature=hidden,loss=cos,proj=linear,tokens=dist", vit_teacher,
-         "no dist token"),
-        ("layer_S=0,layer_T=1,feature=hidden,loss=cos,proj=linear,tokens=patch", cnn_teacher,
-         "same patch grid"),
+        (
+            "layer_S=0,layer_T=0,feature=hidden,loss=cos,proj=linear,tokens=dist",
+            vit_teacher,
+            "no dist token",
+        ),
+        (
+            "layer_S=0,layer_T=1,feature=hidden,loss=cos,proj=linear,tokens=patch",
+            cnn_teacher,
+            "same patch grid",
+        ),
         ("layer_S=0,layer_T=1,feature=hidden,loss=pkd,proj=linear", cnn_teacher, "feature=pooled"),
-        ("layer_S=0+1,layer_T=1+2,feature=hidden,loss=fsp,proj=linear", cnn_teacher,
-         r"widths \[16, 32\]"),
+        (
+            "layer_S=0+1,layer_T=1+2,feature=hidden,loss=fsp,proj=linear",
+            cnn_teacher,
+            r"widths \[16, 32\]",
+        ),
         ("layer_S=0+1,layer_T=0+1,feature=hidden,loss=fsp", cnn_teacher, "project the student"),
         ("layer_S=0,layer_T=0,feature=hidden,loss=cos,teacher=b", vit_teacher, r"no teacher 'b'"),
     ],
-)  # fmt: skip
+)
 def test_what_two_networks_cannot_match_is_one_error(match: str, teacher, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build(*matches(match), teacher=teacher())
@@ -253,10 +307,16 @@ def test_a_file_drops_the_label_loss_as_textbrewer_does(tmp_path: Path) -> None:
 def test_scheduled_weights_replace_the_configured_ones_after_the_first_update(
     tmp_path: Path,
 ) -> None:
-    _, _, criterion, args = build(*config(
-        tmp_path, kd_loss_weight=0.7, hard_label_weight=0.3,
-        kd_loss_weight_scheduler="linear_decay", hard_label_weight_scheduler="linear_growth",
-    ), total=4)  # fmt: skip
+    _, _, criterion, args = build(
+        *config(
+            tmp_path,
+            kd_loss_weight=0.7,
+            hard_label_weight=0.3,
+            kd_loss_weight_scheduler="linear_decay",
+            hard_label_weight_scheduler="linear_growth",
+        ),
+        total=4,
+    )
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     schedule = optim.build_schedule(args, optimizer, 4, criterion.at_update)
     found = []
@@ -269,8 +329,9 @@ def test_scheduled_weights_replace_the_configured_ones_after_the_first_update(
 def test_scheduled_temperatures_are_clamped_and_counted(tmp_path: Path) -> None:
     _, _, criterion, _ = build(
         *config(tmp_path, temperature=1, temperature_scheduler=["cwsm", 2]),
-        "--temperature-min", "0.5",
-    )  # fmt: skip
+        "--temperature-min",
+        "0.5",
+    )
     logits = torch.tensor([[9.0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [2, 0, 0, 0, 0]])
     loss = criterion(IMAGES, (logits, logits), LABELS, teacher_outputs=logits.flip(0))
     # 1 / confidence is 1.0, 5.0, 2.5 and 1.5, mean 2.5: the second row gets 1 + 2 * (2.5 - 5) < 0.
@@ -320,8 +381,10 @@ def test_teachers_apart_have_a_term_each_and_matches_name_theirs() -> None:
     pairs = "layer_S=0+2,layer_T=0+3,feature=hidden,loss=nst,tokens=patch,teacher="
     student, _, criterion, _ = build(*two, *matches(pairs + "0", pairs + "b"), teacher=teacher)
     loss_of(student.eval(), teacher, criterion)
-    each = [F.cross_entropy(student(IMAGES).logits[1], logits.argmax(1))
-            for logits in teacher(IMAGES).logits]  # fmt: skip
+    each = [
+        F.cross_entropy(student(IMAGES).logits[1], logits.argmax(1))
+        for logits in teacher(IMAGES).logits
+    ]
     torch.testing.assert_close(
         criterion.terms["distillation"], (0.75 * each[0] + 0.25 * each[1]).detach()
     )
@@ -360,17 +423,23 @@ class Strange(nn.Module):
 
 def test_an_adaptor_hands_over_what_the_taps_do_not_know(monkeypatch) -> None:
     adaptor = lambda images, output: {  # noqa: E731
-        "logits": [output[0]], "hidden": output[1], "losses": [output[0].new_tensor(0.25)],
+        "logits": [output[0]],
+        "hidden": output[1],
+        "losses": [output[0].new_tensor(0.25)],
         "inputs_mask": torch.ones(len(images), 64),
-    }  # fmt: skip
+    }
     monkeypatch.setitem(ADAPTORS, "strange", adaptor)
     teacher = Teacher(Strange(9), InputAdapter(INPUTS, INPUTS), adaptor=adaptor)
     assert teacher(IMAGES).shape == (4, 5)
     student, teacher, criterion, _ = build(
-        "--student-adaptor", "strange", "--teacher-adaptor", "strange",
+        "--student-adaptor",
+        "strange",
+        "--teacher-adaptor",
+        "strange",
         *matches("layer_S=1,layer_T=0,feature=hidden,loss=cos,proj=linear"),
-        student=Strange(7), teacher=teacher,
-    )  # fmt: skip
+        student=Strange(7),
+        teacher=teacher,
+    )
     loss = loss_of(student, teacher, criterion)
     base, own, match = criterion.terms.values()
     torch.testing.assert_close(loss.detach(), base + own + match)
@@ -381,9 +450,12 @@ def test_an_adaptor_hands_over_what_the_taps_do_not_know(monkeypatch) -> None:
 
 
 def test_every_projection_is_an_optimizer_group_of_its_own() -> None:
-    student, _, _, args = build(*matches(
-        "layer_S=1,layer_T=1,feature=hidden,loss=cos,tokens=patch,proj=linear:auto:auto:lr=0.02",
-        "feature=pooled,loss=vkd,proj=orthogonal"))  # fmt: skip
+    student, _, _, args = build(
+        *matches(
+            "layer_S=1,layer_T=1,feature=hidden,loss=cos,tokens=patch,proj=linear:auto:auto:lr=0.02",
+            "feature=pooled,loss=vkd,proj=orthogonal",
+        )
+    )
     optimizer, _ = optim.build_optimizer(args, student, 1)
     linear, orthogonal = optimizer.param_groups[-2:]
     assert (linear["lr"], linear["weight_decay"]) == (0.02, args.weight_decay)
@@ -398,15 +470,25 @@ def test_every_projection_is_an_optimizer_group_of_its_own() -> None:
 def test_the_engine_trains_projections_and_clips_them_and_the_average_has_none() -> None:
     student, teacher, criterion, args = build(
         *matches("feature=pooled,loss=vkd,proj=orthogonal,weight=3", MATCH_ALL[0]),
-        "--distillation-type", "hard", "--lr", "1",
-    )  # fmt: skip
+        "--distillation-type",
+        "hard",
+        "--lr",
+        "1",
+    )
     ema = optim.build_ema(args, student.network)
     optimizer, _ = optim.build_optimizer(args, student, 1)
     before = student.projections["pooled_vkd_0_0"].weight.detach().clone()
     stats = train_one_epoch(
-        student, criterion, [(IMAGES, LABELS)] * 3, optimizer, torch.device("cpu"), 0,
-        teacher=teacher, max_norm=1e-3, model_ema=ema,
-    )  # fmt: skip
+        student,
+        criterion,
+        [(IMAGES, LABELS)] * 3,
+        optimizer,
+        torch.device("cpu"),
+        0,
+        teacher=teacher,
+        max_norm=1e-3,
+        model_ema=ema,
+    )
     projected = student.projections["pooled_vkd_0_0"].weight
     assert not torch.equal(projected, before)
     assert (projected.mT @ projected - torch.eye(12)).norm() < 1e-5
@@ -416,7 +498,7 @@ def test_the_engine_trains_projections_and_clips_them_and_the_average_has_none()
 
 @pytest.mark.parametrize(("distillation", "warns"), [(0.001, True), (0.5, False)])
 def test_a_term_lost_beside_the_other_is_warned_of(distillation: float, warns: bool, caplog):
-    objective.warn_of_lost_terms({"base": 2.0, "distillation": distillation})
+    objective.warn_about_small_terms({"base": 2.0, "distillation": distillation})
     assert ("batchmean" in caplog.text) == warns
 
 

@@ -62,11 +62,16 @@ def matches(texts: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def vit_teacher(run_main, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("teacher")
-    made = run_main(*QUICK, "--model", "deit_pico_patch4_32", "--epochs", "1", "--output_dir",
-                    str(folder))  # fmt: skip
+    made = run_main(
+        *QUICK, "--model", "deit_pico_patch4_32", "--epochs", "1", "--output_dir", str(folder)
+    )
     assert made.returncode == 0, made.stderr
-    return ["--teacher-model", "deit_pico_patch4_32", "--teacher-path",
-            str(folder / "checkpoint.pth")]  # fmt: skip
+    return [
+        "--teacher-model",
+        "deit_pico_patch4_32",
+        "--teacher-path",
+        str(folder / "checkpoint.pth"),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
@@ -74,9 +79,21 @@ def test_two_processes_keep_the_same_projections(
     kind: str, run_torchrun, vit_teacher: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "plugin.py").write_text(PLUGIN)
-    flags = ["--plugin", str(tmp_path / "plugin.py"), "--distillation-type", "hard",
-             "--ranking-kl-weight", "1", "--ranking-gather", "--clip-grad", "1", "--epochs", "1",
-             "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    flags = [
+        "--plugin",
+        str(tmp_path / "plugin.py"),
+        "--distillation-type",
+        "hard",
+        "--ranking-kl-weight",
+        "1",
+        "--ranking-gather",
+        "--clip-grad",
+        "1",
+        "--epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     flags += [*vit_teacher, *matches(VIT_MATCHES)] if kind == "vit" else matches(CNN_MATCHES)
     result = run_torchrun(2, *QUICK, *flags)
     assert result.returncode == 0, result.stderr
@@ -101,8 +118,19 @@ def test_a_killed_and_resumed_run_has_the_projections_of_one_that_was_not(
 ) -> None:
     texts = [text.replace("dumped", "linear") for text in VIT_MATCHES]
     texts.append("feature=pooled,loss=vkd,proj=orthogonal")
-    flags = [*QUICK, *vit_teacher, *matches(texts), "--distillation-type", "soft", "--kd-loss-type",
-             "ce", "--kd-loss-weight-scheduler", "linear_decay", "--epochs", "2"]  # fmt: skip
+    flags = [
+        *QUICK,
+        *vit_teacher,
+        *matches(texts),
+        "--distillation-type",
+        "soft",
+        "--kd-loss-type",
+        "ce",
+        "--kd-loss-weight-scheduler",
+        "linear_decay",
+        "--epochs",
+        "2",
+    ]
     whole = run_main(*flags, "--output_dir", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     half = tmp_path / "parts" / "checkpoint.pth"
@@ -137,22 +165,34 @@ def test_a_killed_and_resumed_run_has_the_projections_of_one_that_was_not(
         ("--match layer_S=0,layer_T=0,feature=attention,loss=attention_mse", "is a CNN"),
         ("--match layer_S=0,layer_T=0,feature=hidden,loss=coss", "cos, fsp"),
         ("--match layer_S=4,layer_T=4,feature=hidden,loss=cos,proj=linear,tokens=patch", "grid"),
-        ("--match layer_S=4,layer_T=4,feature=hidden,loss=cos,proj=linear:1:2,tokens=patch",
-         "width 1"),
-        ("--distillation-type soft --kd-loss-type ce --probability-shift --mixup 0.8",
-         "--mixup 0"),
+        (
+            "--match layer_S=4,layer_T=4,feature=hidden,loss=cos,proj=linear:1:2,tokens=patch",
+            "width 1",
+        ),
+        ("--distillation-type soft --kd-loss-type ce --probability-shift --mixup 0.8", "--mixup 0"),
         ("--distillation-type soft --distillation-tau -1", "above 0"),
         ("--plugin nowhere.py", "nowhere.py"),
-        ("--match layer_S=4,layer_T=-1,feature=hidden,loss=pkd,tokens=patch,proj=linear",
-         "class tokens"),
-        ("--match layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=avg,"
-         "proj=linear:auto:auto:lr=-1", "rates"),
-        ("--teacher-model resnet_pico --teacher-model resnet_pico --match "
-         "feature=pooled,loss=cos,teacher=resnet_pico", "several teachers"),
-        ("--input-size 16 64 --teacher-model deit_pico_patch4_32 --teacher-path VIT --match "
-         "layer_S=4,layer_T=4,feature=hidden,loss=cos,tokens=patch", "lie 4x16"),
+        (
+            "--match layer_S=4,layer_T=-1,feature=hidden,loss=pkd,tokens=patch,proj=linear",
+            "class tokens",
+        ),
+        (
+            "--match layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=avg,"
+            "proj=linear:auto:auto:lr=-1",
+            "rates",
+        ),
+        (
+            "--teacher-model resnet_pico --teacher-model resnet_pico --match "
+            "feature=pooled,loss=cos,teacher=resnet_pico",
+            "several teachers",
+        ),
+        (
+            "--input-size 16 64 --teacher-model deit_pico_patch4_32 --teacher-path VIT --match "
+            "layer_S=4,layer_T=4,feature=hidden,loss=cos,tokens=patch",
+            "lie 4x16",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_and_exit_code_2(
     flags: str, words: str, run_inside, vit_teacher: list[str]
 ) -> None:

@@ -11,8 +11,16 @@ from training import optim
 
 
 def make(*flags: str, world: int = 1):
-    base = ["--data-path", "x", "--model", "deit_pico_distilled_patch4_32", "--epochs", "10",
-            "--warmup-epochs", "2"]  # fmt: skip
+    base = [
+        "--data-path",
+        "x",
+        "--model",
+        "deit_pico_distilled_patch4_32",
+        "--epochs",
+        "10",
+        "--warmup-epochs",
+        "2",
+    ]
     args = options.parse_args([*base, *flags]).args
     student = models.build_student(args, 5, models.build_input_config(args))
     optimizer, lr = optim.build_optimizer(args, student, world)
@@ -93,8 +101,17 @@ def test_the_rate_is_a_function_of_the_step_whatever_came_before(flags: list[str
 
 
 def test_a_plateau_lowers_the_rate_and_its_memory_can_be_saved() -> None:
-    args, _, optimizer, _ = make("--sched", "plateau", "--patience-epochs", "1", "--unscale-lr",
-                                 "--lr", "1", "--warmup-epochs", "0")  # fmt: skip
+    args, _, optimizer, _ = make(
+        "--sched",
+        "plateau",
+        "--patience-epochs",
+        "1",
+        "--unscale-lr",
+        "--lr",
+        "1",
+        "--warmup-epochs",
+        "0",
+    )
     schedule = optim.build_schedule(args, optimizer, 3)
     for epoch in range(3):
         schedule.end_epoch(epoch, 50.0)

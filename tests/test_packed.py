@@ -1,4 +1,4 @@
-"""A prepared data set: the same pictures in a few files, however often its making was stopped."""
+"""A prepared data set: the same images in a few files, however often its making was stopped."""
 
 import contextlib
 import fcntl
@@ -45,7 +45,7 @@ def settings(folder: object, *flags: str, name: str = "PREPARED"):
             "--batch-size",
             "7",
             *flags,
-        ]  # fmt: skip
+        ]
     )
 
 
@@ -56,7 +56,7 @@ def load(folder: object, *flags: str, name: str = "PREPARED", rank: int = 0, wor
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of several shapes and formats: two classes, 7 to train and 3 to evaluate."""
+    """Images of several shapes and formats: two classes, 7 to train and 3 to evaluate."""
     root = tmp_path_factory.mktemp("source")
     rng = np.random.default_rng(0)
     shapes = [(50, 70), (70, 50), (64, 64), (31, 90), (45, 45)]
@@ -64,18 +64,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(count):
             coarse = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
             shape = shapes[number % len(shapes)]
-            picture = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
+            image = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
             path = (
                 root / split / f"class{number % 2}" / f"{number}.{('jpg', 'png')[number % 3 == 2]}"
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            image.save(path)
     return root
 
 
 def prepare(source: object, target: Path, *flags: str) -> Path:
-    assert tool.main([str(source), str(target), "--short-side", "45", "--num-workers", "0",
-                      *flags]) == 0  # fmt: skip
+    assert (
+        tool.main([str(source), str(target), "--short-side", "45", "--num-workers", "0", *flags])
+        == 0
+    )
     return target
 
 
@@ -88,9 +90,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_pictures_keep_class_order_and_shape_and_are_never_enlarged(
-    folder: Path, made: Path
-) -> None:
+def test_images_keep_class_order_and_shape_and_are_never_enlarged(folder: Path, made: Path) -> None:
     assert len(list(made.iterdir())) == 5
     for is_train in (True, False):
         data, classes = build_dataset(is_train, settings(made), INPUTS)
@@ -104,15 +104,15 @@ def test_pictures_keep_class_order_and_shape_and_are_never_enlarged(
             scale = min(1.0, 45 / min(height, width))
             assert size_of(ours) == (round(height * scale), round(width * scale))
             assert label == wanted
-    assert f"train on 7 pictures prepared in {made} (train), 2 classes" in load(made).describe()
+    assert f"train on 7 images prepared in {made} (train), 2 classes" in load(made).describe()
 
 
 def test_raw_pixels_are_pillows(folder: Path, tmp_path: Path) -> None:
     source = Prepared(prepare(folder, tmp_path / "out"), "val")
     for index, path in enumerate(sorted((folder / "val").glob("*/*"))):
-        picture = Image.open(path).convert("RGB")
+        image = Image.open(path).convert("RGB")
         ours = source.load(index)[0]
-        theirs = picture.resize(ours.shape[1::-1], Image.Resampling.BICUBIC)
+        theirs = image.resize(ours.shape[1::-1], Image.Resampling.BICUBIC)
         assert np.array_equal(ours, np.asarray(theirs))
 
 
@@ -141,8 +141,9 @@ def test_neither_workers_nor_processes_change_a_pixel(made: Path) -> None:
     alone = [images for images, _ in load(made, *flags).train]
     workers = [images for images, _ in load(made, *flags, "--num-workers", "2").train]
     assert all(one.equal(other) for one, other in zip(alone, workers))
-    ranks = [load(made, "--batch-size", "1", "--no-repeated-aug", rank=r, world=2).train
-             for r in (0, 1)]  # fmt: skip
+    ranks = [
+        load(made, "--batch-size", "1", "--no-repeated-aug", rank=r, world=2).train for r in (0, 1)
+    ]
     parts = [torch.cat(pair) for pair in zip(*([images for images, _ in rank] for rank in ranks))]
     assert len(parts) == 3 and all(one.equal(other) for one, other in zip(alone, parts))
 
@@ -156,16 +157,23 @@ def test_a_killed_preparation_goes_on_to_the_same_bits(
     row = packed.ROW.itemsize
     rows = np.frombuffer(whole["train.table"], packed.ROW)
     size = len(whole["train.bin"])
-    for number, (table, pictures) in enumerate([
-        (0, 0), (0, 17), (2 * row, int(rows["offset"][2])), (2 * row, int(rows["offset"][3]) + 5),
-        (2 * row + 9, size), (4 * row, int(rows["offset"][4]) - 1), (7 * row, size),
-    ]):  # fmt: skip
+    for number, (table, images) in enumerate(
+        [
+            (0, 0),
+            (0, 17),
+            (2 * row, int(rows["offset"][2])),
+            (2 * row, int(rows["offset"][3]) + 5),
+            (2 * row + 9, size),
+            (4 * row, int(rows["offset"][4]) - 1),
+            (7 * row, size),
+        ]
+    ):
         target = tmp_path / f"killed{number}"
         target.mkdir()
         plan = json.loads(whole[packed.MANIFEST])["plan"]
         (target / packed.PLAN).write_text(json.dumps({"plan": plan}))
         (target / "train.table").write_bytes(whole["train.table"][:table])
-        (target / "train.bin").write_bytes(whole["train.bin"][:pictures])
+        (target / "train.bin").write_bytes(whole["train.bin"][:images])
         with pytest.raises(UserError, match="not finished; start"):
             Prepared(target, "train")
         assert content(prepare(folder, target, "--format", form)) == whole
@@ -183,7 +191,7 @@ def _prepare_and_die(folder: Path, target: Path) -> None:
     prepare(folder, target, "--num-workers", "2")
 
 
-def test_after_a_kill_no_whole_picture_is_lost_and_no_worker_holds_the_files(
+def test_after_a_kill_no_whole_image_is_lost_and_no_worker_holds_the_files(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     whole = content(prepare(folder, tmp_path / "whole"))
@@ -219,7 +227,7 @@ def _refused(folder: Path, made: Path) -> int:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_picture_is_decoded_once(
+def test_a_image_is_decoded_once(
     form: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, decode = [], image_ops.decode
@@ -278,7 +286,7 @@ def test_damage_is_found(made: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     source = Prepared(target, "train")
     flip_a_bit(target / "train.bin", int(source._rows["offset"][4]) + 30)
     assert tool.main([str(target), "--verify"]) == 2
-    assert f"1 pictures are damaged (4 (train) of {target})" in capsys.readouterr().err
+    assert f"1 images are damaged (4 (train) of {target})" in capsys.readouterr().err
     if source.kind == packed.JPEG:
         data, _ = build_dataset(True, settings(target), INPUTS)
         with pytest.raises(UserError, match="cannot be read: damaged"):
@@ -293,9 +301,10 @@ def test_what_is_no_prepared_data_set_is_told(made: Path, tmp_path: Path) -> Non
         load(tmp_path)
     target = shutil.copytree(made, tmp_path / "copy")
     manifest = json.loads((target / packed.MANIFEST).read_text())
-    for change, wanted in (({"format": 9}, "format 9, this program reads 1"),
-                           ({"splits": {"val": manifest["splits"]["val"]}}, "has no train part"),
-                           ):  # fmt: skip
+    for change, wanted in (
+        ({"format": 9}, "format 9, this program reads 1"),
+        ({"splits": {"val": manifest["splits"]["val"]}}, "has no train part"),
+    ):
         (target / packed.MANIFEST).write_text(json.dumps(manifest | change))
         with pytest.raises(UserError, match=wanted):
             load(target)
@@ -317,12 +326,12 @@ def test_the_fingerprint_knows_every_bit_but_not_the_place(made: Path, tmp_path:
     assert load(target).fingerprint() != load(made).fingerprint()
 
 
-def test_bad_pictures_end_the_preparation_or_are_left_out(
+def test_bad_images_end_the_preparation_or_are_left_out(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source = shutil.copytree(folder, tmp_path / "source")
     bad = sorted((source / "train").glob("*/*"))[3]
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     assert tool.main([str(source), str(tmp_path / "out"), "--num-workers", "0"]) == 2
     assert str(bad) in capsys.readouterr().err
     made = prepare(source, tmp_path / "skip", "--on-bad-image", "skip")
@@ -350,7 +359,7 @@ def test_workers_that_do_not_fork_open_the_files_again(made: Path) -> None:
     assert np.array_equal(np.asarray(pickle.loads(data).load(5)[0]), np.asarray(source.load(5)[0]))
 
 
-def test_every_checksum_is_of_its_pictures_bytes(made: Path) -> None:
+def test_every_checksum_is_of_its_images_bytes(made: Path) -> None:
     rows = np.fromfile(made / "val.table", packed.ROW)
     data = (made / "val.bin").read_bytes()
     for row in rows:

@@ -67,8 +67,11 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     if page.name == "coming-from-timm.md":
         text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
-    known = [options.get_args_parser(), run_with_submitit.get_submitit_parser(),
-             *(tool._parser() for tool in TOOLS.values())]  # fmt: skip
+    known = [
+        options.get_args_parser(),
+        run_with_submitit.get_submitit_parser(),
+        *(tool._parser() for tool in TOOLS.values()),
+    ]
     known.append(torch.distributed.run.get_args_parser())
     names = {
         name for parser in known for action in parser._actions for name in action.option_strings
@@ -83,12 +86,15 @@ def test_the_readme_names_every_room() -> None:
     assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []
 
 
-def test_the_readme_tells_the_same_story_of_own_pictures_as_their_page() -> None:
+def test_the_readme_tells_the_same_story_of_own_images_as_their_page() -> None:
     readme, page = (
-        [shlex.join(shlex.split(command)) for command in commands(path) if "runs/" in command
-         and "my_pictures" in command or "exported" in command]
+        [
+            shlex.join(shlex.split(command))
+            for command in commands(path)
+            if "runs/" in command and "my_images" in command or "exported" in command
+        ]
         for path in (ROOT / "README.md", ROOT / "docs" / "own-data.md")
-    )  # fmt: skip
+    )
     assert len(readme) >= 6 and set(readme) <= set(page)
 
 

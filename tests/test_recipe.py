@@ -42,8 +42,8 @@ PRE_21K = (
 )
 FINE_21K = PRE_21K + " --input-size 224 --lr 3e-4 --epochs 50"
 
-# name: (pictures an update, learning rate at it, Acc@1 or None, model, flags). Accuracies: Tables
-# 3, 5 and 7 of arXiv 2012.12877, and README_revenge.md. Pictures: Table 9, issue 45, and processes
+# name: (images an update, learning rate at it, Acc@1 or None, model, flags). Accuracies: Tables
+# 3, 5 and 7 of arXiv 2012.12877, and README_revenge.md. Images: Table 9, issue 45, and processes
 # times --batch of the READMEs' commands.
 PUBLISHED = {
     f"deit_{size}_{kind}": (1024, 1e-3, acc1, f"deit_{size}_{model}", TABLE_9 + flags)
@@ -74,36 +74,73 @@ for _name, _acc1, _model, _flags in (
 for _data, _set, _accuracies in (("10", "CIFAR10", (99.1, 99.1)), ("100", "CIFAR", (90.8, 91.3))):
     for _acc1, _token, _model in zip(_accuracies, ("", "_token"), ("", "distilled_")):
         PUBLISHED[f"cifar{_data}_deit_base{_token}"] = (
-            768, 0.01, _acc1, f"deit_base_{_model}patch16_224", f"{ISSUE_45} --data-set {_set}"
-        )  # fmt: skip
+            768,
+            0.01,
+            _acc1,
+            f"deit_base_{_model}patch16_224",
+            f"{ISSUE_45} --data-set {_set}",
+        )
 for _name, _batch, _lr, _acc1, _model, _flags in (
     ("small", 8 * 256, 4e-3, 81.4, "small_patch16", f"{PRE_1K} --input-size 224 --drop-path 0.05"),
     ("base", 8 * 256, 3e-3, None, "base_patch16", f"{PRE_1K} --input-size 192 --drop-path 0.2"),
     ("large", 32 * 64, 3e-3, None, "large_patch16", f"{PRE_1K} --input-size 192 --drop-path 0.45"),
     ("huge", 32 * 64, 3e-3, None, "huge_patch14", f"{PRE_1K} --input-size 160 --drop-path 0.6"),
     ("base_224", 8 * 64, 1e-5, 83.8, "base_patch16", f"{FINE_1K} --input-size 224 --drop-path 0.2"),
-    ("large_224", 8 * 64, 1e-5, 84.9, "large_patch16",
-     f"{FINE_1K} --input-size 224 --drop-path 0.45"),
-    ("huge_224", 16 * 32, 1e-5, 85.2, "huge_patch14",
-     f"{FINE_1K} --input-size 224 --drop-path 0.55"),
-    ("small_384", 8 * 64, 1e-5, 83.4, "small_patch16",
-     f"{FINE_1K} --input-size 384 --drop-path 0"),
-    ("small_21k", 16 * 128, 1e-3, None, "small_patch16",
-     f"{PRE_21K} --input-size 224 --drop-path 0.05"),
-    ("base_21k", 32 * 64, 1e-3, None, "base_patch16",
-     f"{PRE_21K} --input-size 224 --drop-path 0.1"),
-    ("large_21k", 32 * 64, 1e-3, None, "large_patch16",
-     f"{PRE_21K} --input-size 224 --drop-path 0.3"),
-    ("huge_21k", 32 * 64, 1e-3, None, "huge_patch14",
-     f"{PRE_21K} --input-size 128 --drop-path 0.5 --epochs 90"),
+    (
+        "large_224",
+        8 * 64,
+        1e-5,
+        84.9,
+        "large_patch16",
+        f"{FINE_1K} --input-size 224 --drop-path 0.45",
+    ),
+    (
+        "huge_224",
+        16 * 32,
+        1e-5,
+        85.2,
+        "huge_patch14",
+        f"{FINE_1K} --input-size 224 --drop-path 0.55",
+    ),
+    ("small_384", 8 * 64, 1e-5, 83.4, "small_patch16", f"{FINE_1K} --input-size 384 --drop-path 0"),
+    (
+        "small_21k",
+        16 * 128,
+        1e-3,
+        None,
+        "small_patch16",
+        f"{PRE_21K} --input-size 224 --drop-path 0.05",
+    ),
+    (
+        "base_21k",
+        32 * 64,
+        1e-3,
+        None,
+        "base_patch16",
+        f"{PRE_21K} --input-size 224 --drop-path 0.1",
+    ),
+    (
+        "large_21k",
+        32 * 64,
+        1e-3,
+        None,
+        "large_patch16",
+        f"{PRE_21K} --input-size 224 --drop-path 0.3",
+    ),
+    (
+        "huge_21k",
+        32 * 64,
+        1e-3,
+        None,
+        "huge_patch14",
+        f"{PRE_21K} --input-size 128 --drop-path 0.5 --epochs 90",
+    ),
     ("small_21k_1k", 16 * 128, 3e-4, 83.1, "small_patch16", f"{FINE_21K} --drop-path 0.05"),
     ("base_21k_1k", 32 * 64, 3e-4, 85.7, "base_patch16", f"{FINE_21K} --drop-path 0.15"),
     ("large_21k_1k", 32 * 64, 3e-4, 87.0, "large_patch16", f"{FINE_21K} --drop-path 0.4"),
     ("huge_21k_1k", 32 * 64, 3e-4, 87.2, "huge_patch14", f"{FINE_21K} --drop-path 0.45"),
-):  # fmt: skip
-    PUBLISHED[f"deit3_{_name}"] = (
-        _batch, _lr, _acc1, f"deit_{_model}_LS", f"{_flags} --lr {_lr}"
-    )  # fmt: skip
+):
+    PUBLISHED[f"deit3_{_name}"] = (_batch, _lr, _acc1, f"deit_{_model}_LS", f"{_flags} --lr {_lr}")
 MACHINE = {"recipe", "batch_size", "grad_accum_steps", "finetune"}  # not the source's business
 
 
@@ -248,7 +285,8 @@ def test_the_quick_start_distils_to_what_its_table_says() -> None:
     # The rows of the table are runs without --recipe: the same flags, but for who teaches.
     for flags in ([], ["--distillation-type", "none"], ["--distillation-type", kind]):
         args = options.parse_args(flags).args
-        differ = {flag for flag, value in vars(args).items()
-                  if value != getattr(settings.args, flag)}  # fmt: skip
+        differ = {
+            flag for flag, value in vars(args).items() if value != getattr(settings.args, flag)
+        }
         assert differ == {"recipe"} | ({"distillation_type"} if kind not in flags else set())
     assert options.parse_args([]).args.distillation_type == "none"

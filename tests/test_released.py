@@ -94,8 +94,9 @@ def test_an_original_deit_file_gives_the_logits_of_timms_class(name: str, tmp_pa
     """DeiT's eight names are timm's too, so timm's classes are taken themselves."""
     theirs = VisionTransformerDistilled if "distilled" in name else VisionTransformer
     vit, network = VITS[name], shallow(name)
-    same = theirs(img_size=vit.pixels, embed_dim=vit.width, depth=2, num_heads=vit.heads,
-                  num_classes=7).eval()  # fmt: skip
+    same = theirs(
+        img_size=vit.pixels, embed_dim=vit.width, depth=2, num_heads=vit.heads, num_classes=7
+    ).eval()
     torch.save(original(same), tmp_path / "file.pth")
     models.load_weights(network, str(tmp_path / "file.pth"))
     images = torch.randn(1, 3, vit.pixels, vit.pixels)
@@ -147,8 +148,9 @@ def test_pretrained_loads_the_released_file_strictly_or_for_another_task(
     monkeypatch.setattr(safe_load, "fetch", fetch)
     network = models.create_model("deit_small_patch16_LS", pretrained=True)
     assert torch.equal(network.head.weight, source.head.weight)
-    other = models.create_model("deit_small_patch16_LS.224_1k", pretrained=True, num_classes=7,
-                                img_size=(64, 64))  # fmt: skip
+    other = models.create_model(
+        "deit_small_patch16_LS.224_1k", pretrained=True, num_classes=7, img_size=(64, 64)
+    )
     assert other.head.weight.shape[0] == 7 and other.pos_embed.shape[1] == 16
     assert torch.equal(other.blocks[3].mlp.fc1.weight, source.blocks[3].mlp.fc1.weight)
     assert set(asked) == {RELEASED["deit_small_patch16_LS.224_1k"].url}
@@ -158,8 +160,9 @@ def test_a_file_without_published_hash_is_held_to_its_first_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file",
-                        lambda url, place, **_: Path(place).write_bytes(b"first"))  # fmt: skip
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", lambda url, place, **_: Path(place).write_bytes(b"first")
+    )
     url = RELEASED["cait_XS24.dist"].url
     with pytest.raises(UserError, match="tells no hash"):
         safe_load.fetch(url.partition("#")[0])
@@ -187,9 +190,16 @@ def test_the_published_number_stands_beside_one_of_the_full_set_only() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("deit_small_patch16_LS", 4), ("SMALL_patch16_ls", 4), ("384_21k", 3), ("cait_*", 10),
-     ("resmlp_?2", 3), ("*", len(RELEASED)), ("deit_base_patch16_384", 1)],
-)  # fmt: skip
+    [
+        ("deit_small_patch16_LS", 4),
+        ("SMALL_patch16_ls", 4),
+        ("384_21k", 3),
+        ("cait_*", 10),
+        ("resmlp_?2", 3),
+        ("*", len(RELEASED)),
+        ("deit_base_patch16_384", 1),
+    ],
+)
 def test_the_table_lists_what_matches_a_part_or_a_wildcard(pattern: str, count: int) -> None:
     lines = [line.split()[0] for line in released.table(pattern).splitlines()]
     assert lines[0] == "name" and len([line for line in lines if line in RELEASED]) == count
@@ -230,8 +240,13 @@ def test_torch_hub_serves_the_same_names_with_what_it_says_it_needs() -> None:
         print(*names, *network.pos_embed.shape, *network.head.weight.shape)
     """
     root = Path(__file__).parents[1]
-    said = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True,
-                          timeout=300, cwd=root.parent)  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(root)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=root.parent,
+    )
     assert said.returncode == 0, said.stderr
     *names, _, tokens, width, classes, _ = said.stdout.split()
     assert set(names) == {key.partition(".")[0] for key in RELEASED}
@@ -239,14 +254,23 @@ def test_torch_hub_serves_the_same_names_with_what_it_says_it_needs() -> None:
 
 
 @pytest.mark.slow
-def test_an_evaluation_of_all_pictures_prints_the_published_number(
-    run_inside, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_evaluation_of_all_images_prints_the_published_number(
+    run_inside, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "deit_pico_patch8_32"
     path = tmp_path / "deit_tiny_patch16_224-a1311bcf.pth"
     torch.save({"model": models.create_model(name, num_classes=2).state_dict()}, path)
-    flags = ["--eval", "--model", name, "--data-path", str(picture_folder), "--num_workers", "0",
-             "--resume", str(path)]  # fmt: skip
+    flags = [
+        "--eval",
+        "--model",
+        name,
+        "--data-path",
+        str(image_folder),
+        "--num_workers",
+        "0",
+        "--resume",
+        str(path),
+    ]
     assert "published:" not in run_inside(*flags).stdout
     monkeypatch.setattr(released, "FULL_VALIDATION_SET", 12)
     assert "published: 72.202% for deit_tiny_patch16_224-a1311bcf.pth" in run_inside(*flags).stdout

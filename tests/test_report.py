@@ -62,8 +62,13 @@ def test_a_sure_and_right_network_is_calibrated() -> None:
 
 
 def test_the_agreement_matrix_is_symmetric_and_counts() -> None:
-    matrix = agreement({"a": torch.tensor([0, 1, 2, 3]), "b": torch.tensor([0, 1, 2, 0]),
-                        "c": torch.tensor([1, 1, 0, 0])})  # fmt: skip
+    matrix = agreement(
+        {
+            "a": torch.tensor([0, 1, 2, 3]),
+            "b": torch.tensor([0, 1, 2, 0]),
+            "c": torch.tensor([1, 1, 0, 0]),
+        }
+    )
     assert matrix == [[1, 0.75, 0.25], [0.75, 1, 0.5], [0.25, 0.5, 1]]
 
 
@@ -116,8 +121,15 @@ def test_the_cosine_of_the_tokens_by_hand() -> None:
         assert cosines()[0] == pytest.approx(-(0.5**0.5))
 
 
-OWN = {"distillation_type": "hard", "match": [], "ranking_kl_weight": 0.0, "teacher_adaptor": "",
-       "teacher_model": "cnn", "teacher_path": "cnn.pth", "teacher_weight": None}  # fmt: skip
+OWN = {
+    "distillation_type": "hard",
+    "match": [],
+    "ranking_kl_weight": 0.0,
+    "teacher_adaptor": "",
+    "teacher_model": "cnn",
+    "teacher_path": "cnn.pth",
+    "teacher_weight": None,
+}
 LENDER = report.Run("hard", OWN, {}, {}, [], [], "")
 
 
@@ -128,15 +140,23 @@ LENDER = report.Run("hard", OWN, {}, {}, [], [], "")
         ({}, None, ("", "moved.pth"), ("cnn", "moved.pth", "own")),
         ({}, None, ("cnn", ""), ("cnn", "cnn.pth", "own")),
         ({}, None, ("vit", ""), ("vit", "", "given")),
-        ({"distillation_type": "none", "teacher_path": "idle.pth"}, LENDER, ("", ""),
-         ("cnn", "cnn.pth", "lent")),
+        (
+            {"distillation_type": "none", "teacher_path": "idle.pth"},
+            LENDER,
+            ("", ""),
+            ("cnn", "cnn.pth", "lent"),
+        ),
         ({"distillation_type": "none"}, None, ("cnn", ""), ("cnn", "cnn.pth", "given")),
         ({"distillation_type": "none"}, LENDER, ("vit", "vit.pth"), ("vit", "vit.pth", "given")),
-        ({"distillation_type": "none", "match": ["8:8:hidden:hidden_mse:1"]}, LENDER, ("", ""),
-         ("cnn", "cnn.pth", "own")),
+        (
+            {"distillation_type": "none", "match": ["8:8:hidden:hidden_mse:1"]},
+            LENDER,
+            ("", ""),
+            ("cnn", "cnn.pth", "own"),
+        ),
         ({"distillation_type": "none"}, None, ("", ""), (None, None, "")),
     ],
-)  # fmt: skip
+)
 def test_whose_teacher_a_run_is_measured_against(changes, lender, given, expected) -> None:
     flags, whose = report.teacher_of(OWN | changes, lender, *given)
     assert (flags.get("teacher_model"), flags.get("teacher_path"), whose) == expected
@@ -155,16 +175,31 @@ def measured(
     names = (STUDENT, CLS, DIST, TEACHER)[: 4 if taught else 3]
     logits = {one: torch.randn(90, 30, generator=generator) for one in names}
     classes = [f"{i} sulphur-crested cockatoo, Kakatoe galerita, Cacatua" for i in range(30)]
-    answers = Answers(torch.arange(90) % 30, logits, [-0.05288, 0.5, 0.979],
-                      [(2.5, torch.zeros(3, 8, 8), i) for i in range(5)])  # fmt: skip
-    curve = [{"epoch": i, "test_acc1": 71.234 + i, "train_loss": None if i == 1 else 1234.5 * i}
-             for i in range(epochs)]  # fmt: skip
+    answers = Answers(
+        torch.arange(90) % 30,
+        logits,
+        [-0.05288, 0.5, 0.979],
+        [(2.5, torch.zeros(3, 8, 8), i) for i in range(5)],
+    )
+    curve = [
+        {"epoch": i, "test_acc1": 71.234 + i, "train_loss": None if i == 1 else 1234.5 * i}
+        for i in range(epochs)
+    ]
     teacher = "cnn from /a/very/long/path/" + "without/any/space/" * 9 if taught else ""
     found = {
-        "run": name, "folder": name, "student": "deit", "input": "224x224", "teacher": teacher,
-        "teacher_of": name if taught else "", "teacher_note": "", "distillation": "hard",
-        "weights": "best", "data": data, **numbers(answers, classes), "curves": curve,
-    }  # fmt: skip
+        "run": name,
+        "folder": name,
+        "student": "deit",
+        "input": "224x224",
+        "teacher": teacher,
+        "teacher_of": name if taught else "",
+        "teacher_note": "",
+        "distillation": "hard",
+        "weights": "best",
+        "data": data,
+        **numbers(answers, classes),
+        "curves": curve,
+    }
     strange = report.strange(answers, classes, (0.5,) * 3, (0.5,) * 3) if taught else []
     return report.Run(name, {}, found, answers.said(), strange, classes, data)
 
@@ -188,13 +223,13 @@ def test_runs_are_compared_with_each_other() -> None:
     assert called["names"] == ["label", "teacher", "run teacher", "one"]
 
 
-def test_different_pictures_are_said_and_not_compared() -> None:
+def test_different_images_are_said_and_not_compared() -> None:
     runs = measured("one"), measured("two", data="<flowers>"), measured("three")
     assert report.between(runs) is None
     page = page_of(*runs)
-    assert "different pictures" in page
+    assert "different images" in page
     assert "one, three on 90 of digits; two on 90 of &lt;flowers&gt;." in page
-    assert "different pictures" not in page_of(measured("one"), measured("two"))
+    assert "different images" not in page_of(measured("one"), measured("two"))
 
 
 def test_a_curve_of_one_epoch_or_with_a_hole_is_drawn() -> None:
@@ -210,7 +245,7 @@ def test_a_run_has_one_colour_in_all_charts() -> None:
     assert page.count("<span class=c0>plain<") == 2, "accuracy and loss"
 
 
-def test_the_pictures_they_disagree_about_most_are_those_of_the_largest_divergence() -> None:
+def test_the_images_they_disagree_about_most_are_those_of_the_largest_divergence() -> None:
     torch.manual_seed(0)
     network = models.create_model("deit_pico_patch8_32", num_classes=7)
     teacher = models.create_model("resnet_pico", num_classes=7).eval()
@@ -221,14 +256,14 @@ def test_the_pictures_they_disagree_about_most_are_those_of_the_largest_divergen
 
 
 @pytest.fixture(scope="module")
-def made(run_inside, picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(run_inside, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of two runs of two epochs, one of them without a teacher of its own."""
     root = tmp_path_factory.mktemp("runs")
     base = [
         "--model",
         "deit_pico_distilled_patch8_32",
         "--data-path",
-        str(picture_folder),
+        str(image_folder),
         "--epochs",
         "2",
         "--batch-size",
@@ -238,10 +273,17 @@ def made(run_inside, picture_folder: Path, tmp_path_factory: pytest.TempPathFact
         "--warmup-epochs",
         "0",
     ]
-    teacher = ["--teacher-model", "resnet_pico",
-               "--teacher-path", str(root / "teacher" / "checkpoint.pth")]  # fmt: skip
-    for name, flags in (("teacher", ["--model", "resnet_pico"]), ("none", []),
-                        ("hard", ["--distillation-type", "hard", *teacher])):  # fmt: skip
+    teacher = [
+        "--teacher-model",
+        "resnet_pico",
+        "--teacher-path",
+        str(root / "teacher" / "checkpoint.pth"),
+    ]
+    for name, flags in (
+        ("teacher", ["--model", "resnet_pico"]),
+        ("none", []),
+        ("hard", ["--distillation-type", "hard", *teacher]),
+    ):
         run = run_inside(*base, *flags, "--output_dir", str(root / name))
         assert run.returncode == 0, run.stderr
     out = root / "report.html"
@@ -277,17 +319,32 @@ def test_another_file_than_the_one_a_run_learnt_from_is_said(made: Path, capsys)
     assert report.main([str(made.parent / "hard"), *flags]) == 0
     assert "hard: not the teacher it learnt from: sha256 " in capsys.readouterr().out
     (run,) = json.loads((made.parent / "other.json").read_text())["runs"]
-    assert run["pictures"] == 5
+    assert run["images"] == 5
     assert {row["class"] for row in run["class_gaps"]} == {"one", "two"}, "from all over the data"
 
 
 @pytest.mark.slow
 def test_a_student_may_have_more_classes_than_the_data(
-    run_inside, picture_folder: Path, tmp_path: Path
+    run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
-    run = run_inside("--model", "resnet_pico", "--data-path", str(picture_folder), "--nb-classes",
-                     "9", "--epochs", "1", "--batch-size", "4", "--num_workers", "0",
-                     "--warmup-epochs", "0", "--output_dir", str(tmp_path))  # fmt: skip
+    run = run_inside(
+        "--model",
+        "resnet_pico",
+        "--data-path",
+        str(image_folder),
+        "--nb-classes",
+        "9",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--num_workers",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--output_dir",
+        str(tmp_path),
+    )
     assert run.returncode == 0, run.stderr
     weights = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     weights["model"]["fc.bias"][8] = 99
@@ -333,8 +390,8 @@ def test_a_browser_shows_the_whole_page(width: int, made: Path, browser, shots: 
     browser.screenshot(shots / f"report-{width}.png")
     lines = browser.value("deep('polyline').map(one => one.getTotalLength())")
     assert len(lines) == 8 and all(length > 0 for length in lines), "no curves"
-    pictures = browser.value("deep('img').map(one => [one.naturalWidth, one.clientWidth])")
-    assert len(pictures) == 24 and all(wide == 160 and shown > 90 for wide, shown in pictures)
+    images = browser.value("deep('img').map(one => [one.naturalWidth, one.clientWidth])")
+    assert len(images) == 24 and all(wide == 160 and shown > 90 for wide, shown in images)
     assert browser.value("screen.width") == width and browser.value(CUT) == []
     wide = "deep('.scroll').map(box => box.scrollWidth - box.clientWidth)"
     assert set(browser.value(wide)) == {0}, "two runs need no scrolling"

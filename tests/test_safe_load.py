@@ -164,8 +164,12 @@ def test_each_write_ages_the_ones_before_and_names_the_best(tmp_path: Path) -> N
         copy_to = best if number == 1 else None
         files.save_atomically({"n": number}, path, keep=3, copy_to=copy_to)
     held = {p.name: torch.load(p, weights_only=True)["n"] for p in tmp_path.iterdir()}
-    assert held == {"checkpoint.pth": 4, "checkpoint-1.pth": 3, "checkpoint-2.pth": 2,
-                    "best_checkpoint.pth": 1}  # fmt: skip
+    assert held == {
+        "checkpoint.pth": 4,
+        "checkpoint-1.pth": 3,
+        "checkpoint-2.pth": 2,
+        "best_checkpoint.pth": 1,
+    }
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -238,10 +242,13 @@ def test_a_folder_is_one_runs_alone_until_its_process_ends(
         "sys.stdin.read()\n"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path)], cwd=Path(files.__file__).parents[1],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", hold, str(tmp_path)],
+        cwd=Path(files.__file__).parents[1],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | {"SLURM_JOB_ID": "7"},
-    )  # fmt: skip
+    )
     try:
         assert other.stdout.readline() == "held\n"
         words = (

@@ -18,7 +18,7 @@ def keys_of(sampler: TrainSampler, epoch: int = 0) -> list[tuple[int, int]]:
 
 
 class Draws(Dataset):
-    """Five pictures; each is the next number of every generator, and its own index."""
+    """Five images; each is the next number of every generator, and its own index."""
 
     def __len__(self) -> int:
         return 5
@@ -50,7 +50,7 @@ def test_a_seed_is_made_of_whole_numbers_and_words_only() -> None:
         derive_seed(0.5)
 
 
-def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own() -> None:
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own() -> None:
     sampler = TrainSampler(13, seed=1)
     first, second = keys_of(sampler, 0), keys_of(sampler, 1)
     assert sorted(first) == [(i, 0) for i in range(13)]
@@ -60,7 +60,7 @@ def test_an_epoch_shows_every_picture_once_in_an_order_of_its_own() -> None:
     assert keys_of(TrainSampler(13, seed=2), 1) != second, "the seed does"
 
 
-def test_without_shuffling_the_pictures_come_in_order() -> None:
+def test_without_shuffling_the_images_come_in_order() -> None:
     assert keys_of(TrainSampler(4, shuffle=False), 2) == [(0, 2), (1, 2), (2, 2), (3, 2)]
 
 
@@ -99,7 +99,7 @@ def test_repeated_augmentation_rounds_as_deit_and_keeps_small_sets(
     assert len(TrainSampler(length, num_replicas=world, repeats=3)) == count
 
 
-def test_repeated_augmentation_gives_three_views_of_a_third_of_the_pictures() -> None:
+def test_repeated_augmentation_gives_three_views_of_a_third_of_the_images() -> None:
     keys = keys_of(TrainSampler(300, repeats=3, seed=3), epoch=4)
     assert len(keys) == 256
     views = Counter(index for index, _ in keys)
@@ -110,7 +110,7 @@ def test_repeated_augmentation_gives_three_views_of_a_third_of_the_pictures() ->
     assert len({index for index, _ in keys[:3]}) == 1, "the copies follow each other"
 
 
-def test_no_view_of_a_picture_returns_in_a_later_epoch() -> None:
+def test_no_view_of_a_image_returns_in_a_later_epoch() -> None:
     sampler = TrainSampler(20, repeats=3)
     assert not set(keys_of(sampler, 0)) & set(keys_of(sampler, 1))
 
@@ -136,10 +136,10 @@ def test_a_start_beyond_the_epoch_is_refused() -> None:
         sampler.set_start(5)
 
 
-def test_fewer_pictures_than_processes_are_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="2 train pictures cannot be shared by 3 processes"):
+def test_fewer_images_than_processes_are_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match="2 train images cannot be shared by 3 processes"):
         TrainSampler(2, num_replicas=3)
-    with pytest.raises(UserError, match="0 train pictures"):
+    with pytest.raises(UserError, match="0 train images"):
         TrainSampler(0)
 
 
@@ -150,7 +150,7 @@ def test_a_rank_outside_the_world_is_refused(sampler: type) -> None:
 
 
 @pytest.mark.parametrize(("length", "world"), [(7, 3), (6, 3), (2, 4), (0, 2)])
-def test_evaluation_counts_every_picture_exactly_once(length: int, world: int) -> None:
+def test_evaluation_counts_every_image_exactly_once(length: int, world: int) -> None:
     shares = [EvalSampler(length, world, rank) for rank in range(world)]
     together = [key for share in shares for key in share]
     assert sorted(together) == [(i, 0) for i in range(length)]

@@ -168,10 +168,19 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["flsw", ["flsw"], ["flsw", 1], ["flsw", 1, 2, 3, 4], ["flsw", {"beta": 1}], "cwsm",
-     ["cwsm", {"gamma": 1}], ["constant", 1], []],
+    [
+        "flsw",
+        ["flsw"],
+        ["flsw", 1],
+        ["flsw", 1, 2, 3, 4],
+        ["flsw", {"beta": 1}],
+        "cwsm",
+        ["cwsm", {"gamma": 1}],
+        ["constant", 1],
+        [],
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_parameters_that_do_not_fit_are_refused_when_named(key: object) -> None:
     with pytest.raises(UserError, match="temperature schedule"):
         TEMPERATURE_SCHEDULER[key]

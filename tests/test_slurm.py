@@ -27,10 +27,34 @@ from training.checkpointer import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT.parent / "shared" / "slurm"
-REQUEST = ["--nodes", "2", "--ngpus", "0", "--tasks-per-node", "2", "--cpus-per-task", "1",
-           "--mem-per-gpu", "1", "--timeout", "10"]  # fmt: skip
-RUN = ["--model", "deit_pico_distilled_patch4_32", "--batch-size", "2", "--epochs", "6",
-       "--num_workers", "1", "--log-interval", "1", "--drop-path", "0.2"]  # fmt: skip
+REQUEST = [
+    "--nodes",
+    "2",
+    "--ngpus",
+    "0",
+    "--tasks-per-node",
+    "2",
+    "--cpus-per-task",
+    "1",
+    "--mem-per-gpu",
+    "1",
+    "--timeout",
+    "10",
+]
+RUN = [
+    "--model",
+    "deit_pico_distilled_patch4_32",
+    "--batch-size",
+    "2",
+    "--epochs",
+    "6",
+    "--num_workers",
+    "1",
+    "--log-interval",
+    "1",
+    "--drop-path",
+    "0.2",
+]
 
 
 # ---- without Slurm
@@ -58,22 +82,62 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[
 def test_deits_request_asks_slurm_for_what_deits_did(asked: Callable[..., set[str]]) -> None:
     found = asked("--use_volta32", "--comment", "soon", "--epochs", "3")
     assert found >= {
-        "job-name=deit", "nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "mem=320GB",
-        "cpus-per-task=10", "time=2800", "partition=learnfair", "signal=USR2@120",
-        "constraint=volta32gb", "comment=soon",
-    }  # fmt: skip
+        "job-name=deit",
+        "nodes=2",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "mem=320GB",
+        "cpus-per-task=10",
+        "time=2800",
+        "partition=learnfair",
+        "signal=USR2@120",
+        "constraint=volta32gb",
+        "comment=soon",
+    }
 
 
 def test_every_flag_of_the_request_reaches_slurm(asked: Callable[..., set[str]]) -> None:
     found = asked(
-        "--nodes", "3", "--ngpus", "0", "--tasks-per-node", "5", "--mem-per-gpu", "0", "--timeout",
-        "7", "--signal-delay", "60", "--cpus-per-task", "4", "--partition", "p", "--constraint",
-        "c", "--account", "a", "--qos", "q", "--slurm", "exclusive", "--slurm", "gres-flags=x",
-    )  # fmt: skip
+        "--nodes",
+        "3",
+        "--ngpus",
+        "0",
+        "--tasks-per-node",
+        "5",
+        "--mem-per-gpu",
+        "0",
+        "--timeout",
+        "7",
+        "--signal-delay",
+        "60",
+        "--cpus-per-task",
+        "4",
+        "--partition",
+        "p",
+        "--constraint",
+        "c",
+        "--account",
+        "a",
+        "--qos",
+        "q",
+        "--slurm",
+        "exclusive",
+        "--slurm",
+        "gres-flags=x",
+    )
     assert found >= {
-        "nodes=3", "ntasks-per-node=5", "time=7", "signal=USR2@60", "cpus-per-task=4",
-        "partition=p", "constraint=c", "account=a", "qos=q", "exclusive", "gres-flags=x",
-    }  # fmt: skip
+        "nodes=3",
+        "ntasks-per-node=5",
+        "time=7",
+        "signal=USR2@60",
+        "cpus-per-task=4",
+        "partition=p",
+        "constraint=c",
+        "account=a",
+        "qos=q",
+        "exclusive",
+        "gres-flags=x",
+    }
     assert not [line for line in found if line.startswith(("gpus", "mem"))]
 
 
@@ -159,8 +223,12 @@ class Job:
         program = str(ROOT / "run_with_submitit.py")
         result = subprocess.run(
             [sys.executable, program, "--job_dir", f"{folder}/%j", *flags],
-            env=environ, cwd=folder, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            env=environ,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert result.returncode == 0, result.stderr
         self.number = result.stdout.split()[-1]
         self.submitted.append(self)
@@ -241,8 +309,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def run_flags(picture_folder: Path) -> list[str]:
-    return [*REQUEST, *RUN, "--data-path", str(picture_folder)]
+def run_flags(image_folder: Path) -> list[str]:
+    return [*REQUEST, *RUN, "--data-path", str(image_folder)]
 
 
 @pytest.fixture(scope="module")

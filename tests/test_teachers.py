@@ -20,16 +20,16 @@ HALF = InputConfig((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = InputConfig((48, 48), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def normalised(picture: torch.Tensor, inputs: InputConfig) -> torch.Tensor:
+def normalised(image: torch.Tensor, inputs: InputConfig) -> torch.Tensor:
     mean, std = torch.tensor(inputs.mean), torch.tensor(inputs.std)
-    return (picture - mean[:, None, None]) / std[:, None, None]
+    return (image - mean[:, None, None]) / std[:, None, None]
 
 
 def test_the_adapter_turns_the_students_tensor_into_the_teachers() -> None:
-    picture = torch.rand(2, 3, 32, 32)
+    image = torch.rand(2, 3, 32, 32)
     small = InputConfig((32, 32), IMAGENET.mean, IMAGENET.std)
-    adapted = InputAdapter(HALF, small)(normalised(picture, HALF))
-    torch.testing.assert_close(adapted, normalised(picture, small))
+    adapted = InputAdapter(HALF, small)(normalised(image, HALF))
+    torch.testing.assert_close(adapted, normalised(image, small))
 
 
 def test_the_adapter_resizes_to_the_teachers_size() -> None:
@@ -83,8 +83,16 @@ def build(num_classes: int, *flags: str, kind: str = "hard") -> Teacher | None:
 
 
 def test_a_half_precision_teacher_is_folded_and_a_float32_one_is_as_it_is() -> None:
-    flags = ["--distillation-type", "hard", "--data-path", "x", "--teacher-model", "resnet_pico",
-             "--teacher-path", str(SHIPPED)]  # fmt: skip
+    flags = [
+        "--distillation-type",
+        "hard",
+        "--data-path",
+        "x",
+        "--teacher-model",
+        "resnet_pico",
+        "--teacher-path",
+        str(SHIPPED),
+    ]
     args = options.parse_args(flags).args
     images, cpu = torch.randn(64, 3, 32, 32), torch.device("cpu")
     exact = build_teacher(args, 10, HALF, cpu)
@@ -110,10 +118,18 @@ def test_a_teacher_of_ours_sees_what_it_was_trained_with(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "key, value", [("input_size", "wide"), ("input_size", [0]), ("input_size", [True]),
-                   ("input_size", [10**9]), ("mean", [0.5]), ("mean", [0.5, 0.5, float("nan")]),
-                   ("std", [0.5, 0.0, 0.5]), ("std", torch.ones(3))],
-)  # fmt: skip
+    "key, value",
+    [
+        ("input_size", "wide"),
+        ("input_size", [0]),
+        ("input_size", [True]),
+        ("input_size", [10**9]),
+        ("mean", [0.5]),
+        ("mean", [0.5, 0.5, float("nan")]),
+        ("std", [0.5, 0.0, 0.5]),
+        ("std", torch.ones(3)),
+    ],
+)
 def test_settings_that_are_none_are_refused_in_one_line(
     key: str, value: Any, tmp_path: Path
 ) -> None:
@@ -162,7 +178,7 @@ def test_a_vit_teacher_of_another_resolution_is_fed_at_its_own(form: str, tmp_pa
             "deit_pico_patch4_32",
             "--teacher-path",
             str(tmp_path / "t.pth"),
-        ]  # fmt: skip
+        ]
     ).args
     student = InputConfig((48, 64), IMAGENET.mean, IMAGENET.std)
     teacher = build_teacher(args, 3, student, torch.device("cpu"))
@@ -174,14 +190,18 @@ def test_a_vit_teacher_of_another_resolution_is_fed_at_its_own(form: str, tmp_pa
     [
         (["--teacher-path", "nowhere.pth"], ["nowhere.pth", "not there"]),
         (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pica"], ["resnet_pico"]),
-        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet18"],
-         ["looks like", "resnet18"]),
-        (["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pico"],
-         ["10 classes", "has 4", "train a teacher"]),
+        (
+            ["--teacher-path", str(SHIPPED), "--teacher-model", "resnet18"],
+            ["looks like", "resnet18"],
+        ),
+        (
+            ["--teacher-path", str(SHIPPED), "--teacher-model", "resnet_pico"],
+            ["10 classes", "has 4", "train a teacher"],
+        ),
         (["--teacher-model", "regnety_160"], ["1000 classes", "has 4", "train a teacher"]),
         (["--teacher-model", "resnet_pico"], ["10 classes"]),
     ],
-)  # fmt: skip
+)
 def test_a_teacher_that_cannot_teach_is_one_line(flags: list[str], words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         build(4, *flags)
@@ -196,10 +216,18 @@ def test_a_teacher_comes_from_a_timm_folder(tmp_path: Path) -> None:
 
     weights = {name: v.float() for name, v in load_file(SHIPPED).items()}
     save_file(weights, tmp_path / "model.safetensors")
-    config = {"architecture": "resnet_pico", "num_classes": 10,
-              "pretrained_cfg": {"input_size": [3, 48, 48], "mean": [0.1, 0.2, 0.3],
-                                 "std": [1, 1, 1], "num_classes": 10, "classifier": "fc",
-                                 "first_conv": "conv1.0"}}  # fmt: skip
+    config = {
+        "architecture": "resnet_pico",
+        "num_classes": 10,
+        "pretrained_cfg": {
+            "input_size": [3, 48, 48],
+            "mean": [0.1, 0.2, 0.3],
+            "std": [1, 1, 1],
+            "num_classes": 10,
+            "classifier": "fc",
+            "first_conv": "conv1.0",
+        },
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     teacher = build(10, "--teacher-model", f"local-dir:{tmp_path}")
     assert teacher.adapter.size == (48, 48) and teacher.adapter.renormalises
@@ -229,8 +257,18 @@ def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> N
     plugin, weights, other = tmp_path / "nets.py", tmp_path / "cnn.pth", tmp_path / "b/nets.py"
     other.parent.mkdir()
     other.write_text("")  # of the same name
-    flags = ["--distillation-type", "hard", "--teacher-model", "my_own_cnn", "--teacher-path",
-             str(weights), "--plugin", str(plugin), "--plugin", str(other)]  # fmt: skip
+    flags = [
+        "--distillation-type",
+        "hard",
+        "--teacher-model",
+        "my_own_cnn",
+        "--teacher-path",
+        str(weights),
+        "--plugin",
+        str(plugin),
+        "--plugin",
+        str(other),
+    ]
     identities = []
     for code in (OWN_NETWORK, OWN_NETWORK, OWN_NETWORK + "# changed\n"):
         plugin.write_text(code)

@@ -104,7 +104,7 @@ def test_a_stretch_from_a_loader_begins_behind_what_workers_have_ready(tmp_path)
     args = benchmark._parser().parse_args(words.split())
     cpu = torch.device("cpu")
     case = Case("deit_tiny_distilled_patch16_224", "resnet_pico", 32, 4, cpu, tmp_path)
-    sources = bench_gpu.pictures(args, tmp_path)
+    sources = bench_gpu.images(args, tmp_path)
     stretch = bench_gpu.Stretch(case, "cached", args, sources["prepared"])
     seen = []
     stretch.engine["model"].register_forward_pre_hook(lambda *_: seen.append(1))
@@ -129,12 +129,14 @@ def test_the_break_even_is_told_in_runs_and_in_views() -> None:
 def test_a_copy_is_the_softer_the_smaller_it_is(tmp_path) -> None:
     bench_loader.make_up(tmp_path, 3)
     found = bench_loader.softness(tmp_path, 3)
-    small, middle, jpeg, large = (found[f"copy of {name}"] for name in (
-        "256 px, raw", "288 px, raw", "288 px, jpeg", "320 px, raw"))  # fmt: skip
+    small, middle, jpeg, large = (
+        found[f"copy of {name}"]
+        for name in ("256 px, raw", "288 px, raw", "288 px, jpeg", "320 px, raw")
+    )
     for at in range(4):
         assert small[at] > middle[at] > large[at] > 0 and jpeg[at] > middle[at]
-    picture = Image.effect_noise((50, 40), 40).convert("RGB")
-    assert bench_loader.difference(picture, picture, 0.25, Image.Resampling.BICUBIC, 0) == 0
+    image = Image.effect_noise((50, 40), 40).convert("RGB")
+    assert bench_loader.difference(image, image, 0.25, Image.Resampling.BICUBIC, 0) == 0
 
 
 @pytest.mark.slow
@@ -145,7 +147,7 @@ def test_the_loaders_rows_are_measured_and_put_into_tables(monkeypatch) -> None:
     assert set(bench_loader.TARGETS) < set(found["rows"]) and set(found["growth"]) == {100}
     assert found["rows"][bench_loader.FULL]["ratio"] == 1
     out = "\n".join(found["lines"])
-    assert "| timm again |" in out and "| 100 entries |" in out and "takes real pictures" in out
+    assert "| timm again |" in out and "| 100 entries |" in out and "takes real images" in out
 
 
 @pytest.mark.slow
@@ -156,9 +158,16 @@ def test_every_part_runs_and_says_what_was_not_measured(capsys, monkeypatch, tmp
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
     assert benchmark.main() == 0
     out = capsys.readouterr().out
-    for row in ("reference, fp32", "timm, bf16", "live, bf16", "cached, bf16",
-                "no teacher, bf16 again", "ours again",
-                "bf16, folded, channels-last", "`main.py` with two workers"):  # fmt: skip
+    for row in (
+        "reference, fp32",
+        "timm, bf16",
+        "live, bf16",
+        "cached, bf16",
+        "no teacher, bf16 again",
+        "ours again",
+        "bf16, folded, channels-last",
+        "`main.py` with two workers",
+    ):
         assert row in out, row
     assert "no GPU" in out and "Reading the answers to a batch takes" in out
     found = json.loads((tmp_path / "found.json").read_text())

@@ -16,7 +16,8 @@ _spec.loader.exec_module(comparison)
 @pytest.mark.parametrize("name", comparison.ROWS)
 def test_every_row_of_the_comparison_runs(name: str, run_inside) -> None:
     flags = shlex.split(f"{comparison.RECIPE} {comparison.ROWS[name]} --epochs 1 --batch-size 300")
-    result = run_inside(*flags, "--model", comparison.STUDENT, "--output_dir", "",
-                        "--no-teacher-check")  # fmt: skip
+    result = run_inside(
+        *flags, "--model", comparison.STUDENT, "--output_dir", "", "--no-teacher-check"
+    )
     assert result.returncode == 0, result.stderr
     assert "* Acc@1" in result.stdout

@@ -15,8 +15,8 @@ def test_writing_is_paid_for_before_the_epochs() -> None:
     assert compare_views.epochs_in(10.0, 12.0, 3.0) == 0
 
 
-def test_some_pictures_are_as_many_of_each_class_and_all_to_test_on(picture_folder, tmp_path):
-    found = compare_views.some_pictures(picture_folder, 8, tmp_path)
+def test_some_images_are_as_many_of_each_class_and_all_to_test_on(image_folder, tmp_path):
+    found = compare_views.some_images(image_folder, 8, tmp_path)
     names = {
         split: sorted(path.name for path in (found / split).glob("*/*.png"))
         for split in ("train", "val")
@@ -24,12 +24,12 @@ def test_some_pictures_are_as_many_of_each_class_and_all_to_test_on(picture_fold
     assert names["train"] == sorted(2 * ["00.png", "01.png", "02.png", "03.png"])
     assert len(names["val"]) == 12
     assert (found / "train" / "one" / "00.png").stat().st_size
-    assert compare_views.some_pictures(picture_folder, 8, tmp_path) == found, "again"
+    assert compare_views.some_images(image_folder, 8, tmp_path) == found, "again"
 
 
 def test_the_rows_fill_the_live_runs_time() -> None:
     logs = [{"test_acc1": 40.0, "train_loss": 1.5}, {"test_acc1": 42.0, "train_loss": 1.7}]
-    rows = compare_views.rows_of(10, [1, 8], compare_views.Pace(reading=0.4, writing=1.5))
+    rows = compare_views.rows_of(10, [1, 8], compare_views.BatchPlan(reading=0.4, writing=1.5))
     told = {row.name: logs if row.epochs else [] for row in rows}
     lines = compare_views.table(rows, told)[2:]
     assert lines[0] == "| live | 10 | 1.00 | 0.00 | 41.00 ± 1.41 | – | 1.60 ± 0.14 |"
@@ -47,7 +47,7 @@ def test_the_rows_fill_the_live_runs_time() -> None:
 @pytest.mark.slow
 def test_the_comparison_runs_from_the_teacher_to_the_table(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(engine, "train_one_epoch", engine.train_one_epoch)  # put back at the end
-    monkeypatch.setattr(engine, "ask_teacher", engine.ask_teacher)
+    monkeypatch.setattr(engine, "ask_teacher", engine.query_epoch)
     ran = []
 
     def here(folder, command, threads) -> bool:
@@ -61,8 +61,14 @@ def test_the_comparison_runs_from_the_teacher_to_the_table(monkeypatch, tmp_path
     monkeypatch.setattr(compare, "run_once", here)
     words = f"--epochs 1 --views 1 --seeds 0 --batch-size 256 --runs {tmp_path}/runs \
         --write {tmp_path}/table.md"
-    argv = ["compare_views.py", *words.split(), "--teacher-flags", "--epochs 1", "--",
-            "--no-model-ema"]  # fmt: skip
+    argv = [
+        "compare_views.py",
+        *words.split(),
+        "--teacher-flags",
+        "--epochs 1",
+        "--",
+        "--no-model-ema",
+    ]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(compare_views, "ROUNDS", 1)
     monkeypatch.setattr(compare_views, "EPOCHS", 1)
@@ -77,7 +83,7 @@ def test_the_comparison_runs_from_the_teacher_to_the_table(monkeypatch, tmp_path
 
 
 def test_a_part_of_no_data_is_refused_before_anything_runs(monkeypatch, tmp_path) -> None:
-    argv = ["compare_views.py", "--pictures", "10", "--runs", str(tmp_path / "runs")]
+    argv = ["compare_views.py", "--images", "10", "--runs", str(tmp_path / "runs")]
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr(compare, "run_once", None)
     with pytest.raises(SystemExit, match="--data, which is not given"):

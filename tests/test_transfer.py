@@ -49,8 +49,13 @@ def test_a_gpu_copies_on_another_stream_and_computes_when_it_is_done(monkeypatch
     monkeypatch.setattr(transfer, "_side", lambda device: Stream("side"))
     SAID.clear()
     transfer.send(Values(), gpu)
-    assert SAID == ["on side", "copied to cuda:0, in the background", "off side",
-                    "main waits for side", "kept for main"]  # fmt: skip
+    assert SAID == [
+        "on side",
+        "copied to cuda:0, in the background",
+        "off side",
+        "main waits for side",
+        "kept for main",
+    ]
     transfer.send(Values(), gpu, pin=True)
     assert SAID[5:7] == ["pinned", "on side"]
     SAID.clear()

@@ -1,4 +1,4 @@
-"""Pictures to tensors, for training and for evaluation, and the mixing of batches."""
+"""Images to tensors, for training and for evaluation, and the mixing of batches."""
 
 import random
 from argparse import Namespace
@@ -37,14 +37,14 @@ def settings(*flags: str) -> Namespace:
 
 
 def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture of smooth noise: every operation of a policy changes it."""
+    """An image of smooth noise: every operation of a policy changes it."""
     grid = np.random.default_rng(seed).integers(0, 256, (7, 5, 3), dtype=np.uint8)
     return Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def seeded(transform: Transform, picture: Image.Image, seed: int = 0) -> Tensor:
+def seeded(transform: Transform, image: Image.Image, seed: int = 0) -> Tensor:
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-    return transform(picture)
+    return transform(image)
 
 
 # ---- the input ----
@@ -70,7 +70,7 @@ def test_the_input_is_described_with_its_crop() -> None:
         ({"interpolation": "cubic"}, "interpolation cubic: not one of nearest"),
     ],
 )
-def test_an_input_no_picture_can_be_brought_to_is_refused(change: dict, message: str) -> None:
+def test_an_input_no_image_can_be_brought_to_is_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         replace(WIDE, **change)
 
@@ -80,36 +80,38 @@ def test_an_input_no_picture_can_be_brought_to_is_refused(change: dict, message:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("side", "crop_ratio"), [(64, 0.875), (48, 0.9), (40, 1.0)])
-@pytest.mark.parametrize("picture", [(91, 70), (70, 91), (64, 64), (33, 20)])
+@pytest.mark.parametrize("shape", [(91, 70), (70, 91), (64, 64), (33, 20)])
 def test_evaluation_of_squares_is_timms_in_every_pixel(
-    side: int, crop_ratio: float, interpolation: str, picture: tuple[int, int]
+    side: int, crop_ratio: float, interpolation: str, shape: tuple[int, int]
 ) -> None:
-    inputs = InputConfig((side, side), **IMAGENET, interpolation=interpolation,
-                         crop_ratio=crop_ratio)  # fmt: skip
+    inputs = InputConfig(
+        (side, side), **IMAGENET, interpolation=interpolation, crop_ratio=crop_ratio
+    )
     ours = build_transform(False, settings(), inputs)
-    timms = create_transform((3, side, side), interpolation=interpolation, crop_pct=crop_ratio,
-                             **IMAGENET)  # fmt: skip
-    image = noise(*picture)
+    timms = create_transform(
+        (3, side, side), interpolation=interpolation, crop_pct=crop_ratio, **IMAGENET
+    )
+    image = noise(*shape)
     assert ours(image).equal(timms(image))
 
 
-@pytest.mark.parametrize("picture", [(91, 70), (30, 200), (45, 64), (8, 8)])
+@pytest.mark.parametrize("image", [(91, 70), (30, 200), (45, 64), (8, 8)])
 def test_evaluation_of_other_shapes_crops_the_middle_and_pads_nothing(
-    picture: tuple[int, int],
+    image: tuple[int, int],
 ) -> None:
     transform = build_transform(False, settings(), replace(WIDE, mean=PLAIN.mean, std=PLAIN.std))
-    tensor = transform(Image.new("RGB", picture[::-1], "white"))
+    tensor = transform(Image.new("RGB", image[::-1], "white"))
     assert tensor.shape == (3, 40, 56)
     assert tensor.min() == 1.0, "a padded border would be black"
 
 
-def test_pictures_up_to_32_pixels_are_neither_cropped_nor_resized_at_evaluation() -> None:
+def test_images_up_to_32_pixels_are_neither_cropped_nor_resized_at_evaluation() -> None:
     image = noise(32, 32)
     tensor = build_transform(False, settings(), PLAIN)(image)
     assert tensor.equal(transforms.functional.to_tensor(image))
 
 
-def test_small_pictures_of_another_size_are_resized_as_a_whole() -> None:
+def test_small_images_of_another_size_are_resized_as_a_whole() -> None:
     inputs = InputConfig((24, 32), **IMAGENET)
     for is_train in (False, True):
         assert build_transform(is_train, settings(), inputs)(noise(8, 8)).shape == (3, 24, 32)
@@ -119,9 +121,9 @@ def test_small_pictures_of_another_size_are_resized_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--ThreeAugment"], ["--ThreeAugment", "--src"]])
-@pytest.mark.parametrize("picture", [(91, 70), (30, 200), (8, 8)])
-def test_training_gives_the_input_size_whatever_the_picture(flags: list, picture: tuple) -> None:
-    tensor = seeded(build_transform(True, settings(*flags), WIDE), noise(*picture))
+@pytest.mark.parametrize("image", [(91, 70), (30, 200), (8, 8)])
+def test_training_gives_the_input_size_whatever_the_image(flags: list, image: tuple) -> None:
+    tensor = seeded(build_transform(True, settings(*flags), WIDE), noise(*image))
     assert tensor.shape == (3, 40, 56)
     assert tensor.dtype == torch.float32
 
@@ -129,12 +131,20 @@ def test_training_gives_the_input_size_whatever_the_picture(flags: list, picture
 def test_training_is_timms_transform_in_almost_every_pixel() -> None:
     ours = build_transform(True, settings(), WIDE)
     timms = create_transform(
-        (3, 40, 56), is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1, **IMAGENET,
-    )  # fmt: skip
+        (3, 40, 56),
+        is_training=True,
+        color_jitter=0.3,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+        **IMAGENET,
+    )
     image = noise(80, 60)
-    steps = [(seeded(ours, image, seed) - seeded(timms, image, seed)) * 0.224 * 255
-             for seed in range(20)]  # fmt: skip
+    steps = [
+        (seeded(ours, image, seed) - seeded(timms, image, seed)) * 0.224 * 255 for seed in range(20)
+    ]
     far = torch.stack(steps).abs() > 3.5  # equalizing and posterizing enlarge a step of the crop
     assert far.float().mean() < 0.002
 
@@ -144,10 +154,15 @@ def test_small_inputs_are_timms_in_every_pixel_after_the_crop(policy: str) -> No
     inputs = InputConfig((32, 32), **IMAGENET)
     ours = train_transform(inputs, policy=policy)
     timms = create_transform(
-        (3, 32, 32), is_training=True, color_jitter=0.3, interpolation="bicubic",
-        auto_augment=None if policy == "none" else policy, re_prob=0.25, re_mode="pixel",
+        (3, 32, 32),
+        is_training=True,
+        color_jitter=0.3,
+        interpolation="bicubic",
+        auto_augment=None if policy == "none" else policy,
+        re_prob=0.25,
+        re_mode="pixel",
         **IMAGENET,
-    )  # fmt: skip
+    )
     timms.transforms[0] = transforms.RandomCrop(32, padding=4)
     image = noise(32, 32)
     for seed in range(5):
@@ -166,11 +181,11 @@ def test_no_policy_leaves_crop_flip_and_colour_jitter(policy: str) -> None:
 def test_small_inputs_are_padded_and_cropped_but_not_zoomed() -> None:
     flags = ["--aa", "", "--color-jitter", "0", "--reprob", "0"]
     transform = build_transform(True, settings(*flags), PLAIN, hflip=0)
-    picture = noise(32, 32)
-    padded = transforms.functional.to_tensor(transforms.functional.pad(picture, 4))
+    image = noise(32, 32)
+    padded = transforms.functional.to_tensor(transforms.functional.pad(image, 4))
     crops = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
     for seed in range(9):
-        tensor = seeded(transform, picture, seed)
+        tensor = seeded(transform, image, seed)
         assert any(tensor.equal(crop) for crop in crops)
 
 
@@ -257,7 +272,7 @@ def mixing(*flags: str, classes: int = 5):
 
 
 def mix(mixup: AnyBatchMixup, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Mix pictures whose pixels all are one-hot in their own number; returns them and targets."""
+    """Mix images whose pixels all are one-hot in their own number; returns them and targets."""
     images = torch.eye(size)[:, :, None, None].expand(-1, -1, 8, 12).contiguous()
     np.random.seed(seed)
     return mixup(images, torch.arange(size))
@@ -284,8 +299,9 @@ def test_impossible_cutmix_shares_are_refused(minmax: list[str]) -> None:
 def test_the_targets_are_the_shares_of_the_pixels_in_batches_of_any_size(
     size: int, mode: str, kind: list[str]
 ) -> None:
-    mixup = mixing("--mixup-mode", mode, "--smoothing", "0", "--mixup-prob", "0.9", *kind,
-                   classes=size)  # fmt: skip
+    mixup = mixing(
+        "--mixup-mode", mode, "--smoothing", "0", "--mixup-prob", "0.9", *kind, classes=size
+    )
     mixed = 0
     for seed in range(12):
         images, targets = mix(mixup, size, seed)

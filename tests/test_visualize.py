@@ -1,4 +1,4 @@
-"""Pictures for people: captions, grids, where a student looks, and what TensorBoard gets."""
+"""Images for people: captions, grids, where a student looks, and what TensorBoard gets."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from data.transforms import InputConfig
 INPUTS = InputConfig((32, 48), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic", 1.0)
 
 
-def test_a_picture_looks_as_before_it_was_normalised() -> None:
+def test_a_image_looks_as_before_it_was_normalised() -> None:
     plain = torch.rand(2, 3, 5, 7)
     mean, std = (torch.tensor(v)[:, None, None] for v in (INPUTS.mean, INPUTS.std))
     shown = visualize.to_uint8((plain - mean) / std, INPUTS)
@@ -21,17 +21,17 @@ def test_a_picture_looks_as_before_it_was_normalised() -> None:
 
 def test_an_opinion_names_what_weighs_most() -> None:
     shares = torch.tensor([0.04, 0.26, 0.7])
-    assert visualize.opinion(shares, ["a", "b", "c"]) == "c (70%), b (26%)"
-    assert visualize.opinion(torch.tensor([0.0, 1.0]), None) == "1 (100%)"
+    assert visualize.top_classes(shares, ["a", "b", "c"]) == "c (70%), b (26%)"
+    assert visualize.top_classes(torch.tensor([0.0, 1.0]), None) == "1 (100%)"
 
 
-def test_a_grid_has_room_for_every_picture_and_caption() -> None:
+def test_a_grid_has_room_for_every_image_and_caption() -> None:
     sheet = visualize.grid(torch.zeros(5, 3, 32, 48, dtype=torch.uint8), [["x", "y"]] * 5)
     assert sheet.shape == (3, 2 * (128 + 2 * 19 + 6), 4 * 196) and sheet.dtype == torch.uint8
     assert sheet.float().mean() > 0 and (sheet[:, :128, :192] == 0).all()
 
 
-def test_a_long_caption_stays_within_its_picture() -> None:
+def test_a_long_caption_stays_within_its_image() -> None:
     sheet = visualize.grid(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [["m" * 60], ["m"]])
     assert (sheet[:, 192:, 192:196] == 255).all() and (sheet[:, 192:, :192] < 255).any()
 
@@ -41,26 +41,48 @@ def test_attention_is_shown_for_each_prefix_token_and_leaves_no_hook() -> None:
     sheet = visualize.attention(network, torch.randn(2, 3, 32, 48), INPUTS)
     assert sheet.shape[2] == 6 * 196 and network.training
     assert not any(module._forward_hooks for module in network.modules())
-    assert visualize.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32),
-                              INPUTS) is None  # fmt: skip
+    assert (
+        visualize.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32), INPUTS)
+        is None
+    )
 
 
 @pytest.mark.slow
-def test_tensorboard_gets_numbers_pictures_text_and_settings(run_inside, tmp_path: Path) -> None:
+def test_tensorboard_gets_numbers_images_text_and_settings(run_inside, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result = run_inside("--distillation-type", "hard", "--epochs", "2", "--mixup", "0.8",
-                        "--distillation-alpha", "0.3", "--output_dir", str(tmp_path))  # fmt: skip
+    result = run_inside(
+        "--distillation-type",
+        "hard",
+        "--epochs",
+        "2",
+        "--mixup",
+        "0.8",
+        "--distillation-alpha",
+        "0.3",
+        "--output_dir",
+        str(tmp_path),
+    )
     assert result.returncode == 0, result.stderr
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     tags = board.Tags()
-    accuracies = {f"{of}/{name}" for of in ("val", "val_ema", "val_teacher")
-                  for name in ("loss", "acc1", "acc5")}  # fmt: skip
+    accuracies = {
+        f"{of}/{name}"
+        for of in ("val", "val_ema", "val_teacher")
+        for name in ("loss", "acc1", "acc5")
+    }
     assert set(tags["scalars"]) == accuracies | {
-        "train/loss", "train/base", "train/distillation", "train_weighted/base",
-        "train_weighted/distillation", "train/lr", "train/grad_norm", "train/images_per_s",
-        "train/data_wait", "train/memory_mib",
-    }  # fmt: skip
+        "train/loss",
+        "train/base",
+        "train/distillation",
+        "train_weighted/base",
+        "train_weighted/distillation",
+        "train/lr",
+        "train/grad_norm",
+        "train/images_per_s",
+        "train/data_wait",
+        "train/memory_mib",
+    }
     assert set(tags["images"]) == {"train/batch", "val/attention"}
     assert "config/text_summary" in tags["tensors"]
     hparams = str(board.summary_metadata["_hparams_/session_start_info"])
@@ -69,12 +91,16 @@ def test_tensorboard_gets_numbers_pictures_text_and_settings(run_inside, tmp_pat
     def curve(tag: str) -> list[tuple[int, float]]:
         return [(event.step, event.value) for event in board.Scalars(tag)]
 
-    updates = [640, 896, 1536, 1792]  # 14 of 64 pictures an epoch, a line every 10 and at the end
-    assert [images for images, _ in curve("train/loss")] == updates, "pictures seen, not updates"
+    updates = [640, 896, 1536, 1792]  # 14 of 64 images an epoch, a line every 10 and at the end
+    assert [images for images, _ in curve("train/loss")] == updates, "images seen, not updates"
     assert [images for images, _ in curve("val/acc1")] == [896, 1792]
     assert [images for images, _ in curve("val_teacher/acc1")] == [0, 896, 1792]
-    rows = zip(curve("train/loss"), curve("train/base"), curve("train_weighted/base"),
-               curve("train_weighted/distillation"))  # fmt: skip
+    rows = zip(
+        curve("train/loss"),
+        curve("train/base"),
+        curve("train_weighted/base"),
+        curve("train_weighted/distillation"),
+    )
     for (_, loss), (_, base), (_, weighted), (_, distillation) in rows:
         assert weighted == pytest.approx(0.7 * base)
         assert weighted + distillation == pytest.approx(loss, rel=1e-5)

@@ -14,8 +14,11 @@ from training import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"
-TOOLS = {"tools/report.py": report, "tools/export.py": export,
-         "tools/prepare_data.py": prepare_data}  # fmt: skip
+TOOLS = {
+    "tools/report.py": report,
+    "tools/export.py": export,
+    "tools/prepare_data.py": prepare_data,
+}
 SMALL = ["--epochs", "1", "--batch-size", "12", "--num_workers", "0", "--warmup-epochs", "0"]
 
 pytestmark = pytest.mark.slow
@@ -26,14 +29,18 @@ def commands(page: Path) -> list[list[str]]:
     return [shlex.split(line) for line in text.splitlines() if line.startswith("python ")]
 
 
-def test_the_commands_for_own_pictures_work_in_their_order(
-    run_inside, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_the_commands_for_own_images_work_in_their_order(
+    run_inside, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    small = {"my_pictures": str(picture_folder), "resnet50": TEACHER,
-             "deit_tiny_distilled_patch16_224": STUDENT, "exported": str(tmp_path / "exported"),
-             "local-dir:exported": f"local-dir:{tmp_path / 'exported'}",
-             "report.html": str(tmp_path / "report.html"),
-             "prepared": str(tmp_path / "prepared")}  # fmt: skip
+    small = {
+        "my_images": str(image_folder),
+        "resnet50": TEACHER,
+        "deit_tiny_distilled_patch16_224": STUDENT,
+        "exported": str(tmp_path / "exported"),
+        "local-dir:exported": f"local-dir:{tmp_path / 'exported'}",
+        "report.html": str(tmp_path / "report.html"),
+        "prepared": str(tmp_path / "prepared"),
+    }
     done, evaluated = [], []
     for words in commands(ROOT / "docs" / "own-data.md"):
         words = [small.get(word, word.replace("runs/", f"{tmp_path}/")) for word in words]
@@ -54,7 +61,8 @@ def test_the_commands_for_own_pictures_work_in_their_order(
                 flags += ["--formats", "safetensors", "torch_export"]
             assert tool.main(flags) == 0, capsys.readouterr().err
     assert done == ["main.py"] * 6 + ["tools/report.py", "tools/export.py", "main.py"] + [
-        "tools/prepare_data.py"] * 2 + ["main.py"]  # fmt: skip
+        "tools/prepare_data.py"
+    ] * 2 + ["main.py"]
     assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
     assert len(evaluated) == 2 and evaluated[0] == evaluated[1]  # the student, and what it became
 
@@ -81,17 +89,28 @@ def test_the_commands_on_the_embedded_digits_work_in_their_order(
 
 
 @pytest.mark.parametrize("name", recipe.names())
-def test_every_recipe_runs_on_a_few_pictures(
-    name: str, run_inside, picture_folder: Path, tmp_path: Path
+def test_every_recipe_runs_on_a_few_images(
+    name: str, run_inside, image_folder: Path, tmp_path: Path
 ) -> None:
     asked = recipe.find(name).flags
     student = STUDENT if "distilled" in asked["model"] else "deit_pico_patch8_32"
     for model in (student, TEACHER):
         network = models.create_model(model, num_classes=2)
         torch.save({"model": network.state_dict()}, tmp_path / f"{model}.pth")
-    flags = ["--data-set", "IMNET", "--data-path", str(picture_folder), "--model", student,
-             "--input-size", "32", "--grad-accum-steps", "1",
-             "--finetune", str(tmp_path / f"{student}.pth")]  # fmt: skip
+    flags = [
+        "--data-set",
+        "IMNET",
+        "--data-path",
+        str(image_folder),
+        "--model",
+        student,
+        "--input-size",
+        "32",
+        "--grad-accum-steps",
+        "1",
+        "--finetune",
+        str(tmp_path / f"{student}.pth"),
+    ]
     if asked.get("distillation_type", "none") != "none":
         weights = str(tmp_path / f"{TEACHER}.pth")
         flags += ["--teacher-model", TEACHER, "--teacher-path", weights]
@@ -102,8 +121,8 @@ def test_every_recipe_runs_on_a_few_pictures(
         assert f"{name} expects" in result.stdout and "outside" in result.stdout
 
 
-def test_a_recipe_of_deit_3_runs_its_own_network(run_inside, picture_folder: Path) -> None:
-    flags = ["--data-set", "IMNET", "--data-path", str(picture_folder), "--input-size", "32"]
+def test_a_recipe_of_deit_3_runs_its_own_network(run_inside, image_folder: Path) -> None:
+    flags = ["--data-set", "IMNET", "--data-path", str(image_folder), "--input-size", "32"]
     result = run_inside("--recipe", "deit3_small", *flags, *SMALL, "--output_dir", "")
     assert result.returncode == 0, result.stderr
     assert "student: deit_small_patch16_LS" in result.stdout

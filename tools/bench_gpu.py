@@ -27,7 +27,7 @@ from tools import bench_loader, prepare_data
 from tools.bench_race import middle, race, ratio
 from tools.bench_steps import CLASSES, PRECISIONS, Case, Ours
 
-PICTURES = 1000  # made up, where no prepared ones are given
+IMAGES = 1000  # made up, where no prepared ones are given
 SPARE_BATCHES = 64  # more than workers have ready
 HERE = "batch on the device"
 
@@ -35,15 +35,27 @@ HERE = "batch on the device"
 def measure_gpu(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Race whole steps of every student on a GPU, on batches in memory and from loaders."""
     if device.type != "cuda":
-        return {"lines": ["### GPU", "", "Not measured: no GPU is visible. MFU and images/s end to "
-                          "end need one."]}  # fmt: skip
+        return {
+            "lines": [
+                "### GPU",
+                "",
+                "Not measured: no GPU is visible. MFU and images/s end to end need one.",
+            ]
+        }
     side = 8192
     peak = matmul_rate(device, side)
-    found: dict[str, Any] = {"peak": peak, "students": {}, "lines": [
-        f"### GPU: {torch.cuda.get_device_name(device)}", "", "MFU counts the student's three "
-        f"passes alone, against {peak / 1e12:.0f} TFLOP/s, the rate of a bf16 product of {side} x "
-        f"{side} matrices measured here."]}  # fmt: skip
-    sources = pictures(args, folder)
+    found: dict[str, Any] = {
+        "peak": peak,
+        "students": {},
+        "lines": [
+            f"### GPU: {torch.cuda.get_device_name(device)}",
+            "",
+            "MFU counts the student's three "
+            f"passes alone, against {peak / 1e12:.0f} TFLOP/s, the rate of a bf16 product of "
+            f"{side} x {side} matrices measured here.",
+        ],
+    }
+    sources = images(args, folder)
     for student, batch in zip(args.gpu_students, args.gpu_batch_size):
         case = Case(student, args.teacher[0], args.img_size, batch, device, folder)
         each = measure_student(case, args, sources, peak)
@@ -71,13 +83,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def pictures(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+def images(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     """Return, by name, the flags of every data set whose loader is measured."""
     sources = {"prepared": ["--data-set", "PREPARED", "--data-path", args.prepared_path]}
     if not args.prepared_path:
         made, few = folder / "made", folder / "few"
         with contextlib.redirect_stdout(io.StringIO()):
-            bench_loader.make_up(made, PICTURES)
+            bench_loader.make_up(made, IMAGES)
             if prepare_data.main([str(made), str(few), "--splits", "val", "--format", "raw"]):
                 raise SystemExit(2)
         entries = (args.gpu_steps + SPARE_BATCHES) * max(args.gpu_batch_size)
@@ -104,19 +116,24 @@ def measure_student(
     seconds = race(entries, args.rounds, args.gpu_steps)
     flops = dry_run.measure(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
-        case.size, case.size,
-    ).flops  # fmt: skip
+        case.size,
+        case.size,
+    ).flops
     compiled = f", compiled by {args.torchcompile}" if args.torchcompile else ""
-    lines = [f"#### {case.student} from {case.teacher}, {case.size} px, B={case.batch}, bf16"
-             f"{compiled}", "",
-             f"3 x {flops / 1e9:.2f} GFLOP a picture; stretches of {args.gpu_steps} steps.", "",
-             "| | images/s | x the same teacher, batches in memory | MFU, % |",
-             "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"#### {case.student} from {case.teacher}, {case.size} px, B={case.batch}, bf16{compiled}",
+        "",
+        f"3 x {flops / 1e9:.2f} GFLOP an image; stretches of {args.gpu_steps} steps.",
+        "",
+        "| | images/s | x the same teacher, batches in memory | MFU, % |",
+        "|---|---|---|---|",
+    ]
     for name, each in seconds.items():
         rate, most, least = (case.batch / one for one in middle(each))
         base = name.split(",")[0].removesuffix(" again")
-        beside = "1" if name == base else "{:.2f} ({:.2f}-{:.2f})".format(
-            *ratio(each, seconds[base]))  # fmt: skip
+        beside = (
+            "1" if name == base else "{:.2f} ({:.2f}-{:.2f})".format(*ratio(each, seconds[base]))
+        )
         share = 100 * rate * 3 * flops / peak
         lines.append(f"| {name} | {rate:.0f} ({least:.0f}-{most:.0f}) | {beside} | {share:.1f} |")
     return {"seconds": seconds, "forward_flops": flops, "lines": lines}
@@ -130,23 +147,41 @@ class Stretch(Ours):
     """
 
     def __init__(
-        self, case: Case, teacher: str, args: argparse.Namespace, flags: Sequence[str] = (),
+        self,
+        case: Case,
+        teacher: str,
+        args: argparse.Namespace,
+        flags: Sequence[str] = (),
         here: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.flags, self.lead, self.here = [*flags], 0, here
         if flags:
             if args.num_workers is not None:
                 self.flags += ["--num-workers", str(args.num_workers)]
             train = self.loaders_of(case).train
             self.lead = train.num_workers * (train.prefetch_factor or 0)
-        super().__init__(case, PRECISIONS["bf16"], "none" if teacher == "no teacher" else teacher,
-                         backend=args.torchcompile, steps=self.lead + args.gpu_steps)  # fmt: skip
+        super().__init__(
+            case,
+            PRECISIONS["bf16"],
+            "none" if teacher == "no teacher" else teacher,
+            backend=args.torchcompile,
+            steps=self.lead + args.gpu_steps,
+        )
 
     def loaders_of(self, case: Case) -> datasets.Loaders:
-        settings = options.parse_args([
-            *self.flags, "--model", case.student, "--input-size", str(case.size), "--batch-size",
-            str(case.batch), "--device", str(case.device),
-        ]).args  # fmt: skip
+        settings = options.parse_args(
+            [
+                *self.flags,
+                "--model",
+                case.student,
+                "--input-size",
+                str(case.size),
+                "--batch-size",
+                str(case.batch),
+                "--device",
+                str(case.device),
+            ]
+        ).args
         processes = distributed.Processes(0, 0, 1, case.device, "single")
         return datasets.build_loaders(settings, models.build_input_config(settings), processes)
 

@@ -22,16 +22,33 @@ from tools.bench_steps import Case, Ours
 
 SMALL = ("deit_pico_distilled_patch4_32", "resnet_pico", 32)
 # A run on the embedded digits, in one process with two workers
-RUN = ["--distillation-type", "hard", "--model", "deit_pico_distilled_patch8_32", "--batch-size",
-       "16", "--num-workers", "2", "--no-teacher-check", "--output_dir", ""]  # fmt: skip
+RUN = [
+    "--distillation-type",
+    "hard",
+    "--model",
+    "deit_pico_distilled_patch8_32",
+    "--batch-size",
+    "16",
+    "--num-workers",
+    "2",
+    "--no-teacher-check",
+    "--output_dir",
+    "",
+]
 DIGITS = 10  # classes
 
 
 def measure_growth(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """Measure what grows: time with the batch, memory with the steps, the cache with its rows."""
     seconds = time_by_batch(args, device, folder)
-    lines = ["### Growth", "", f"{SMALL[0]}, fp32, no teacher:", "",
-             "| batch | ms a step | ms a step and picture |", "|---|---|---|"]  # fmt: skip
+    lines = [
+        "### Growth",
+        "",
+        f"{SMALL[0]}, fp32, no teacher:",
+        "",
+        "| batch | ms a step | ms a step and image |",
+        "|---|---|---|",
+    ]
     for batch in args.growth_batches:
         each = 1e3 * statistics.median(seconds[str(batch)])
         lines.append(f"| {batch} | {each:.1f} | {each / batch:.3f} |")
@@ -45,8 +62,11 @@ def measure_growth(args: argparse.Namespace, device: torch.device, folder: Path)
         first, last = (each / 2**20 for each in seen)
         lines.append(f"| {name} | {first:.1f} | {last:.1f} | {last - first:+.1f} |")
     sizes = {keep: cache_size(keep, folder / f"growth_{keep}") for keep in ("all", "3", "hard")}
-    lines += ["", "| cache of the digits, two views | `main.py --dry-run`, bytes | on disk |",
-              "|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "| cache of the digits, two views | `main.py --dry-run`, bytes | on disk |",
+        "|---|---|---|",
+    ]
     lines += [f"| {keep} | {told:,} | {there:,} |" for keep, (told, there) in sizes.items()]
     return {"seconds": seconds, "memory": memory, "steps": at, "cache": sizes, "lines": lines}
 
@@ -56,9 +76,13 @@ def time_by_batch(
 ) -> dict[str, list[float]]:
     """Race batches of all sizes; return the seconds a step."""
     return race(
-        {str(batch): Ours(Case(*SMALL, batch, device, folder), None, "none")
-         for batch in args.growth_batches}, args.rounds, args.steps,
-    )  # fmt: skip
+        {
+            str(batch): Ours(Case(*SMALL, batch, device, folder), None, "none")
+            for batch in args.growth_batches
+        },
+        args.rounds,
+        args.steps,
+    )
 
 
 def memory_of_steps(at: Sequence[int], device: torch.device, folder: Path) -> list[int]:
@@ -66,16 +90,27 @@ def memory_of_steps(at: Sequence[int], device: torch.device, folder: Path) -> li
     run, seen = Ours(Case(*SMALL, 16, device, folder), None, "cached", steps=at[-1]), []
     with contextlib.redirect_stdout(io.StringIO()):
         engine.train_one_epoch(
-            **run.engine, data_loader=run.loader(at[-1] + 1), log_interval=50,
+            **run.engine,
+            data_loader=run.loader(at[-1] + 1),
+            log_interval=50,
             on_update=lambda step: step in at and seen.append(held(device)),
-        )  # fmt: skip
+        )
     return seen
 
 
 def memory_of_a_run(at: Sequence[int], device: torch.device) -> list[int]:
     """Return the bytes of their own that main.py and its workers hold after so many steps."""
-    command = [sys.executable, main.__file__, *RUN, "--device", str(device), "--epochs",
-               str(at[-1]), "--log-interval", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        main.__file__,
+        *RUN,
+        "--device",
+        str(device),
+        "--epochs",
+        str(at[-1]),
+        "--log-interval",
+        "1",
+    ]
     seen: list[int] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
@@ -107,9 +142,20 @@ def own_memory(pid: int) -> int:
 
 def cache_size(keep: str, folder: Path) -> tuple[int, int]:
     """Return the bytes of a cache as main.py tells them before it writes, and as they are."""
-    flags = [*RUN, "--num-workers", "0", "--repeated-aug", "--device", "cpu",
-             "--teacher-cache-topk", keep, "--teacher-cache-views", "2", "--teacher-cache",
-             str(folder)]  # fmt: skip
+    flags = [
+        *RUN,
+        "--num-workers",
+        "0",
+        "--repeated-aug",
+        "--device",
+        "cpu",
+        "--teacher-cache-topk",
+        keep,
+        "--teacher-cache-views",
+        "2",
+        "--teacher-cache",
+        str(folder),
+    ]
     answers = re.search(r"^cache: .*?(\d+) answers", said([*flags, "--dry-run"]), re.M)
     said([*flags, "--teacher-cache-mode", "write"])
     row = cache_store.row_bytes(cache_store.read_topk(keep, DIGITS), DIGITS)

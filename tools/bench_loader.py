@@ -1,12 +1,12 @@
-"""How many pictures one core brings, against DeiT's default transform by timm and Pillow.
+"""How many images one core brings, against DeiT's default transform by timm and Pillow.
 
     python tools/bench_loader.py --data /data/imagenet_sample --json loader.json
 
 All rows are measured in turn, the order rotated by one in every round, on one thread and in CPU
 seconds, so that other work on the machine moves a ratio little. "timm again" is the first row once
-more: what is as near to 1 as that is no difference. The pictures lie in the page cache. Ours
+more: what is as near to 1 as that is no difference. The images lie in the page cache. Ours
 include the seeding of every sample; timm's transform has none. The growth rows read a table of so
-many entries, whose pictures are those of the sample, from a new process each.
+many entries, whose images are those of the sample, from a new process each.
 """
 
 import argparse
@@ -50,10 +50,12 @@ INPUTS = transforms.InputConfig((SIDE, SIDE), (0.485, 0.456, 0.406), (0.229, 0.2
 FULL, CROP = "timm, whole recipe", "timm, up to the crop"
 # Rows by name: the least ratio to the whole recipe by timm that is asked for
 TARGETS = {
-    "prepared raw, up to the crop": 20.0, "prepared JPEG, up to the crop": 5.0,
-    "prepared raw, whole recipe": 3.0, "JPEG files, up to the crop": 2.0,
+    "prepared raw, up to the crop": 20.0,
+    "prepared JPEG, up to the crop": 5.0,
+    "prepared raw, whole recipe": 3.0,
+    "JPEG files, up to the crop": 2.0,
     "JPEG files, whole recipe": 1.5,
-}  # fmt: skip
+}
 GROWTH = (10**4, 10**5, 10**6)
 ORIGINAL = 375  # pixels of the shorter side, about that of ImageNet's originals
 SCALES = (0.08, 0.25, 0.5, 1.0)  # of a crop, from DeiT's least to its greatest
@@ -66,11 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--data", default="", help="folder with val/<class>/*.jpg; empty: made-up pictures")
-    add("--enlarge", default=0, type=int, metavar="SIDE",
-        help="first store the pictures again with this shorter side, as JPEG of quality 97: "
-        f"{ORIGINAL}, about ImageNet's originals', where --data has shrunk ones")  # fmt: skip
-    add("--pictures", default=150, type=int, help="of a round")
+    add("--data", default="", help="folder with val/<class>/*.jpg; empty: made-up images")
+    add(
+        "--enlarge",
+        default=0,
+        type=int,
+        metavar="SIDE",
+        help="first store the images again with this shorter side, as JPEG of quality 97: "
+        f"{ORIGINAL}, about ImageNet's originals', where --data has shrunk ones",
+    )
+    add("--images", default=150, type=int, help="of a round")
     add("--rounds", default=7, type=int, help="after two that do not count")
     add("--json", default="", metavar="FILE", help="write all numbers there")
     add("--grown", default="", help=argparse.SUPPRESS)  # a growth row, in a process of its own
@@ -89,14 +96,14 @@ def make_up(folder: Path, count: int) -> Path:
 
 
 def enlarge(folder: Path, side: int, to: Path) -> Path:
-    """Store the validation pictures of `folder` again under `to`, `side` pixels at the shorter."""
+    """Store the validation images of `folder` again under `to`, `side` pixels at the shorter."""
     for path in sorted((folder / "val").glob("*/*")):
-        picture = Image.open(path).convert("RGB")
-        scale = side / min(picture.size)
+        image = Image.open(path).convert("RGB")
+        scale = side / min(image.size)
         target = to / path.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
-        size = (round(picture.width * scale), round(picture.height * scale))
-        picture.resize(size, Image.Resampling.BICUBIC).save(target, "JPEG", quality=97)
+        size = (round(image.width * scale), round(image.height * scale))
+        image.resize(size, Image.Resampling.BICUBIC).save(target, "JPEG", quality=97)
     return to
 
 
@@ -109,9 +116,15 @@ def settings(name: str, folder: Path, *flags: str) -> argparse.Namespace:
 def timms() -> Any:
     """Return DeiT's default training transform by timm, with the one repair that it needs."""
     transform = create_transform(
-        SIDE, is_training=True, color_jitter=0.3, auto_augment="rand-m9-mstd0.5-inc1",
-        interpolation="bicubic", re_prob=0.25, re_mode="pixel", re_count=1,
-    )  # fmt: skip
+        SIDE,
+        is_training=True,
+        color_jitter=0.3,
+        auto_augment="rand-m9-mstd0.5-inc1",
+        interpolation="bicubic",
+        re_prob=0.25,
+        re_mode="pixel",
+        re_count=1,
+    )
     for operation in transforms.augment_ops(transform):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = transforms.posterize
@@ -135,15 +148,15 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
     def by_timm(steps: Sequence[Callable]) -> Callable[[int], Any]:
         def one(number: int) -> Any:
             with open(files.name(place_of[number]), "rb") as file:
-                picture = Image.open(file).convert("RGB")
+                image = Image.open(file).convert("RGB")
             for step in steps:
-                picture = step(picture)
-            return picture
+                image = step(image)
+            return image
 
         return one
 
     def ours(source: sources.Source, transform: Callable, repeats: int = 1) -> Callable[[int], Any]:
-        data = datasets.Pictures(source, transform, len(source.classes))
+        data = datasets.ImageDataset(source, transform, len(source.classes))
 
         def one(number: int) -> Any:
             index = place_of[number // repeats]
@@ -152,10 +165,10 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
 
         return one
 
-    def cropped(picture: image_ops.Picture) -> Any:
+    def cropped(image: image_ops.ImageLike) -> Any:
         for step in crop:
-            picture = step(picture)
-        return picture
+            image = step(image)
+        return image
 
     found = {
         FULL: by_timm(full.transforms),
@@ -163,7 +176,7 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
         CROP: by_timm(full.transforms[:2]),
         "JPEG files, up to the crop": ours(files, cropped),
         "JPEG files, whole recipe": ours(files, whole),
-        "JPEG files, whole recipe, 3 views of a picture": ours(files, whole, repeats=3),
+        "JPEG files, whole recipe, 3 views of an image": ours(files, whole, repeats=3),
     }
     for form, name in ((packed.JPEG, "JPEG"), (packed.RAW, "raw")):
         found[f"prepared {name}, up to the crop"] = ours(opened[form], cropped)
@@ -175,7 +188,7 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
 def measure(
     functions: dict[str, Callable[[int], Any]], count: int, rounds: int
 ) -> dict[str, list[float]]:
-    """Return the CPU seconds a picture of every round, by row; the order rotates."""
+    """Return the CPU seconds an image of every round, by row; the order rotates."""
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 2):
@@ -191,29 +204,32 @@ def measure(
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Return, by row, pictures a second, and the rounds' ratios' median and quartiles."""
+    """Return, by row, images a second, and the rounds' ratios' median and quartiles."""
     found = {}
     for name, values in seconds.items():
         ratios = [base / value for base, value in zip(seconds[FULL], values)]
         to_crop = [base / value for base, value in zip(seconds[CROP], values)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found[name] = {
-            "ratio": middle, "low": low, "high": high,
+            "ratio": middle,
+            "low": low,
+            "high": high,
             "ratio_to_crop": statistics.median(to_crop),
-            "pictures_per_second": 1 / statistics.median(values),
-        }  # fmt: skip
+            "images_per_second": 1 / statistics.median(values),
+        }
     return found
 
 
 def grow(base: Path, work: Path, entries: int) -> Path:
-    """Make a prepared data set of so many entries, whose pictures are those of `base`, again."""
+    """Make a prepared data set of so many entries, whose images are those of `base`, again."""
     folder = work / f"entries{entries}"
     folder.mkdir()
     manifest = json.loads((base / packed.MANIFEST).read_text())
     table = np.resize(np.fromfile(base / "val.table", packed.ROW), entries)
     facts = manifest["splits"]["val"] | {
-        "pictures": entries, "table": hashlib.sha256(table.tobytes()).hexdigest()
-    }  # fmt: skip
+        "images": entries,
+        "table": hashlib.sha256(table.tobytes()).hexdigest(),
+    }
     for split in ("train", "val"):
         table.tofile(folder / f"{split}.table")
         os.link(base / "val.bin", folder / f"{split}.bin")
@@ -252,130 +268,157 @@ def read_grown(folder: str, count: int, rounds: int) -> dict[str, float]:
         seconds.append((time.process_time() - started) / count)
         memory.append(anonymous_mib())
     return {
-        "start_up_s": start_up, "pictures_per_second": 1 / statistics.median(seconds[2:]),
-        "own_mib": memory[-1] - before, "growth_mib": memory[-1] - memory[1],
-    }  # fmt: skip
+        "start_up_s": start_up,
+        "images_per_second": 1 / statistics.median(seconds[2:]),
+        "own_mib": memory[-1] - before,
+        "growth_mib": memory[-1] - memory[1],
+    }
 
 
 def softness(folder: Path, count: int) -> dict[str, list[float]]:
     """Return how much less sharp crops of shrunk copies are, by copy and by scale of the crop.
 
-    The mean difference in steps of 255 between a crop of the picture and the same crop of what a
+    The mean difference in steps of 255 between a crop of the image and the same crop of what a
     prepared data set keeps of it, both resized to the network's input. Copies and input are scaled
-    to the size of the pictures, as if their shorter side were `ORIGINAL` pixels.
+    to the size of the images, as if their shorter side were `ORIGINAL` pixels.
     """
     places = sorted((folder / "val").glob("*/*"))
     chosen = np.random.default_rng(0).permutation(len(places))[:count]
-    pictures = [Image.open(places[number]).convert("RGB") for number in chosen]
+    images = [Image.open(places[number]).convert("RGB") for number in chosen]
     bicubic, bilinear = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
 
     def over_scales(copies: Sequence[Image.Image], mode: Image.Resampling) -> list[float]:
         return [
             statistics.mean(
                 difference(one, copy, scale, mode, seed)
-                for seed, (one, copy) in enumerate(zip(pictures, copies))
+                for seed, (one, copy) in enumerate(zip(images, copies))
             )
             for scale in SCALES
         ]
 
-    found = {"for comparison: bilinear instead of bicubic": over_scales(pictures, bilinear)}
+    found = {"for comparison: bilinear instead of bicubic": over_scales(images, bilinear)}
     for side, kind in COPIES:
         copies = []
-        for picture in pictures:
-            short = round(min(picture.size) * side / ORIGINAL)
-            data, height, width = packed.encode(picture, kind, short, QUALITY)
-            copies.append(Image.frombytes("RGB", (width, height), data) if kind == packed.RAW
-                          else image_ops.as_image(image_ops.decode(data)))  # fmt: skip
+        for image in images:
+            short = round(min(image.size) * side / ORIGINAL)
+            data, height, width = packed.encode(image, kind, short, QUALITY)
+            copies.append(
+                Image.frombytes("RGB", (width, height), data)
+                if kind == packed.RAW
+                else image_ops.as_image(image_ops.decode(data))
+            )
         found[f"copy of {side} px, {kind}"] = over_scales(copies, bicubic)
     return found
 
 
 def difference(
-    picture: Image.Image, copy: Image.Image, scale: float, mode: Image.Resampling, seed: int
+    image: Image.Image, copy: Image.Image, scale: float, mode: Image.Resampling, seed: int
 ) -> float:
-    """Return the mean difference in steps of 255 between a crop of a picture and of its copy.
+    """Return the mean difference in steps of 255 between a crop of an image and of its copy.
 
-    scale: the crop's share of the picture's area; mode: how the copy's crop is resized; seed: of
+    scale: the crop's share of the image's area; mode: how the copy's crop is resized; seed: of
     the crop's place and shape.
     """
-    side = round(min(picture.size) * SIDE / ORIGINAL)
+    side = round(min(image.size) * SIDE / ORIGINAL)
     random.seed(seed)
-    shape = torch.empty(3, picture.height, picture.width)
+    shape = torch.empty(3, image.height, image.width)
     top, left, height, width = RandomResizedCropAndInterpolation.get_params(
         shape, (scale, scale), (3 / 4, 4 / 3)
     )
     box = np.array([left, top, left + width, top + height], float)
-    factor = np.array(copy.size * 2) / (picture.size * 2)
-    one = picture.resize((side, side), Image.Resampling.BICUBIC, box=tuple(box))
+    factor = np.array(copy.size * 2) / (image.size * 2)
+    one = image.resize((side, side), Image.Resampling.BICUBIC, box=tuple(box))
     other = copy.resize((side, side), mode, box=tuple(box * factor))
     return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
 
 
-def grown(work: Path, pictures: int, rounds: int) -> dict[int, dict[str, float]]:
+def grown(work: Path, images: int, rounds: int) -> dict[int, dict[str, float]]:
     """Return what `read_grown` finds, each in a new process, by number of entries."""
     found = {}
     for entries in GROWTH:
         target = grow(work / packed.RAW, work, entries)
-        command = [sys.executable, str(Path(__file__).resolve()), "--grown", str(target),
-                   "--pictures", str(pictures), "--rounds", str(rounds)]  # fmt: skip
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--grown",
+            str(target),
+            "--images",
+            str(images),
+            "--rounds",
+            str(rounds),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[entries] = json.loads(done.stdout)
         shutil.rmtree(target)
     return found
 
 
-def run(data: str, side: int, pictures: int, rounds: int) -> dict[str, Any]:
+def run(data: str, side: int, images: int, rounds: int) -> dict[str, Any]:
     """Measure everything on one thread; return it with the lines of the tables.
 
-    data: folder with val/<class>/*.jpg, or empty for made-up pictures; side: to which they are
+    data: folder with val/<class>/*.jpg, or empty for made-up images; side: to which they are
     enlarged before, or 0.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(io.StringIO()):
         work = Path(name)
-        given = Path(data) if data else make_up(work / "made", pictures)
+        given = Path(data) if data else make_up(work / "made", images)
         folder = enlarge(given, side, work / "enlarged") if side else given
-        seconds = measure(rows(folder, work, pictures), pictures, rounds)
+        seconds = measure(rows(folder, work, images), images, rounds)
         found: dict[str, Any] = {"rows": summary(seconds), "targets": TARGETS}
-        found["growth"] = grown(work, pictures, rounds)
-        found["softness"] = softness(given, pictures) if data else {}
+        found["growth"] = grown(work, images, rounds)
+        found["softness"] = softness(given, images) if data else {}
         sizes = [path.stat().st_size for path in (folder / "val").glob("*/*")]
     torch.set_num_threads(threads)
     found["facts"] = {
-        "pictures": len(sizes), "mean_kB": round(statistics.mean(sizes) / 1e3, 1),
-        "torch": torch.__version__, "timm": timm.__version__, "Pillow": PIL.__version__,
+        "images": len(sizes),
+        "mean_kB": round(statistics.mean(sizes) / 1e3, 1),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "Pillow": PIL.__version__,
         "simplejpeg": getattr(image_ops.simplejpeg, "__version__", "none"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-    }  # fmt: skip
+    }
     return found | {"lines": table(found)}
 
 
 def table(found: dict[str, Any]) -> list[str]:
     """Return the tables in Markdown."""
-    lines = [", ".join(f"{key} {value}" for key, value in found["facts"].items()) + ".", "",
-             "| one core | x timm's whole recipe | asked | x timm up to the crop | pictures/s |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in found["facts"].items()) + ".",
+        "",
+        "| one core | x timm's whole recipe | asked | x timm up to the crop | images/s |",
+        "|---|---|---|---|---|",
+    ]
     for name, row in found["rows"].items():
         asked = f"{TARGETS[name]:g}" if name in TARGETS else ""
         lines.append(
             f"| {name} | {row['ratio']:.2f} ({row['low']:.2f}-{row['high']:.2f}) | "
-            f"{asked} | {row['ratio_to_crop']:.2f} | {row['pictures_per_second']:.0f} |"
+            f"{asked} | {row['ratio_to_crop']:.2f} | {row['images_per_second']:.0f} |"
         )
-    lines += ["", "| prepared raw, up to the crop | x the first | pictures/s | start-up, s | "
-              "own memory, MiB | its growth, MiB |", "|---|---|---|---|---|---|"]  # fmt: skip
-    first = found["growth"][GROWTH[0]]["pictures_per_second"]
+    lines += [
+        "",
+        "| prepared raw, up to the crop | x the first | images/s | start-up, s | "
+        "own memory, MiB | its growth, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    first = found["growth"][GROWTH[0]]["images_per_second"]
     for entries, row in found["growth"].items():
-        rate = row["pictures_per_second"]
+        rate = row["images_per_second"]
         lines.append(
             f"| {entries:,} entries | {rate / first:.2f} | {rate:.0f} | "
             f"{row['start_up_s']:.2f} | {row['own_mib']:.1f} | {row['growth_mib']:.1f} |"
         )
     if not found["softness"]:
-        return [*lines, "", "Not measured: how soft shrunk copies are, which takes real pictures."]
-    lines += ["", f"| mean difference of a crop of so much of the picture, of {ORIGINAL} px | "
-              + " | ".join(f"{100 * scale:g} %" for scale in SCALES) + " |",
-              "|" + "---|" * (len(SCALES) + 1)]  # fmt: skip
+        return [*lines, "", "Not measured: how soft shrunk copies are, which takes real images."]
+    lines += [
+        "",
+        f"| mean difference of a crop of so much of the image, of {ORIGINAL} px | "
+        + " | ".join(f"{100 * scale:g} %" for scale in SCALES)
+        + " |",
+        "|" + "---|" * (len(SCALES) + 1),
+    ]
     for name, values in found["softness"].items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
     return lines
@@ -385,11 +428,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.grown:
         torch.set_num_threads(1)
-        print(json.dumps(read_grown(args.grown, 10 * args.pictures, args.rounds)))
+        print(json.dumps(read_grown(args.grown, 10 * args.images, args.rounds)))
         return 0
-    if args.rounds < 2 or args.pictures < 1:
-        raise SystemExit("--rounds must be at least 2, --pictures 1")
-    found = run(args.data, args.enlarge, args.pictures, args.rounds)
+    if args.rounds < 2 or args.images < 1:
+        raise SystemExit("--rounds must be at least 2, --images 1")
+    found = run(args.data, args.enlarge, args.images, args.rounds)
     print("\n".join(found["lines"]))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n")

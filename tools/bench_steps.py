@@ -74,12 +74,29 @@ class Case:
         return network.to(self.device).eval().requires_grad_(False)
 
     def args(self, *flags: str) -> argparse.Namespace:
-        return options.parse_args([
-            "--data-path", "none", "--model", self.student, "--input-size", str(self.size),
-            "--batch-size", str(self.batch), "--teacher-model", self.teacher, "--teacher-path",
-            str(self.weights), "--device", str(self.device), "--warmup-epochs", "0",
-            "--min-lr", "0", *flags,
-        ]).args  # fmt: skip
+        return options.parse_args(
+            [
+                "--data-path",
+                "none",
+                "--model",
+                self.student,
+                "--input-size",
+                str(self.size),
+                "--batch-size",
+                str(self.batch),
+                "--teacher-model",
+                self.teacher,
+                "--teacher-path",
+                str(self.weights),
+                "--device",
+                str(self.device),
+                "--warmup-epochs",
+                "0",
+                "--min-lr",
+                "0",
+                *flags,
+            ]
+        ).args
 
 
 def settle(network: nn.Module) -> None:
@@ -146,9 +163,14 @@ class Timm(Reference):
         network = factory(num_classes=CLASSES, img_size=case.size, drop_path_rate=0.1)
         network = network.to(case.device).train()
         self.task = TokenDistillationTask(
-            network, case.network_T(), SoftTargetCrossEntropy(), distill_type="hard",
-            task_loss_weight=0.5, device=case.device, verbose=False,
-        ).train()  # fmt: skip
+            network,
+            case.network_T(),
+            SoftTargetCrossEntropy(),
+            distill_type="hard",
+            task_loss_weight=0.5,
+            device=case.device,
+            verbose=False,
+        ).train()
         if backend:
             self.task.compile(backend=backend)
         self.optimizer = create_optimizer_v2(network, opt="adamw", lr=1e-4, weight_decay=0.05)
@@ -176,9 +198,15 @@ class Ours:
     """
 
     def __init__(
-        self, case: Case, amp_dtype: torch.dtype | None, teacher: str, *, backend: str = "",
-        steps: int = 0, answers: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        case: Case,
+        amp_dtype: torch.dtype | None,
+        teacher: str,
+        *,
+        backend: str = "",
+        steps: int = 0,
+        answers: str = "",
+    ) -> None:
         if case.device.type == "cpu":
             models.fast.keep_memory()
         kind = "none" if teacher == "none" else "hard"
@@ -186,7 +214,7 @@ class Ours:
         args = case.args("--distillation-type", kind, *compiled)
         inputs = models.build_input_config(args)
         student = models.build_student(args, CLASSES, inputs).to(case.device)
-        models.fast.suit_device(student.network, case.device.type, amp_dtype)
+        models.fast.select_kernels(student.network, case.device.type, amp_dtype)
         self.case, self.amp_dtype, self.student = case, amp_dtype, student
         self.mixup_fn = transforms.build_mixup(args, CLASSES)
         self.views, self.teacher = 0, None
@@ -198,18 +226,29 @@ class Ours:
         elif teacher == "live":
             self.teacher = build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
         criterion = objective.build_objective(
-            args, student, self.teacher, mixing=True, input_size=inputs.input_size,
+            args,
+            student,
+            self.teacher,
+            mixing=True,
+            input_size=inputs.input_size,
             total_updates=10**6,
-        )  # fmt: skip
+        )
         optimizer, _ = optim.build_optimizer(args, student, 1)
         if backend:
             student.compile(backend=backend, dynamic=False)
         self.engine: dict[str, Any] = {
-            "model": student, "criterion": criterion, "optimizer": optimizer,
-            "device": case.device, "epoch": 0, "teacher": self.teacher, "amp_dtype": amp_dtype,
-            "schedule": optim.build_schedule(args, optimizer, 10**6), "mixup_fn": self.mixup_fn,
-            "model_ema": optim.build_ema(args, student.network), "views": self.views,
-        }  # fmt: skip
+            "model": student,
+            "criterion": criterion,
+            "optimizer": optimizer,
+            "device": case.device,
+            "epoch": 0,
+            "teacher": self.teacher,
+            "amp_dtype": amp_dtype,
+            "schedule": optim.build_schedule(args, optimizer, 10**6),
+            "mixup_fn": self.mixup_fn,
+            "model_ema": optim.build_ema(args, student.network),
+            "views": self.views,
+        }
 
     def loader(self, steps: int) -> list[tuple[Tensor, ...]]:
         return [self.case.data] * steps
@@ -219,26 +258,40 @@ class Ours:
     ) -> CachedTeacher:
         rows = batches * self.case.batch
         store = cache_store.Store(
-            folder, rows=rows, num_classes=CLASSES, keep="all", may_create=network is not None,
+            folder,
+            rows=rows,
+            num_classes=CLASSES,
+            keep="all",
+            may_create=network is not None,
             facts={"rows": rows, "classes": CLASSES, "precision": str(self.amp_dtype)},
-        )  # fmt: skip
+        )
         return CachedTeacher(
-            store, network, epoch_rows=rows, needed=rows, batch_size=self.case.batch, rank=0,
+            store,
+            network,
+            epoch_rows=rows,
+            needed=rows,
+            batch_size=self.case.batch,
+            rank=0,
             world_size=1,
-        )  # fmt: skip
+        )
 
     def _write(self, folder: str, batches: int, network: Callable[[Tensor, Any], Tensor]) -> float:
         writer, start = self._cached(folder, batches, network), time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            engine.ask_teacher(
-                self.loader(batches), writer, self.case.device, 0, mixup_fn=self.mixup_fn, seed=0,
+            engine.query_epoch(
+                self.loader(batches),
+                writer,
+                self.case.device,
+                0,
+                mixup_fn=self.mixup_fn,
+                seed=0,
                 header="Write:",
-            )  # fmt: skip
+            )
         writer.store.flush()
         return time.perf_counter() - start
 
     def write(self, folder: str, batches: int) -> float:
-        """Write the live teacher's answers to `batches` batches; return the seconds a picture."""
+        """Write the live teacher's answers to `batches` batches; return the seconds an image."""
         self._write(tempfile.mkdtemp(dir=self.case.folder), batches, self.teacher)  # a warm-up
         return self._write(folder, batches, self.teacher) / (batches * self.case.batch)
 

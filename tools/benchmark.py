@@ -92,8 +92,9 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
     flops = dry_run.measure(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
-        case.size, case.size,
-    ).flops  # fmt: skip
+        case.size,
+        case.size,
+    ).flops
     lines = [f"### {case.student} from {case.teacher}, {case.size} px, B={case.batch}", ""]
 
     def precision_of(name: str) -> str:
@@ -114,28 +115,35 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     lines += table(seconds, columns)
     if not any(name.startswith("timm") for name in seconds):
         lines += ["", "Not measured: timm's task, which has no distilled student of that name."]
-    lines += ["", f"The student's step is 3 x {flops / 1e9:.2f} GFLOP a picture."]
+    lines += ["", f"The student's step is 3 x {flops / 1e9:.2f} GFLOP an image."]
     for precision in args.precision:
         live, cached = (
             statistics.median(seconds[f"{kind}, {precision}"]) / case.batch
             for kind in ("live", "cached")
         )
         reading = 1e3 * reading_s[precision]
-        lines += ["", f"Cache, {precision}: {break_even(write_s[precision], live, cached)} Reading "
-                  f"the answers to a batch takes {reading:.3f} ms of a step."]  # fmt: skip
-    return {"case": f"{case.student} {case.teacher} {case.size} {case.batch}", "seconds": seconds,
-            "write_s": write_s, "lines": lines}  # fmt: skip
+        lines += [
+            "",
+            f"Cache, {precision}: {break_even(write_s[precision], live, cached)} Reading "
+            f"the answers to a batch takes {reading:.3f} ms of a step.",
+        ]
+    return {
+        "case": f"{case.student} {case.teacher} {case.size} {case.batch}",
+        "seconds": seconds,
+        "write_s": write_s,
+        "lines": lines,
+    }
 
 
 def break_even(write_s: float, live_s: float, cached_s: float) -> str:
-    """Return in words when a cache has paid for itself; seconds a picture of each."""
-    text = f"writing takes {1e3 * write_s:.1f} ms a picture and view; "
+    """Return in words when a cache has paid for itself; seconds an image of each."""
+    text = f"writing takes {1e3 * write_s:.1f} ms an image and view; "
     saved = live_s - cached_s
     if saved <= 0:
         return text + "reading saves nothing, this teacher is as fast as the disk."
     runs = write_s / saved
     return (
-        f"{text}reading instead of asking saves {1e3 * saved:.1f} ms a picture and epoch. With a "
+        f"{text}reading instead of asking saves {1e3 * saved:.1f} ms an image and epoch. With a "
         f"view for every epoch the writing costs what {runs:.2f} runs save; a single run gains if "
         f"it has fewer than {1 / runs:.2f} views for each of its epochs."
     )
@@ -183,8 +191,12 @@ def measure_optimizer(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         ema = optim.build_ema(settings, student.network)
         return optimizer, lambda step: ema.update(student.network, step)
 
-    names = {"default AdamW, timm's ModelEma": first, "fused AdamW, ModelEmaV3": third,
-             "ours": ours, "ours again": ours}  # fmt: skip
+    names = {
+        "default AdamW, timm's ModelEma": first,
+        "fused AdamW, ModelEmaV3": third,
+        "ours": ours,
+        "ours again": ours,
+    }
     seconds = race({name: entry(make) for name, make in names.items()}, 3 * args.rounds, 10)
     columns = {f"x {base}": lambda _, base=base: base for base in list(names)[:3]}
     lines = ["### Optimizer and EMA", "", *table(seconds, columns)]
@@ -193,7 +205,7 @@ def measure_optimizer(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_agreement(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Compare the labels of a trained teacher in bf16 with those in float32, on real pictures."""
+    """Compare the labels of a trained teacher in bf16 with those in float32, on real images."""
     flags = ["--model", args.student, "--distillation-type", "hard", "--eval"]
     if args.agreement_data:
         size = str(models.data_config(args.agreement_teacher)["input_size"][-1])
@@ -220,27 +232,35 @@ def measure_agreement(args: argparse.Namespace, device: torch.device) -> dict[st
             said[name].append(teacher(images.to(device)).cpu())
     found = {name: torch.cat(logits) for name, logits in said.items()}
     labels, exact = torch.cat(labels), found["fp32"]
-    lines = [f"### Labels of {args.agreement_teacher}, trained, on {len(labels)} real pictures",
-             "", "| | same label as fp32, % | same, where fp32 is over 50 % sure | top-1, % | "
-             "mean KL from fp32, nats |", "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        f"### Labels of {args.agreement_teacher}, trained, on {len(labels)} real images",
+        "",
+        "| | same label as fp32, % | same, where fp32 is over 50 % sure | top-1, % | "
+        "mean KL from fp32, nats |",
+        "|---|---|---|---|---|",
+    ]
     shares = {}
     sure = exact.softmax(1).amax(1) > 0.5
     for name, logits in found.items():
         same = logits.argmax(1) == exact.argmax(1)
         top = 100 * (logits.argmax(1) == labels).double().mean()
-        kl = F.kl_div(logits.double().log_softmax(1), exact.double().log_softmax(1),
-                      reduction="batchmean", log_target=True)  # fmt: skip
+        kl = F.kl_div(
+            logits.double().log_softmax(1),
+            exact.double().log_softmax(1),
+            reduction="batchmean",
+            log_target=True,
+        )
         shares[name] = float(same.double().mean())
         lines.append(
             f"| {name} | {100 * shares[name]:.2f} | "
             f"{100 * float(same[sure].double().mean()):.2f} | {top:.2f} | {kl:.1e} |"
         )
-    return {"same": shares, "pictures": len(labels), "lines": lines}
+    return {"same": shares, "images": len(labels), "lines": lines}
 
 
 def measure_loader(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the input pipeline as tools/bench_loader.py does."""
-    found = bench_loader.run(args.loader_data, 0, args.loader_pictures, args.rounds)
+    found = bench_loader.run(args.loader_data, 0, args.loader_images, args.rounds)
     return found | {"lines": ["### Loader", "", *found["lines"]]}
 
 
@@ -256,8 +276,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", nargs="+", type=int, default=[4, 8], help="one for each teacher")
     add("--img-size", type=int, default=224, help="pixels")
     add("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
-    add("--torchcompile", nargs="?", const="inductor", default="", metavar="BACKEND",
-        help="race compiled steps too")  # fmt: skip
+    add(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        default="",
+        metavar="BACKEND",
+        help="race compiled steps too",
+    )
     add("--rounds", type=int, default=7)
     add("--steps", type=int, default=2, help="timed steps of a turn, after one that is not")
     add("--device", default="auto")
@@ -269,15 +295,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--gpu-batch-size", nargs="+", type=int, default=[1024, 512, 256], help="one for each")
     add("--gpu-steps", type=int, default=200, help="timed steps of a turn")
-    add("--prepared-path", default="", help="on a GPU: prepared pictures; default: made-up ones")
-    add("--data-path", default="", help="on a GPU: pictures for the whole pipeline")
+    add("--prepared-path", default="", help="on a GPU: prepared images; default: made-up ones")
+    add("--data-path", default="", help="on a GPU: images for the whole pipeline")
     add("--data-set", default="IMNET", help="what they are, as of main.py")
     add("--num-workers", type=int, help="on a GPU: of each loader, as of main.py")
     add("--agreement-teacher", default="resnet_pico")
     add("--agreement-path", default=str(SHIPPED), help="its trained weights")
     add("--agreement-data", default="", help="folder with val/; default: the embedded digits")
-    add("--loader-data", default="", help="folder with val/; default: made-up pictures")
-    add("--loader-pictures", type=int, default=150, help="of a round")
+    add("--loader-data", default="", help="folder with val/; default: made-up images")
+    add("--loader-images", type=int, default=150, help="of a round")
     add("--growth-steps", type=int, default=2000)
     add("--growth-batches", type=int, nargs="+", default=[16, 32, 64, 128, 256])
     add("--json", type=Path, metavar="FILE", help="all seconds, for machines")
@@ -291,8 +317,9 @@ def main() -> int:
     if len(args.gpu_students) != len(args.gpu_batch_size):
         raise SystemExit("give one --gpu-batch-size for each of --gpu-students")
     if args.rounds < 2 or args.steps < 1 or args.gpu_steps < 1 or args.growth_steps < 10:
-        raise SystemExit("--rounds must be at least 2, --steps and --gpu-steps 1, "
-                         "--growth-steps 10")  # fmt: skip
+        raise SystemExit(
+            "--rounds must be at least 2, --steps and --gpu-steps 1, --growth-steps 10"
+        )
     warnings.filterwarnings("ignore")
     if args.torchcompile:
         torch._dynamo.config.recompile_limit = 64  # beyond 8 networks of a kind it gives up
@@ -303,14 +330,16 @@ def main() -> int:
     if "step" in args.parts:
         student = models.create_model(args.student, num_classes=1)
         if not models.has_distillation_head(student):
-            raise UserError(f"--student {args.student}: has no distillation head, which the steps "
-                            "of part `step` need; take a deit_..._distilled_... one")  # fmt: skip
+            raise UserError(
+                f"--student {args.student}: has no distillation head, which the steps "
+                "of part `step` need; take a deit_..._distilled_... one"
+            )
     print("\n".join(found["about"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         jobs = {}
         for teacher, batch in zip(args.teacher, args.batch_size):
 
-            def case(teacher=teacher, batch=batch) -> Case:  # fmt: skip
+            def case(teacher=teacher, batch=batch) -> Case:
                 return Case(args.student, teacher, args.img_size, batch, device, Path(folder))
 
             jobs[f"step {teacher}"] = lambda case=case: measure_step(case(), args)
@@ -351,8 +380,13 @@ def about(device: torch.device) -> list[str]:
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     versions = f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}"
-    return ["```", shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]), "```", "",
-            f"{machine}; {versions}; commit {commit or 'unknown'}."]  # fmt: skip
+    return [
+        "```",
+        shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
+        "```",
+        "",
+        f"{machine}; {versions}; commit {commit or 'unknown'}.",
+    ]
 
 
 def capable(unit: str) -> bool:

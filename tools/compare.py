@@ -34,13 +34,20 @@ def main() -> int:
     parser.add_argument("common", nargs="*", help="flags for every run, after --")
     args = parser.parse_args()
 
-    rows = [(name.strip(), shlex.split(flags)) for name, _, flags in
-            (row.partition(":") for row in args.row)]  # fmt: skip
+    rows = [
+        (name.strip(), shlex.split(flags))
+        for name, _, flags in (row.partition(":") for row in args.row)
+    ]
     jobs = [(name, seed, flags) for seed in args.seeds for name, flags in rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        logs = list(pool.map(
-            lambda job: one_run(args.runs / job[0] / f"seed{job[1]}", job[1],
-                                args.common + job[2], args.threads), jobs))  # fmt: skip
+        logs = list(
+            pool.map(
+                lambda job: one_run(
+                    args.runs / job[0] / f"seed{job[1]}", job[1], args.common + job[2], args.threads
+                ),
+                jobs,
+            )
+        )
     found: dict[str, list[dict]] = {name: [] for name, _ in rows}
     for (name, _, _), log in zip(jobs, logs):
         found[name].append(log)
@@ -54,8 +61,15 @@ def main() -> int:
 
 def one_run(folder: Path, seed: int, flags: list[str], threads: int) -> dict:
     """Run main.py once; return the last line of its log.txt."""
-    command = [sys.executable, str(ROOT / "main.py"), *flags, "--seed", str(seed),
-               "--output_dir", str(folder)]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        *flags,
+        "--seed",
+        str(seed),
+        "--output_dir",
+        str(folder),
+    ]
     if run_once(folder, command, threads):
         print(f"{folder.parent.name} seed {seed}: done", file=sys.stderr, flush=True)
     return json.loads((folder / "log.txt").read_text().splitlines()[-1])
@@ -69,9 +83,11 @@ def run_once(folder: Path, command: list[str], threads: int) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "stdout.txt").open("w") as out:
         result = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT,
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
+        )
     if result.returncode:
         raise SystemExit(f"failed: {shlex.join(command)}\nsee {folder / 'stdout.txt'}")
     done.write_text(words)
@@ -84,19 +100,29 @@ def table(rows: list, found: dict[str, list[dict]], args: argparse.Namespace) ->
 
     lines = ["| run | top-1, % | EMA top-1, % | train loss | flags |", "|---|---|---|---|---|"]
     for name, flags in rows:
-        cells = [spread([log.get(key) for log in found[name]])
-                 for key in ("test_acc1", "ema_acc1", "train_loss")]  # fmt: skip
+        cells = [
+            spread([log.get(key) for log in found[name]])
+            for key in ("test_acc1", "ema_acc1", "train_loss")
+        ]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | `{shlex.join(flags)}` |")
     rows_again = " ".join(f'--row "{name}: {shlex.join(flags)}"' for name, flags in rows)
     command = f"python tools/compare.py --seeds {' '.join(map(str, args.seeds))} {rows_again}"
     command += f" -- {shlex.join(args.common)}" if args.common else ""
-    return "\n".join([
-        *lines, "",
-        f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last epoch.", "",
-        "```", command, "```", "",
-        f"Commit {commit()}, torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, "
-        f"{platform.machine()}, {args.threads} CPU thread(s) per run.", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last epoch.",
+            "",
+            "```",
+            command,
+            "```",
+            "",
+            f"Commit {commit()}, torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, "
+            f"{platform.machine()}, {args.threads} CPU thread(s) per run.",
+            "",
+        ]
+    )
 
 
 def spread(values: list[float | None]) -> str:

@@ -2,7 +2,7 @@
 
     python tools/compare_objectives.py --data CIFAR10_FOLDER --write docs/objectives_cifar10.md
 
-Trains the CNN teacher once (resnet_pico, on the same pictures), then the students through
+Trains the CNN teacher once (resnet_pico, on the same images), then the students through
 tools/compare.py, which writes the table with the command of every row. What is already complete
 under --runs is not repeated. What follows `--` goes to every student's run.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDENT, TEACHER = "deit_pico_distilled_patch8_32", "resnet_pico"
-# Few pictures and few updates: crops and mirrors alone, and a learning rate for small models.
+# Few images and few updates: crops and mirrors alone, and a learning rate for small models.
 RECIPE = (
     "--unscale-lr --lr 2e-3 --warmup-epochs 2 --no-repeated-aug --aa none --color-jitter 0 "
     "--reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --num-workers 0"
@@ -55,17 +55,40 @@ def main() -> int:
     recipe += ["--batch-size", str(args.batch_size)]
     teacher = args.runs / "teacher" / "checkpoint.pth"
     if not teacher.exists():
-        subprocess.run([sys.executable, str(ROOT / "main.py"), "--model", TEACHER, *recipe,
-                        "--epochs", str(args.teacher_epochs), "--output_dir",
-                        str(teacher.parent)], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "main.py"),
+                "--model",
+                TEACHER,
+                *recipe,
+                "--epochs",
+                str(args.teacher_epochs),
+                "--output_dir",
+                str(teacher.parent),
+            ],
+            check=True,
+        )
     rows = [word for name, flags in ROWS.items() for word in ("--row", f"{name}: {flags}")]
     write = ["--write", str(args.write)] if args.write else []
     common = ["--model", STUDENT, "--teacher-model", TEACHER, "--teacher-path", str(teacher)]
     common += ["--no-teacher-check", *recipe, "--epochs", str(args.epochs), *args.common]
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "compare.py"), "--jobs", str(args.jobs), "--runs",
-         str(args.runs), *write, *rows, "--seeds", *map(str, args.seeds), "--", *common]
-    ).returncode  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "tools" / "compare.py"),
+            "--jobs",
+            str(args.jobs),
+            "--runs",
+            str(args.runs),
+            *write,
+            *rows,
+            "--seeds",
+            *map(str, args.seeds),
+            "--",
+            *common,
+        ]
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Student:
         )
 
     def examples(self, count: int) -> Tensor:
-        """Return random pictures (count, 3, height, width), the same every time."""
+        """Return random images (count, 3, height, width), the same every time."""
         generator = torch.Generator().manual_seed(count)
         return torch.randn(count, 3, *self.inputs.input_size, generator=generator)
 
@@ -115,12 +115,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, help="output folder of a run, or a checkpoint file")
     add("out", type=Path, help="folder, or a .safetensors file")
-    add("--formats", nargs="+", choices=list(FORMATS),
-        help="default: all whose packages are installed")  # fmt: skip
+    add(
+        "--formats",
+        nargs="+",
+        choices=list(FORMATS),
+        help="default: all whose packages are installed",
+    )
     add("--model", help="its name, for a file that does not say")
     add("--key", help="model (default) or model_ema")
-    add("--half", action="store_true",
-        help="round the weights to float16; half the size in .safetensors")  # fmt: skip
+    add(
+        "--half",
+        action="store_true",
+        help="round the weights to float16; half the size in .safetensors",
+    )
     return parser
 
 
@@ -169,8 +176,11 @@ def build_student(args: argparse.Namespace) -> Student:
     if not name:
         raise UserError(f"{path}: does not say which model it is; give --model")
     weights = read_weights(str(path), args.key)
-    heads = [weights[key] for key in ("head.weight", "fc.weight", "head.fc.weight",
-             "classifier.weight") if key in weights]  # fmt: skip
+    heads = [
+        weights[key]
+        for key in ("head.weight", "fc.weight", "head.fc.weight", "classifier.weight")
+        if key in weights
+    ]
     own = vars(options.argparse_with_help().parse_args([]))
     known = {key: value for key, value in settings.items() if key in own}
     inputs = models.build_input_config(argparse.Namespace(**own | known | {"model": name}))
@@ -230,13 +240,16 @@ def to_safetensors(student: Student, folder: Path) -> str:
         **({"label_names": student.classes} if student.classes else {}),
         "model_args": sized,
         "pretrained_cfg": {
-            "input_size": [3, *inputs.input_size], "mean": list(inputs.mean),
-            "std": list(inputs.std), "interpolation": inputs.interpolation,
-            "crop_pct": inputs.crop_ratio, "num_classes": network.num_classes,
+            "input_size": [3, *inputs.input_size],
+            "mean": list(inputs.mean),
+            "std": list(inputs.std),
+            "interpolation": inputs.interpolation,
+            "crop_pct": inputs.crop_ratio,
+            "num_classes": network.num_classes,
             "first_conv": network.pretrained_cfg.get("first_conv"),
             "classifier": network.pretrained_cfg.get("classifier"),
         },
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it
     loaded = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
@@ -258,10 +271,16 @@ def to_onnx(student: Student, folder: Path) -> str:
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
-            student.network, (student.examples(2),), str(path), input_names=["images"],
-            output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True, external_data=False, verbose=False,
-        )  # fmt: skip
+            student.network,
+            (student.examples(2),),
+            str(path),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return verify(
         student, path, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])

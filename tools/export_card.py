@@ -17,9 +17,21 @@ from training import metrics, optim
 from training.checkpointer import BEST
 
 Rows = list[tuple[str, str]]
-AUGMENTATION = ("ThreeAugment", "src", "aa", "color_jitter", "reprob", "mixup", "cutmix",
-                "cutmix_minmax", "smoothing", "repeated_aug", "drop", "drop_path",
-                "bce_loss")  # fmt: skip
+AUGMENTATION = (
+    "ThreeAugment",
+    "src",
+    "aa",
+    "color_jitter",
+    "reprob",
+    "mixup",
+    "cutmix",
+    "cutmix_minmax",
+    "smoothing",
+    "repeated_aug",
+    "drop",
+    "drop_path",
+    "bce_loss",
+)
 SHOWN_CLASSES = 20  # of their names; all of them are in config.json
 
 
@@ -65,23 +77,35 @@ def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
 
 
 def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
-    rows = [(name, str(settings[name])) for name in ("recipe", "epochs")
-            if settings.get(name)]  # fmt: skip
+    rows = [(name, str(settings[name])) for name in ("recipe", "epochs") if settings.get(name)]
     processes = facts.get("processes") or settings.get("world_size")
     if processes and settings.get("batch_size"):
         steps = settings.get("grad_accum_steps", 1)
         effective = settings["batch_size"] * processes * steps
-        rows.append(("effective batch", f"{effective}: --batch-size {settings['batch_size']}, "
-                     f"processes {processes}, --grad-accum-steps {steps}"))  # fmt: skip
+        rows.append(
+            (
+                "effective batch",
+                f"{effective}: --batch-size {settings['batch_size']}, "
+                f"processes {processes}, --grad-accum-steps {steps}",
+            )
+        )
         if settings.get("lr") is not None:
             scale = 1 if settings.get("unscale_lr") else effective / optim.REFERENCE_BATCH
             rows.append(("learning rate", f"{settings['lr'] * scale:.3g}"))
     if settings.get("opt"):
-        rows.append(("optimizer", f"{settings['opt']}, weight decay "
-                     f"{settings.get('weight_decay')}, {settings.get('sched')} schedule, "
-                     f"{settings.get('warmup_epochs')} epochs of warm-up"))  # fmt: skip
-    on = [f"{name} {settings[name]}" for name in AUGMENTATION
-          if settings.get(name) not in (None, "", "none", False, 0, 0.0)]  # fmt: skip
+        rows.append(
+            (
+                "optimizer",
+                f"{settings['opt']}, weight decay "
+                f"{settings.get('weight_decay')}, {settings.get('sched')} schedule, "
+                f"{settings.get('warmup_epochs')} epochs of warm-up",
+            )
+        )
+    on = [
+        f"{name} {settings[name]}"
+        for name in AUGMENTATION
+        if settings.get(name) not in (None, "", "none", False, 0, 0.0)
+    ]
     if "mixup" in settings:
         rows.append(("augmentation and regularisation", ", ".join(on) or "none"))
     if settings.get("finetune"):
@@ -103,9 +127,11 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
     if settings.get("match"):
         rows.append(("matched", ", ".join(map(str, settings["match"]))))
     names, paths = build_sources(
-        Namespace(teacher_model=settings.get("teacher_model", ""),
-                  teacher_path=settings.get("teacher_path") or "")
-    )  # fmt: skip
+        Namespace(
+            teacher_model=settings.get("teacher_model", ""),
+            teacher_path=settings.get("teacher_path") or "",
+        )
+    )
     recorded = facts.get("teacher") or []
     for i, (name, path) in enumerate(zip(names, paths)):
         known = None if path else models.released.find(name)
@@ -153,11 +179,28 @@ def card(
             "",
             "import onnxruntime",
             'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
-            'logits = session.run(None, {"images": pictures})[0]  # a float32 array in',
+            'logits = session.run(None, {"images": images})[0]  # a float32 array in',
         ]
-    return "\n".join([
-        f"# {title}", "", about, *named, "",
-        "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "",
-        "## Files", "", *(f"- {line}" for line in files), "",
-        "## Loading", "", "```python", *loading, "```", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            about,
+            *named,
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows),
+            "",
+            "## Files",
+            "",
+            *(f"- {line}" for line in files),
+            "",
+            "## Loading",
+            "",
+            "```python",
+            *loading,
+            "```",
+            "",
+        ]
+    )

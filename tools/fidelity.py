@@ -1,6 +1,6 @@
 """How faithfully a student follows its teacher: numbers from logits, and the pass that gets them.
 
-Shapes: P pictures, B batch, C classes, N tokens, D width.
+Shapes: P images, B batch, C classes, N tokens, D width.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ def top(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def agreement(answers: Mapping[str, Tensor]) -> list[list[float]]:
-    """Return the share of pictures (0 to 1) in which each two of `answers` name the same class.
+    """Return the share of images (0 to 1) in which each two of `answers` name the same class.
 
     answers: classes (P,) by name; the labels may be among them. Symmetric, with 1 on the diagonal.
     Source: Touvron et al. 2021 (arXiv 2012.12877), Table 4, which prints 1 minus it.
@@ -36,7 +36,7 @@ def agreement(answers: Mapping[str, Tensor]) -> list[list[float]]:
 
 
 def divergence(logits_T: Tensor, logits_S: Tensor) -> Tensor:
-    """Return KL(teacher || student) of each picture in nats, (P,) float64, at temperature 1."""
+    """Return KL(teacher || student) of each image in nats, (P,) float64, at temperature 1."""
     log_T, log_S = logits_T.double().log_softmax(1), logits_S.double().log_softmax(1)
     return F.kl_div(log_S, log_T, reduction="none", log_target=True).sum(1)
 
@@ -44,7 +44,7 @@ def divergence(logits_T: Tensor, logits_S: Tensor) -> Tensor:
 def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, Any]:
     """Return {"ece", "bins"}: how far confidence is from accuracy, and each bin's share of it.
 
-    ECE is the mean over pictures of |accuracy - confidence| of the bin a picture falls into, from
+    ECE is the mean over images of |accuracy - confidence| of the bin an image falls into, from
     0 to 1; a bin holds the confidences in (lower, upper]. An empty bin has no entry.
     Source: Guo et al. 2017 (arXiv 1706.04599), equation 3.
     """
@@ -55,9 +55,13 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, A
     for place in places.unique().tolist():
         held = places == place
         share = float(held.double().mean())
-        entry = {"lower": place / bins, "upper": (place + 1) / bins, "count": int(held.sum()),
-                 "confidence": float(confidence[held].mean()),
-                 "accuracy": float(right[held].mean())}  # fmt: skip
+        entry = {
+            "lower": place / bins,
+            "upper": (place + 1) / bins,
+            "count": int(held.sum()),
+            "confidence": float(confidence[held].mean()),
+            "accuracy": float(right[held].mean()),
+        }
         ece += share * abs(entry["accuracy"] - entry["confidence"])
         found.append(entry)
     return {"ece": ece, "bins": found}
@@ -66,7 +70,7 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, A
 def class_gaps(
     answers_T: Tensor, answers_S: Tensor, labels: Tensor, classes: list[str]
 ) -> list[dict[str, Any]]:
-    """Return, for every class with pictures, both accuracies and student minus teacher (percent).
+    """Return, for every class with images, both accuracies and student minus teacher (percent).
 
     answers: the classes (P,) each names. Sorted from the student's worst gap to its best.
     """
@@ -77,18 +81,25 @@ def class_gaps(
             100 * float((answers[held] == label).double().mean())
             for answers in (answers_T, answers_S)
         )
-        rows.append({"class": classes[label], "count": int(held.sum()), "teacher": acc_T,
-                     "student": acc_S, "gap": acc_S - acc_T})  # fmt: skip
+        rows.append(
+            {
+                "class": classes[label],
+                "count": int(held.sum()),
+                "teacher": acc_T,
+                "student": acc_S,
+                "gap": acc_S - acc_T,
+            }
+        )
     return sorted(rows, key=lambda row: (row["gap"], row["class"]))
 
 
 @dataclass
 class Answers:
-    """What all networks said to the same pictures.
+    """What all networks said to the same images.
 
     logits: (P, C) by name, `STUDENT` (the mean of two heads, where there are two) always among
     them. token_cosine: of class and distillation token, for hidden[0], hidden[1], ... strange: the
-    pictures with the largest divergence: (nats, picture (3, H, W), index in the pass).
+    images with the largest divergence: (nats, image (3, H, W), index in the pass).
     """
 
     labels: Tensor
@@ -112,7 +123,7 @@ def collect(
     limit: int | None = None,
     keep: int = 12,
 ) -> Answers:
-    """Show the pictures to both networks, once. limit: pictures at most; keep: strange ones."""
+    """Show the images to both networks, once. limit: images at most; keep: strange ones."""
     network.eval()
     layers = layout_of(network).hidden if has_distillation_head(network) else 0
     taps = FeatureTaps(network, [Tap("hidden", i) for i in range(layers)]) if layers else None
@@ -156,11 +167,11 @@ def collect(
 
 
 def numbers(answers: Answers, classes: list[str]) -> dict[str, Any]:
-    """Return everything the report shows but the pictures, in plain types."""
+    """Return everything the report shows but the images, in plain types."""
     labels, said = answers.labels, answers.said()
     logits = {name: answers.logits[name] for name in said if name != "label"}
     found: dict[str, Any] = {
-        "pictures": len(labels),
+        "images": len(labels),
         "accuracy": {name: top(values, labels) for name, values in logits.items()},
         "agreement": {"names": list(said), "matrix": agreement(said)},
         "calibration": {name: calibration(values, labels) for name, values in logits.items()},

@@ -35,23 +35,48 @@ sys.path.insert(0, str(ROOT))
 
 from training.checkpointer import MAY_CHANGE  # noqa: E402
 
-PLAIN = ["--epochs", "2", "--batch-size", "64", "--drop-path", "0.2", "--warmup-epochs", "0",
-         "--log-interval", "1", "--resume", "auto", "--checkpoint-steps", "1", "--mixup", "0.8",
-         "--cutmix", "1", "--reprob", "0.25", "--repeated-aug"]  # fmt: skip
-FLAGS = [*PLAIN, "--distillation-type", "hard", "--no-teacher-check", "--match",
-         "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=bilinear,"
-         "proj=linear"]  # fmt: skip
+PLAIN = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "64",
+    "--drop-path",
+    "0.2",
+    "--warmup-epochs",
+    "0",
+    "--log-interval",
+    "1",
+    "--resume",
+    "auto",
+    "--checkpoint-steps",
+    "1",
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1",
+    "--reprob",
+    "0.25",
+    "--repeated-aug",
+]
+FLAGS = [
+    *PLAIN,
+    "--distillation-type",
+    "hard",
+    "--no-teacher-check",
+    "--match",
+    "layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,tokens=patch,resize=bilinear,proj=linear",
+]
 SETTINGS = list(itertools.product((0, 2), (1, 2), (1, 2)))  # workers, accumulation, processes
 MOMENTS: dict[str, Callable[[Path, str, random.Random], bool]] = {
-    "start of an epoch": lambda out, said, dice: "Epoch: [2/2] [" in said or (
-        dice.random() < 0.5 and "Epoch: [1/2] [" in said
+    "start of an epoch": lambda out, said, dice: (
+        "Epoch: [2/2] [" in said or (dice.random() < 0.5 and "Epoch: [1/2] [" in said)
     ),
     "middle of an epoch": lambda out, said, dice: f"[{dice.randrange(1, 3)}/2] [4/" in said,
     "evaluation": lambda out, said, dice: said.count("Test") > dice.randrange(0, 12),
     "writing": lambda out, said, dice: (
         said.count("grad_norm") > dice.randrange(0, 8) and any(out.glob(".checkpoint.pth.*.tmp"))
     ),
-}  # fmt: skip
+}
 
 
 def start(
@@ -63,15 +88,22 @@ def start(
     """
     launcher = [sys.executable]
     if processes > 1 or launch:
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-                     *(launch or ["--standalone"])]  # fmt: skip
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={processes}",
+            *(launch or ["--standalone"]),
+        ]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environ["OMP_NUM_THREADS"] = "1"
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(
             [*launcher, str(ROOT / "main.py"), *flags, "--output_dir", str(out)],
-            env=environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            env=environ,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def finish(flags: list[str], out: Path, processes: int = 1) -> str:
@@ -164,8 +196,16 @@ def main() -> int:
             setting = SETTINGS[(point + point // 8) % 8]
             moment = list(MOMENTS)[point % 4]
             workers, accumulation, processes = setting
-            flags = [*FLAGS, "--num_workers", str(workers), "--grad-accum-steps", str(accumulation),
-                     "--batch-size", str(64 // processes), *more]  # fmt: skip
+            flags = [
+                *FLAGS,
+                "--num_workers",
+                str(workers),
+                "--grad-accum-steps",
+                str(accumulation),
+                "--batch-size",
+                str(64 // processes),
+                *more,
+            ]
             if setting not in wholes:
                 wholes[setting] = Path(place, f"whole{len(wholes)}")
                 finish(flags, wholes[setting], processes)
@@ -196,26 +236,37 @@ def main() -> int:
 
 def report(rows: list[str], bad: int, more: list[str]) -> str:
     """Return the Markdown page of the sweep."""
-    return "\n".join([
-        "# Runs killed at many moments and resumed", "",
-        f"{len(rows) - bad} of {len(rows)} killed and resumed runs are identical to the "
-        "uninterrupted one: weights, average, optimizer, counters and log.txt, to the bit.", "",
-        provenance(), f"Flags of the runs: `{shlex.join([*FLAGS, *more])}`.", "",
-        "| point | workers | accumulation | processes | killed in | last line | went on from | "
-        "result |",
-        "|---|---|---|---|---|---|---|---|", *rows, "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Runs killed at many moments and resumed",
+            "",
+            f"{len(rows) - bad} of {len(rows)} killed and resumed runs are identical to the "
+            "uninterrupted one: weights, average, optimizer, counters and log.txt, to the bit.",
+            "",
+            provenance(),
+            f"Flags of the runs: `{shlex.join([*FLAGS, *more])}`.",
+            "",
+            "| point | workers | accumulation | processes | killed in | last line | went on from | "
+            "result |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
 
 
 def provenance() -> str:
     """Return the command of this program, the commit and the kind of machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()  # fmt: skip
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     program = Path(sys.argv[0]).resolve().relative_to(ROOT)
     command = shlex.join(["python", str(program), *sys.argv[1:]])
-    return (f"Command: `{command}`; commit {commit}; {os.cpu_count()} CPU cores "
-            f"({platform.machine()}), Python {platform.python_version()}, torch "
-            f"{torch.__version__}.")  # fmt: skip
+    return (
+        f"Command: `{command}`; commit {commit}; {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), Python {platform.python_version()}, torch "
+        f"{torch.__version__}."
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@
     python tools/prepare_data.py cifar prepared --data-set CIFAR10
     python tools/prepare_data.py prepared --verify
 
-Then train with `--data-set PREPARED --data-path prepared`. Pictures whose shorter side is above
+Then train with `--data-set PREPARED --data-path prepared`. Images whose shorter side is above
 `--short-side` are shrunk to it, bicubic, and keep their shape; none is enlarged. `raw` keeps their
 pixels (ImageNet at 288: about 420 GB), `jpeg` encodes them again (about 50 GB), except JPEG files
 that need no shrinking, which stay as they are. Interrupted or killed, the same command goes on
-where it stopped, and the files are the same in every bit. `--verify` compares every picture with
+where it stopped, and the files are the same in every bit. `--verify` compares every image with
 its checksum.
 """
 
@@ -57,12 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-workers", default=datasets.cores_here(), type=int)
     add("--inat-category", default="name", choices=options.INAT_CATEGORIES)
     add("--val-split", default="test", choices=("test", "dev"), help="of the embedded digits")
-    add("--verify", action="store_true", help="read every picture and compare its checksum")
+    add("--verify", action="store_true", help="read every image and compare its checksum")
     return parser
 
 
 class Encoded(Dataset):
-    """The pictures of a source from `first` on, as they are to be kept (`Entry`)."""
+    """The images of a source from `first` on, as they are to be kept (`Entry`)."""
 
     def __init__(self, source: sources.Source, first: int, args: argparse.Namespace) -> None:
         self.source, self.first = source, first
@@ -82,23 +82,23 @@ class Encoded(Dataset):
 def encode(
     source: sources.Source, place: int, kind: str, short_side: int, quality: int
 ) -> tuple[bytes, int, int, int]:
-    """Return bytes, height, width and label of a picture; a JPEG file that fits stays as it is."""
+    """Return bytes, height, width and label of an image; a JPEG file that fits stays as it is."""
     if not isinstance(source, sources.Files):
-        picture, label = source.load(place)
-        return *packed.encode(picture, kind, short_side, quality), int(label)
+        image, label = source.load(place)
+        return *packed.encode(image, kind, short_side, quality), int(label)
     data, label = Path(source.name(place)).read_bytes(), int(source.labels[place])
-    picture = image_ops.decode(data)  # also what stays as it is, to find out damage
-    height, width = image_ops.size_of(picture)
+    image = image_ops.decode(data)  # also what stays as it is, to find out damage
+    height, width = image_ops.size_of(image)
     fits = min(height, width) <= short_side
     if kind == packed.JPEG and fits and data.startswith(image_ops.JPEG_START):
         return data, height, width, label
-    return *packed.encode(picture, kind, short_side, quality), label
+    return *packed.encode(image, kind, short_side, quality), label
 
 
 def entries(
     source: sources.Source | sources.Shards, first: int, args: argparse.Namespace
 ) -> Iterator[Entry]:
-    """Yield what is to be kept of each picture, in the source's order, from place `first` on."""
+    """Yield what is to be kept of each image, in the source's order, from place `first` on."""
     if not isinstance(source, sources.Shards):
         yield from DataLoader(
             Encoded(source, first, args), batch_size=None, num_workers=args.num_workers
@@ -106,8 +106,8 @@ def entries(
         return
     how = (args.format, args.short_side, args.quality)
     stream = itertools.islice(source.dataset, first, None)
-    for place, (picture, label) in enumerate(stream, start=first):
-        yield place, *packed.encode(image_ops.to_rgb(picture), *how), int(label)
+    for place, (image, label) in enumerate(stream, start=first):
+        yield place, *packed.encode(image_ops.to_rgb(image), *how), int(label)
 
 
 def open_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -115,9 +115,11 @@ def open_all(args: argparse.Namespace) -> dict[str, Any]:
     opened = {}
     for split in args.splits:
         part = sources.Part(
-            is_train=SPLITS[split], inat_category=args.inat_category, val_split=args.val_split,
+            is_train=SPLITS[split],
+            inat_category=args.inat_category,
+            val_split=args.val_split,
             in_order=True,
-        )  # fmt: skip
+        )
         opened[split] = sources.open_source(args.data_set, args.source, part)
     first, *others = opened.values()
     for other in others:
@@ -127,18 +129,18 @@ def open_all(args: argparse.Namespace) -> dict[str, Any]:
 
 def plan_of(opened: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return all that determines the bytes of the prepared data set."""
-    pictures = {}
+    images = {}
     for split, source in opened.items():
         identity = getattr(source, "identity", lambda: b"")()
         length = len(source.dataset if isinstance(source, sources.Shards) else source)
-        pictures[split] = f"{length}, {hashlib.sha256(identity).hexdigest()[:12]}"
+        images[split] = f"{length}, {hashlib.sha256(identity).hexdigest()[:12]}"
     plan = {
         "data set": args.data_set,
-        "pictures": pictures,
+        "pictures": images,
         "classes": hashlib.sha256(repr(next(iter(opened.values())).classes).encode()).hexdigest(),
         "format": args.format,
         "short side": args.short_side,
-        "bad pictures": args.on_bad_image,
+        "bad images": args.on_bad_image,
         "Pillow": PIL.__version__,
         "version of our pixels": image_ops.VERSION,
     }
@@ -164,9 +166,9 @@ def prepare(args: argparse.Namespace) -> None:
             if len(entry) == 1:
                 if args.on_bad_image == "fail":
                     raise UserError(
-                        f"picture {entry[0]}; mend or remove it, or use --on-bad-image skip"
+                        f"image {entry[0]}; mend or remove it, or use --on-bad-image skip"
                     )
-                _logger.warning("picture %s; left out", entry[0])
+                _logger.warning("image %s; left out", entry[0])
                 continue
             data, height, width, label = entry
             if source.classes is not None:
@@ -176,8 +178,8 @@ def prepare(args: argparse.Namespace) -> None:
         facts[split] = writer.close()
         bar.close()
         if not facts[split]["pictures"]:
-            raise UserError(f"{args.source}: no picture for {split}")
-        print(f"{split}: {facts[split]['pictures']} pictures, {facts[split]['bytes'] / 1e9:.3f} GB")
+            raise UserError(f"{args.source}: no image for {split}")
+        print(f"{split}: {facts[split]['pictures']} images, {facts[split]['bytes'] / 1e9:.3f} GB")
     classes = next(iter(opened.values())).classes
     flips = args.data_set not in sources.WITHOUT_FLIP
     manifest = {"plan": plan, "kind": args.format, "classes": classes, "flips": flips}
@@ -200,9 +202,13 @@ class Bar:
         self.shown = now
         rate = (done - self.first) / (now - self.started)
         bar = "#" * (30 * done // self.total)
-        print(f"{self.name} [{bar:<30}] {done}/{self.total}, {rate:.0f} pictures/s, "
-              f"{clock((self.total - done) / rate)} left",
-              end="\r" if self.live else "\n", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{self.name} [{bar:<30}] {done}/{self.total}, {rate:.0f} images/s, "
+            f"{clock((self.total - done) / rate)} left",
+            end="\r" if self.live else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         if self.live:
@@ -210,7 +216,7 @@ class Bar:
 
 
 def verify(folder: str) -> None:
-    """Compare every picture with its checksum. Raises UserError naming the first damaged ones."""
+    """Compare every image with its checksum. Raises UserError naming the first damaged ones."""
     bad = []
     for split in packed.read_manifest(Path(folder))["splits"]:
         source = packed.Prepared(folder, split)
@@ -220,13 +226,13 @@ def verify(folder: str) -> None:
             if damaged is not None:
                 bad.append(source.name(damaged))
         bar.close()
-        print(f"{split}: {len(source)} pictures read")
+        print(f"{split}: {len(source)} images read")
     if bad:
         raise UserError(
-            f"{folder}: {len(bad)} pictures are damaged ({sources.some(bad)}); remove the folder "
+            f"{folder}: {len(bad)} images are damaged ({sources.some(bad)}); remove the folder "
             "and prepare it again"
         )
-    print("all pictures are as they were written")
+    print("all images are as they were written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

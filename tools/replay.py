@@ -3,7 +3,7 @@
     python tools/replay.py OUT/bad_batch.pth
     python tools/replay.py OUT/bad_batch.pth --amp off --device cpu
 
-A run that --max-bad-steps has ended leaves the file: the pictures as they were mixed, labels, the
+A run that --max-bad-steps has ended leaves the file: the images as they were mixed, labels, the
 teacher's answer, weights and projections. The draws (stochastic depth, dropout) follow from seed,
 epoch, step and process, so that on the run's device and in its precision the terms are the run's.
 Another --amp tells whether precision was to blame.
@@ -29,11 +29,25 @@ from base.errors import UserError  # noqa: E402
 from distill import objective  # noqa: E402
 from distill.teacher import build_teacher  # noqa: E402
 
-NEEDED = ("args", "images", "labels", "teacher_outputs", "terms", "model", "projections", "seed",
-          "epoch", "micro_step", "rank", "update", "updates_per_epoch", "num_classes")  # fmt: skip
+NEEDED = (
+    "args",
+    "images",
+    "labels",
+    "teacher_outputs",
+    "terms",
+    "model",
+    "projections",
+    "seed",
+    "epoch",
+    "micro_step",
+    "rank",
+    "update",
+    "updates_per_epoch",
+    "num_classes",
+)
 
 
-def tell(argv: Sequence[str] | None = None) -> int:
+def print_once(argv: Sequence[str] | None = None) -> int:
     parser = options.Parser("replay.py", description=__doc__.split("\n")[0])
     parser.add_argument("batch", type=Path, help="bad_batch.pth of a run")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="default: the run's")
@@ -86,12 +100,16 @@ def build_terms(
     inputs = models.build_input_config(args)
     start = {"pretrained": False, "finetune": ""}  # the weights are in the file
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
-    models.fast.suit_device(student.network, device.type, amp_dtype)
+    models.fast.select_kernels(student.network, device.type, amp_dtype)
     teacher = build_teacher(args, classes, inputs, device, teacher_amp)
     criterion = objective.build_objective(
-        args, student.to(device), teacher, mixing=saved["labels"].dim() == 2,
-        input_size=inputs.input_size, total_updates=args.epochs * saved["updates_per_epoch"],
-    )  # fmt: skip
+        args,
+        student.to(device),
+        teacher,
+        mixing=saved["labels"].dim() == 2,
+        input_size=inputs.input_size,
+        total_updates=args.epochs * saved["updates_per_epoch"],
+    )
     if hasattr(criterion, "at_update"):
         criterion.at_update(saved["update"])
     student.network.load_state_dict(saved["model"])
@@ -114,4 +132,4 @@ def build_terms(
 
 
 if __name__ == "__main__":
-    sys.exit(tell())
+    sys.exit(print_once())

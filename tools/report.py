@@ -46,7 +46,7 @@ class Run:
     """A run that was measured.
 
     settings: its flags. numbers: what the report says of it, in plain types. said: the classes (P,)
-    that label, teacher and student name. strange: of `strange()`. data: which pictures, in short.
+    that label, teacher and student name. strange: of `strange()`. data: which images, in short.
     """
 
     name: str
@@ -87,10 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--key", default="model", choices=("model", "model_ema"), help="weights to look at")
     add("--data-path", help="default: the run's")
     add("--data-set", help="default: the run's")
-    add("--teacher-model", default="",
-        help="default: the run's, else that of the first run that has one")  # fmt: skip
+    add(
+        "--teacher-model",
+        default="",
+        help="default: the run's, else that of the first run that has one",
+    )
     add("--teacher-path", default="", help="default: the run's, if the model is")
-    add("--limit", type=int, help="pictures at most, from all over the data; default: all")
+    add("--limit", type=int, help="images at most, from all over the data; default: all")
     add("--batch-size", type=int, default=64)
     add("--device", default="auto")
     add("--plugin", default=[], action="append", metavar="FILE.py", help="what the runs had")
@@ -120,12 +123,15 @@ def build_run(
     settings: Mapping[str, Any],
     lender: Run | None,
 ) -> Run:
-    """Return a run with its numbers and strangest pictures. lender: of the teacher it may lack.
+    """Return a run with its numbers and strangest images. lender: of the teacher it may lack.
 
     Raises UserError for what is not there, or does not fit together.
     """
-    given = {flag: getattr(args, flag) for flag in ("data_path", "data_set")
-             if getattr(args, flag) is not None}  # fmt: skip
+    given = {
+        flag: getattr(args, flag)
+        for flag in ("data_path", "data_set")
+        if getattr(args, flag) is not None
+    }
     fixed = {"eval": True, "finetune": "", "pretrained": False, "resume": "", "attn_only": False}
     wanted = argparse.Namespace(**{**settings, **given, **fixed, "batch_size": args.batch_size})
     processes = distributed.init_processes(args.device)
@@ -168,8 +174,15 @@ def build_run(
         **numbers(answers, classes),
         "curves": metrics.read_log(folder / "log.txt"),
     }
-    return Run(name, settings, found, answers.said(), strange(answers, classes, inputs.mean,
-               inputs.std), classes, loaders.fingerprint())  # fmt: skip
+    return Run(
+        name,
+        settings,
+        found,
+        answers.said(),
+        strange(answers, classes, inputs.mean, inputs.std),
+        classes,
+        loaders.fingerprint(),
+    )
 
 
 def teacher_of(
@@ -180,8 +193,11 @@ def teacher_of(
     model, path: given on the command line, or empty. Whose: "own", "lent", "given", or "" for none.
     Raises UserError for a file of nobody.
     """
-    learns = (settings["distillation_type"] != "none" or settings["match"]
-              or settings["ranking_kl_weight"])  # fmt: skip
+    learns = (
+        settings["distillation_type"] != "none"
+        or settings["match"]
+        or settings["ranking_kl_weight"]
+    )
     own = {flag: settings[flag] for flag in TEACHER_FLAGS}
     if model and model != own["teacher_model"]:
         nobody = {"teacher_weight": None, "teacher_adaptor": ""}
@@ -223,7 +239,7 @@ def build_note(
 
 
 def spread(loader: torch.utils.data.DataLoader, limit: int) -> torch.utils.data.DataLoader:
-    """Return a loader of `limit` pictures from all over the data; a stream gives its first ones."""
+    """Return a loader of `limit` images from all over the data; a stream gives its first ones."""
     if not isinstance(loader.sampler, EvalSampler):
         return loader
     keys = list(loader.sampler)
@@ -239,10 +255,10 @@ def spread(loader: torch.utils.data.DataLoader, limit: int) -> torch.utils.data.
 def between(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Return the agreement between the students of several runs, labels and teachers.
 
-    None for one run, and for runs that were shown different pictures. A teacher that all were
+    None for one run, and for runs that were shown different images. A teacher that all were
     measured against comes once.
     """
-    same = len({(run.data, run.numbers["pictures"]) for run in runs}) == 1
+    same = len({(run.data, run.numbers["images"]) for run in runs}) == 1
     if len(runs) == 1 or not same:
         return None
     said = {"label": runs[0].said["label"]}
@@ -279,11 +295,14 @@ def checkpoint_of(folder: Path, name: str = "") -> Path:
 def strange(
     answers: Answers, classes: list[str], mean: Sequence[float], std: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Return the pictures on which the student is farthest from its teacher, ready to be shown."""
+    """Return the images on which the student is farthest from its teacher, ready to be shown."""
     found = []
-    for nats, picture, index in answers.strange:
-        row = {"nats": nats, "label": classes[answers.labels[index]],
-               "picture": data_uri(picture, mean, std)}  # fmt: skip
+    for nats, image, index in answers.strange:
+        row = {
+            "nats": nats,
+            "label": classes[answers.labels[index]],
+            "image": data_uri(image, mean, std),
+        }
         for name in (TEACHER, STUDENT):
             share, answer = answers.logits[name][index].softmax(0).max(0)
             row[name] = f"{classes[answer]} {100 * share:.0f}%"
@@ -291,9 +310,9 @@ def strange(
     return found
 
 
-def data_uri(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return a normalised picture (3, H, W) as a JPEG inside a data: address, 160 px wide."""
-    shown = picture * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+def data_uri(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return a normalised image (3, H, W) as a JPEG inside a data: address, 160 px wide."""
+    shown = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     array = (shown.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(array)
     image = image.resize((160, round(160 * image.height / image.width)))

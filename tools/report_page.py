@@ -24,8 +24,10 @@ def summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     accuracy, names = run["accuracy"], run["agreement"]["names"]
     whose = {"": "–", run["run"]: "its own"}.get(run["teacher_of"], f"of {run['teacher_of']}")
     rows = [("teacher", whose)]
-    rows += [(f"{name} top-1", f"{accuracy[name]['acc1']:.2f}%" if name in accuracy else "–")
-             for name in (TEACHER, STUDENT, CLS, DIST)]  # fmt: skip
+    rows += [
+        (f"{name} top-1", f"{accuracy[name]['acc1']:.2f}%" if name in accuracy else "–")
+        for name in (TEACHER, STUDENT, CLS, DIST)
+    ]
     both = "–"
     if TEACHER in names:
         both = percent(run["agreement"]["matrix"][names.index(STUDENT)][names.index(TEACHER)])
@@ -37,10 +39,10 @@ def summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def page(found: Mapping[str, Any], pictures: Sequence[Sequence[Mapping[str, Any]]] = ()) -> str:
+def page(found: Mapping[str, Any], images: Sequence[Sequence[Mapping[str, Any]]] = ()) -> str:
     """Return the whole report as one HTML page.
 
-    found: {"runs", "agreement"}, the content of the JSON file. pictures: of each run, those on
+    found: {"runs", "agreement"}, the content of the JSON file. images: of each run, those on
     which it is farthest from its teacher.
     """
     runs = found["runs"]
@@ -50,15 +52,16 @@ def page(found: Mapping[str, Any], pictures: Sequence[Sequence[Mapping[str, Any]
         f"<p>{shown_data(runs)} The student is evaluated as it is used: with two heads, on the "
         "mean of both.</p>",
         table(["", *(run["run"] for run in runs)], rows),
-        *(f"<p class=note><b>{text(run['run'])}</b>: {text(run['teacher_note'])}.</p>"
-          for run in runs if run["teacher_note"]),
-    ]  # fmt: skip
+        *(
+            f"<p class=note><b>{text(run['run'])}</b>: {text(run['teacher_note'])}.</p>"
+            for run in runs
+            if run["teacher_note"]
+        ),
+    ]
     if found["agreement"]:
         parts += ["<h2>Agreement between the runs</h2>", agreement_table(found["agreement"])]
     parts += [curves(runs), tokens(runs)]
-    sections = [
-        run_section(run, strange) for run, strange in zip(runs, pictures or [()] * len(runs))
-    ]
+    sections = [run_section(run, strange) for run, strange in zip(runs, images or [()] * len(runs))]
     parts += ["<div class=runs>", *sections, "</div>"]
     style = Path(__file__).with_name("report.css").read_text()
     return (
@@ -70,48 +73,64 @@ def page(found: Mapping[str, Any], pictures: Sequence[Sequence[Mapping[str, Any]
 
 
 def shown_data(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return which pictures the numbers are of, and that they differ where they do."""
-    shown = [f"{run['pictures']} of {run['data']}" for run in runs]
+    """Return which images the numbers are of, and that they differ where they do."""
+    shown = [f"{run['images']} of {run['data']}" for run in runs]
     if len(set(shown)) == 1:
         return f"On {text(shown[0])}."
     names = {one: [run["run"] for run, own in zip(runs, shown) if own == one] for one in shown}
     each = "; ".join(f"{text(', '.join(own))} on {text(one)}" for one, own in names.items())
     return (
-        "<strong>The runs were shown different pictures, so their columns do not compare</strong>: "
+        "<strong>The runs were shown different images, so their columns do not compare</strong>: "
         f"{each}."
     )
 
 
-def run_section(run: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
+def run_section(run: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> str:
     """Return all that belongs to one run alone."""
-    about = [f"{run['student']}, input {run['input']}; distillation {run['distillation']}; "
-             f"{run['weights']}."]  # fmt: skip
+    about = [
+        f"{run['student']}, input {run['input']}; distillation {run['distillation']}; "
+        f"{run['weights']}."
+    ]
     if run["teacher"]:
         about.append(f"Teacher: {run['teacher']}.")
     if run["teacher_note"]:
         about.append(f"Note: {run['teacher_note']}.")
-    heads = [[name, f"{value['acc1']:.2f}%", f"{value['acc5']:.2f}%",
-              percent(run["calibration"][name]["ece"]),
-              f"{run['kl_nats'][name]:.4f}" if name in run.get("kl_nats", {}) else "–"]
-             for name, value in run["accuracy"].items()]  # fmt: skip
-    parts = [f"<h2>{text(run['run'])}</h2>", *(f"<p>{text(line)}</p>" for line in about),
-             table(["", "top-1", "top-5", "ECE", "KL from teacher, nats"], heads),
-             "<h3>Agreement</h3>", agreement_table(run["agreement"]),
-             "<h3>Calibration</h3><p>Accuracy (height) of the answers given with a confidence "
-             "(across); on the diagonal the two are equal.</p><div class=plots>"]  # fmt: skip
+    heads = [
+        [
+            name,
+            f"{value['acc1']:.2f}%",
+            f"{value['acc5']:.2f}%",
+            percent(run["calibration"][name]["ece"]),
+            f"{run['kl_nats'][name]:.4f}" if name in run.get("kl_nats", {}) else "–",
+        ]
+        for name, value in run["accuracy"].items()
+    ]
+    parts = [
+        f"<h2>{text(run['run'])}</h2>",
+        *(f"<p>{text(line)}</p>" for line in about),
+        table(["", "top-1", "top-5", "ECE", "KL from teacher, nats"], heads),
+        "<h3>Agreement</h3>",
+        agreement_table(run["agreement"]),
+        "<h3>Calibration</h3><p>Accuracy (height) of the answers given with a confidence "
+        "(across); on the diagonal the two are equal.</p><div class=plots>",
+    ]
     parts += [reliability(name, found) for name, found in run["calibration"].items()]
     parts.append("</div>")
     if "class_gaps" in run:
-        parts += ["<h3>Classes</h3><p>Accuracy of the student minus that of the teacher, in points."
-                  "</p>", gaps(run["class_gaps"])]  # fmt: skip
-    if pictures:
-        parts += ["<h3>Where they disagree most</h3><p>The pictures with the largest KL(teacher ‖ "
-                  "student), in nats; in bold the label.</p><div class=pictures>"]  # fmt: skip
         parts += [
-            f"<figure><img src='{row['picture']}' alt='{text(row['label'])}'><figcaption>"
+            "<h3>Classes</h3><p>Accuracy of the student minus that of the teacher, in points.</p>",
+            gaps(run["class_gaps"]),
+        ]
+    if images:
+        parts += [
+            "<h3>Where they disagree most</h3><p>The images with the largest KL(teacher ‖ "
+            "student), in nats; in bold the label.</p><div class=images>"
+        ]
+        parts += [
+            f"<figure><img src='{row['image']}' alt='{text(row['label'])}'><figcaption>"
             f"<b>{text(row['label'])}</b><br>teacher {text(row[TEACHER])}<br>student "
             f"{text(row[STUDENT])}<br>{row['nats']:.2f} nats</figcaption></figure>"
-            for row in pictures
+            for row in images
         ]
         parts.append("</div>")
     return f"<section>{''.join(parts)}</section>"
@@ -119,9 +138,11 @@ def run_section(run: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -
 
 def agreement_table(found: Mapping[str, Any]) -> str:
     """Return a matrix of shares with its names, without a sign in each cell: a phone is narrow."""
-    rows = [[name, *(f"{100 * share:.1f}" for share in row)]
-            for name, row in zip(found["names"], found["matrix"])]  # fmt: skip
-    about = "<p>Percent of the pictures in which the two name the same class.</p>"
+    rows = [
+        [name, *(f"{100 * share:.1f}" for share in row)]
+        for name, row in zip(found["names"], found["matrix"])
+    ]
+    about = "<p>Percent of the images in which the two name the same class.</p>"
     return about + table(["", *found["names"]], rows)
 
 
@@ -158,10 +179,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def curves(runs: Sequence[Mapping[str, Any]]) -> str:
     """Return the training curves of all runs, one chart a quantity."""
     parts = []
-    for key, title in (("test_acc1", "top-1, %"), ("ema_acc1", "top-1 of the average, %"),
-                       ("train_loss", "training loss")):  # fmt: skip
-        series = {run["run"]: [(line["epoch"], line[key]) for line in run["curves"]
-                               if line.get(key) is not None] for run in runs}  # fmt: skip
+    for key, title in (
+        ("test_acc1", "top-1, %"),
+        ("ema_acc1", "top-1 of the average, %"),
+        ("train_loss", "training loss"),
+    ):
+        series = {
+            run["run"]: [
+                (line["epoch"], line[key]) for line in run["curves"] if line.get(key) is not None
+            ]
+            for run in runs
+        }
         if any(series.values()):
             parts.append(chart(title + " by epoch", series))
     return f"<h2>Training</h2><div class=plots>{''.join(parts)}</div>" if parts else ""
@@ -200,8 +228,9 @@ def chart(
     labels = label(left, HEIGHT - 8, f"{x0:g}", "start")
     if x1 > x0:
         labels += label(WIDTH - RIGHT, HEIGHT - 8, f"{x1:g}", "end")
-    return figure(title, left, f"{y0:.4g}", f"{y1:.4g}", labels + lines,
-                  legend if len(series) > 1 else "")  # fmt: skip
+    return figure(
+        title, left, f"{y0:.4g}", f"{y1:.4g}", labels + lines, legend if len(series) > 1 else ""
+    )
 
 
 def reliability(name: str, found: Mapping[str, Any]) -> str:
@@ -214,14 +243,15 @@ def reliability(name: str, found: Mapping[str, Any]) -> str:
         bars += (
             f"<rect class=c0 x={left + wide * one['lower']:.1f} y={HEIGHT - BOTTOM - tall:.1f} "
             f"width={wide * (one['upper'] - one['lower']) - 1:.1f} height={tall:.1f}>"
-            f"<title>{one['count']} pictures, confidence {100 * one['confidence']:.1f}%, "
+            f"<title>{one['count']} images, confidence {100 * one['confidence']:.1f}%, "
             f"accuracy {100 * one['accuracy']:.1f}%</title></rect>"
         )
     diagonal = f"<path class=ideal d='M{left} {HEIGHT - BOTTOM}L{left + wide} {TOP}'/>"
     labels = label(left, HEIGHT - 8, "confidence 0", "start")
     labels += label(WIDTH - RIGHT, HEIGHT - 8, "100%", "end")
-    return figure(f"{name}, ECE {percent(found['ece'])}", left, "0", "100%",
-                  labels + bars + diagonal)  # fmt: skip
+    return figure(
+        f"{name}, ECE {percent(found['ece'])}", left, "0", "100%", labels + bars + diagonal
+    )
 
 
 def figure(title: str, left: int, low: str, high: str, inside: str, legend: str = "") -> str:
@@ -248,8 +278,16 @@ def gaps(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the per-class table, the worst and the best where there are many."""
     half = SHOWN_CLASSES // 2
     shown = list(rows) if len(rows) <= SHOWN_CLASSES else [*rows[:half], *rows[-half:]]
-    cells = [[row["class"], f"{row['gap']:+.1f}", f"{row['student']:.1f}%",
-              f"{row['teacher']:.1f}%", str(row["count"])] for row in shown]  # fmt: skip
+    cells = [
+        [
+            row["class"],
+            f"{row['gap']:+.1f}",
+            f"{row['student']:.1f}%",
+            f"{row['teacher']:.1f}%",
+            str(row["count"]),
+        ]
+        for row in shown
+    ]
     left = len(rows) - len(shown)
     note = f"<p>{left} classes between these are in the JSON file.</p>" if left else ""
-    return table(["class", "gap", "student", "teacher", "pictures"], cells) + note
+    return table(["class", "gap", "student", "teacher", "images"], cells) + note

@@ -29,9 +29,14 @@ from tools import kill_sweep  # noqa: E402
 FLAGS = [*kill_sweep.PLAIN, "--distillation-type", "none", "--dist-timeout", "2"]
 NODES = {
     1: ["--max-restarts=3"],
-    2: ["--max-restarts=3", "--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run",
-        "--rdzv-endpoint=localhost:{port}"],
-}  # fmt: skip
+    2: [
+        "--max-restarts=3",
+        "--nnodes=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-id=run",
+        "--rdzv-endpoint=localhost:{port}",
+    ],
+}
 START_UP = "start-up"
 START_UP_S = 12  # about as long as two processes need to their first step
 HANGS_S = 600
@@ -82,8 +87,9 @@ def kill_one(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--points", type=int, nargs=2, default=(10, 5),
-                        help="kills, on one node and on two")  # fmt: skip
+    parser.add_argument(
+        "--points", type=int, nargs=2, default=(10, 5), help="kills, on one node and on two"
+    )
     parser.add_argument("--write", type=Path, help="Markdown file for the table")
     request = parser.parse_args()
     rows = []
@@ -94,8 +100,13 @@ def main() -> int:
         for nodes, points in zip(NODES, request.points):
             for point in range(points):
                 workers = (0, 2)[point // 5 % 2]
-                found = restart(point, nodes, [*FLAGS, "--num_workers", str(workers)],
-                                wholes[workers], Path(place, f"killed{nodes}-{point}"))  # fmt: skip
+                found = restart(
+                    point,
+                    nodes,
+                    [*FLAGS, "--num_workers", str(workers)],
+                    wholes[workers],
+                    Path(place, f"killed{nodes}-{point}"),
+                )
                 rows.append([nodes, point + 1, workers, *found])
                 print(*rows[-1], sep=" | ", flush=True)
                 if request.write:  # each time, should somebody not wait for the rest
@@ -107,20 +118,31 @@ def main() -> int:
 def report(rows: list[list[object]], points: int) -> str:
     """Return the Markdown page of the sweep, of which `points` kills were asked for."""
     good = sum(row[-1] == "identical" for row in rows)
-    return "\n".join([
-        "# One of two processes killed under torchrun", "",
-        f"{good} of {len(rows)} runs went on by themselves and are identical to the uninterrupted "
-        "one: weights, average, optimizer, counters and log.txt, to the bit."
-        + f" ({points} were asked for.)" * (len(rows) < points), "",
-        kill_sweep.provenance(),
-        "Two nodes are two torchruns on this machine. torchrun's flags:", "",
-        *(f"- {nodes}: `torchrun --nproc_per_node={2 // nodes} {shlex.join(launch)}`"
-          for nodes, launch in NODES.items()), "",
-        f"Flags of the runs: `{shlex.join(FLAGS)}`.", "",
-        "| nodes | point | workers | killed process | in | last line | starts | result |",
-        "|---|---|---|---|---|---|---|---|",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# One of two processes killed under torchrun",
+            "",
+            f"{good} of {len(rows)} runs went on by themselves and are identical to the "
+            "uninterrupted one: weights, average, optimizer, counters and log.txt, to the bit."
+            + f" ({points} were asked for.)"
+            * (len(rows) < points),
+            "",
+            kill_sweep.provenance(),
+            "Two nodes are two torchruns on this machine. torchrun's flags:",
+            "",
+            *(
+                f"- {nodes}: `torchrun --nproc_per_node={2 // nodes} {shlex.join(launch)}`"
+                for nodes, launch in NODES.items()
+            ),
+            "",
+            f"Flags of the runs: `{shlex.join(FLAGS)}`.",
+            "",
+            "| nodes | point | workers | killed process | in | last line | starts | result |",
+            "|---|---|---|---|---|---|---|---|",
+            *(f"| {' | '.join(map(str, row))} |" for row in rows),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

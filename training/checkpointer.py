@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from base import distributed, files, safe_load
-from base.errors import Damaged, Stopped, UserError
+from base.errors import CorruptFile, Stopped, UserError
 
 _logger = logging.getLogger(__name__)
 
@@ -30,21 +30,55 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAME_EVENT_S = 3.0  # torchrun, perhaps starved, passes on a signal that the group has had already
 SAVE = 1  # a wish below every signal's number
 REQUIRED = {"model": dict, "optimizer": dict, "epoch": int}
-OURS = {"format": int, "outline": str, "args": dict, "facts": dict, "tally": dict,
-        "global_step": int, "best_acc1": float}  # fmt: skip
+OURS = {
+    "format": int,
+    "outline": str,
+    "args": dict,
+    "facts": dict,
+    "tally": dict,
+    "global_step": int,
+    "best_acc1": float,
+}
 WEIGHTS = ("model", "model_ema", "projections")
 MOST_EPOCHS = 2**31
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because the pictures themselves are compared, --teacher-path because the file's hash
+# free because the images themselves are compared, --teacher-path because the file's hash
 # is; --epochs, because training on is common.
-MAY_CHANGE = frozenset({
-    "check", "checkpoint_minutes", "checkpoint_steps", "data_path", "device", "dist_eval",
-    "dist_timeout", "dist_url", "distributed", "dry_run", "epochs", "eval", "finetune",
-    "keep_checkpoints", "list_models", "loader_timeout", "log_interval", "max_bad_steps",
-    "num_workers", "output_dir", "pin_mem", "pretrained", "resume", "resume_anyway", "start_epoch",
-    "teacher_cache", "teacher_cache_mode", "teacher_check", "teacher_path", "world_size",
-})  # fmt: skip
+MAY_CHANGE = frozenset(
+    {
+        "check",
+        "checkpoint_minutes",
+        "checkpoint_steps",
+        "data_path",
+        "device",
+        "dist_eval",
+        "dist_timeout",
+        "dist_url",
+        "distributed",
+        "dry_run",
+        "epochs",
+        "eval",
+        "finetune",
+        "keep_checkpoints",
+        "list_models",
+        "loader_timeout",
+        "log_interval",
+        "max_bad_steps",
+        "num_workers",
+        "output_dir",
+        "pin_mem",
+        "pretrained",
+        "resume",
+        "resume_anyway",
+        "start_epoch",
+        "teacher_cache",
+        "teacher_cache_mode",
+        "teacher_check",
+        "teacher_path",
+        "world_size",
+    }
+)
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
 
@@ -54,7 +88,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
-class Tally(Stateful, Protocol):
+class EpochState(Stateful, Protocol):
     """The place in an epoch (`engine.Tally`)."""
 
     micro: int
@@ -62,7 +96,7 @@ class Tally(Stateful, Protocol):
     def reset(self) -> None: ...
 
 
-class Keeper:
+class Checkpointer:
     """Keeps a run's work in `folder`, and ends it in good order when a signal asks for it.
 
     parts: what has a state, by its key in the checkpoint; `model` and `optimizer` at least.
@@ -77,7 +111,7 @@ class Keeper:
         self,
         folder: str,
         parts: Mapping[str, Stateful],
-        tally: Tally,
+        state: EpochState,
         *,
         settings: Mapping[str, Any],
         facts: Mapping[str, Any],
@@ -89,7 +123,7 @@ class Keeper:
         classes: list[str] | None = None,
     ) -> None:
         self.folder = Path(folder) if folder else None
-        self.parts, self.tally, self.steps, self.keep = parts, tally, steps, keep
+        self.parts, self.state, self.steps, self.keep = parts, state, steps, keep
         self.classes = classes  # the names, for whom this network will teach
         self.settings, self.facts = files.to_plain(settings), files.to_plain(facts)
         self.every_steps, self.every_minutes = every_steps, every_minutes
@@ -99,7 +133,7 @@ class Keeper:
         self._agree = distributed.Agreement(device)
         self._saved_at = time.monotonic()
 
-    def move_in(self) -> None:
+    def take_folder(self) -> None:
         """Take the folder for this run alone, without what a kill has left half written.
 
         For the first process. Raises UserError while another run writes there.
@@ -124,7 +158,7 @@ class Keeper:
         if self.folder is None or is_auto(source):
             return
         if not source or Path(source).resolve().parent != self.folder.resolve():
-            set_aside(self.folder)
+            move_earlier_run(self.folder)
 
     # ---- when to save, when to stop
 
@@ -174,19 +208,19 @@ class Keeper:
         """Count the epoch as done, save, and keep it as the best if its accuracy (percent) is."""
         is_best, self.best = acc1 > self.best, max(self.best, acc1)
         self.epoch += 1
-        self.tally.reset()
+        self.state.reset()
         self.save(is_best=is_best)
 
     # ---- writing
 
     def save(self, *, is_best: bool = False) -> None:
         """Write the checkpoint of this moment; all processes must call it."""
-        tally = self.tally.state_dict()
+        state = self.state.state_dict()
         self._saved_at = time.monotonic()
         if self.folder is not None:
-            distributed.on_main(lambda: self._write(tally, is_best))
+            distributed.on_main(lambda: self._write(state, is_best))
 
-    def _write(self, tally: dict[str, Any], is_best: bool) -> None:
+    def _write(self, state: dict[str, Any], is_best: bool) -> None:
         groups = self.parts["optimizer"].param_groups  # type: ignore[attr-defined]
         if not all(files.is_finite(parameter) for group in groups for parameter in group["params"]):
             raise UserError(
@@ -199,7 +233,7 @@ class Keeper:
             "epoch": self.epoch - 1,  # the last finished one, as DeiT
             "global_step": self.global_step,
             "best_acc1": self.best,
-            "tally": tally,
+            "tally": state,
             "args": self.settings,
             "facts": self.facts,
             "classes": self.classes,
@@ -207,9 +241,11 @@ class Keeper:
         }
         content["outline"] = files.outline(content)
         files.save_atomically(
-            content, self.folder / NEWEST, keep=self.keep,
+            content,
+            self.folder / NEWEST,
+            keep=self.keep,
             copy_to=self.folder / BEST if is_best else None,
-        )  # fmt: skip
+        )
 
     def save_bad_batch(self, batch: Mapping[str, Any]) -> str:
         """Write what reproduces a batch with a non-finite loss; return where."""
@@ -269,8 +305,9 @@ class Keeper:
         was = saved["args"].get("epochs") if "facts" in saved else None
         now = self.settings.get("epochs")
         if was is not None and was != now:
-            _logger.warning("--epochs was %s and is %s: the schedule follows the new number",
-                            was, now)  # fmt: skip
+            _logger.warning(
+                "--epochs was %s and is %s: the schedule follows the new number", was, now
+            )
         if "tally" in saved and saved["tally"]["micro_steps"] and not self.steps:
             _logger.warning("streamed data: epoch %d begins anew", self.epoch)
 
@@ -307,14 +344,14 @@ class Keeper:
             self._restore_tally(saved)
         except safe_load.UNREADABLE as error:
             reason = " ".join(str(error).split())[:200]
-            kind = Damaged if "facts" in saved else UserError  # DeiT's may be of any model
+            kind = CorruptFile if "facts" in saved else UserError  # DeiT's may be of any model
             raise kind(
                 f"--resume {path}: damaged, or of another model or optimizer ({reason}); use the "
                 "flags it was made with, or --finetune to take its weights alone"
             ) from error
 
     def _restore_tally(self, saved: Mapping[str, Any]) -> None:
-        self.tally.reset()
+        self.state.reset()
         if "tally" not in saved:  # DeiT's
             return
         state = dict(saved["tally"])
@@ -324,12 +361,12 @@ class Keeper:
             settings["batch_size"] * facts["processes"]
             for settings, facts in ((saved["args"], saved["facts"]), (self.settings, self.facts))
         )
-        if was != now:  # as many pictures of the epoch, rounded down to whole updates
+        if was != now:  # as many images of the epoch, rounded down to whole updates
             group = self.settings["grad_accum_steps"]
             state["micro_steps"] = state["micro_steps"] * was // now // group * group
         if not 0 <= state["micro_steps"] <= self.steps:
             raise ValueError(f"step {state['micro_steps']} of {self.steps}")
-        self.tally.load_state_dict(state)
+        self.state.load_state_dict(state)
 
 
 def load_run(source: str | Path) -> dict[str, Any]:
@@ -343,16 +380,16 @@ def load_run(source: str | Path) -> dict[str, Any]:
         check_whole(source, content)
         kinds |= OURS
     if missing := [key for key in kinds if key not in content]:
-        raise Damaged(
+        raise CorruptFile(
             f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
             "its weights use --finetune"
         )
     for key, kind in kinds.items():
         if not isinstance(content[key], kind):
             found = type(content[key]).__name__
-            raise Damaged(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
+            raise CorruptFile(f"{source}: {key} is a {found}, not a {kind.__name__}: damaged")
     if not -1 <= content["epoch"] < MOST_EPOCHS:
-        raise Damaged(f"{source}: epoch {content['epoch']}: damaged")
+        raise CorruptFile(f"{source}: epoch {content['epoch']}: damaged")
     return content
 
 
@@ -370,7 +407,7 @@ def check_whole(source: str | Path, content: Mapping[str, Any]) -> None:
     except safe_load.UNREADABLE:
         whole = False
     if not whole:
-        raise Damaged(
+        raise CorruptFile(
             f"{source}: does not hold what was written, something is missing or of another kind: "
             "damaged or changed; take one from before, or its weights alone with --finetune"
         )
@@ -414,12 +451,12 @@ def find_newest(
     for path in filter(os.path.lexists, names):
         try:
             usable(path)
-        except Damaged as error:
+        except CorruptFile as error:
             _logger.warning("%s; taking the one before", error.line())
             damaged.append(path)
             continue
         for bad in damaged if aside else ():
-            put_aside(bad)
+            rename_corrupt(bad)
         return path
     if damaged:
         raise UserError(
@@ -429,7 +466,7 @@ def find_newest(
     return None
 
 
-def put_aside(path: Path) -> None:
+def rename_corrupt(path: Path) -> None:
     """Rename a damaged file to NAME.damaged, NAME.damaged-2, ... Raises UserError if it cannot."""
     number, target = 1, path.with_name(f"{path.name}.damaged")
     while os.path.lexists(target):
@@ -438,8 +475,9 @@ def put_aside(path: Path) -> None:
     try:
         os.replace(path, target)
     except OSError as error:
-        raise UserError(f"{path}: damaged, and cannot be renamed ({error.strerror}): do it, or "
-                        "remove it") from error  # fmt: skip
+        raise UserError(
+            f"{path}: damaged, and cannot be renamed ({error.strerror}): do it, or remove it"
+        ) from error
 
 
 def differ(one: Any, other: Any) -> bool:
@@ -450,7 +488,7 @@ def differ(one: Any, other: Any) -> bool:
         return True
 
 
-def alike(found: Any, ours: Any) -> bool:
+def compatible(found: Any, ours: Any) -> bool:
     """Return whether a setting of an optimizer can stand for ours: switches, numbers, pairs."""
     if ours is None or isinstance(ours, bool):
         return found is None or isinstance(found, bool)  # which older torch did not have
@@ -459,7 +497,7 @@ def alike(found: Any, ours: Any) -> bool:
         return number and math.isfinite(found)
     if isinstance(ours, list | tuple):
         pair = isinstance(found, list | tuple) and len(found) == len(ours)
-        return pair and all(alike(x, y) for x, y in zip(found, ours))
+        return pair and all(compatible(x, y) for x, y in zip(found, ours))
     return isinstance(found, type(ours))
 
 
@@ -469,7 +507,7 @@ def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
     shapes = [parameter.shape for group in ours for parameter in group["params"]]
     for group, our in zip(groups, ours):
         for key, value in our.items():
-            if key != "params" and not alike(group.get(key), value):
+            if key != "params" and not compatible(group.get(key), value):
                 raise ValueError(f"{key} of a parameter group is {reprlib.repr(group.get(key))}")
     states = saved["state"].items()
     keys = {frozenset(state) for _, state in states}
@@ -483,30 +521,38 @@ def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
                 raise ValueError(f"{key} of parameter {index} holds values that are no numbers")
 
 
-def build_keeper(
+def build_checkpointer(
     args: Namespace,
     parts: Mapping[str, Stateful | None],
-    tally: Tally,
+    state: EpochState,
     *,
     facts: Mapping[str, Any],
     steps: int,
     device: torch.device,
     classes: list[str] | None = None,
-) -> Keeper:
+) -> Checkpointer:
     """Return the keeper of a run, resumed if --resume says so. Parts that are None are left out."""
-    keeper = Keeper(
-        args.output_dir, {name: part for name, part in parts.items() if part is not None}, tally,
-        settings=vars(args), facts=facts, steps=steps, device=device, keep=args.keep_checkpoints,
-        every_steps=args.checkpoint_steps, every_minutes=args.checkpoint_minutes, classes=classes,
-    )  # fmt: skip
+    checkpointer = Checkpointer(
+        args.output_dir,
+        {name: part for name, part in parts.items() if part is not None},
+        state,
+        settings=vars(args),
+        facts=facts,
+        steps=steps,
+        device=device,
+        keep=args.keep_checkpoints,
+        every_steps=args.checkpoint_steps,
+        every_minutes=args.checkpoint_minutes,
+        classes=classes,
+    )
     if not args.check:
-        distributed.on_main(keeper.move_in)
+        distributed.on_main(checkpointer.take_folder)
     if args.resume:
-        where = keeper.resume(args.resume, anyway=args.resume_anyway)
+        where = checkpointer.resume(args.resume, anyway=args.resume_anyway)
         _logger.info("resume: %s", where)
     if not args.check:
-        distributed.on_main(lambda: keeper.clear(args.resume))
-    return keeper
+        distributed.on_main(lambda: checkpointer.clear(args.resume))
+    return checkpointer
 
 
 def plain(value: Any) -> Any:
@@ -521,7 +567,7 @@ def plain(value: Any) -> Any:
     return value if known else str(value)
 
 
-def set_aside(folder: Path) -> None:
+def move_earlier_run(folder: Path) -> None:
     """Move what an earlier run left in `folder` into previous-1, previous-2, ... and say so."""
     names = [*folder.glob("*checkpoint*.pth"), folder / "log.txt", folder / "tensorboard"]
     found = [path for path in names if path.exists()]
@@ -540,5 +586,8 @@ def set_aside(folder: Path) -> None:
             f"{folder} holds an earlier run, which cannot be moved to {aside} ({error.strerror}); "
             "go on with it by --resume auto, or choose another --output_dir"
         ) from error
-    _logger.warning("%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
-                    folder, aside)  # fmt: skip
+    _logger.warning(
+        "%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
+        folder,
+        aside,
+    )

@@ -27,14 +27,33 @@ from base.errors import UserError
 
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
-COMPARED = ("model", "input_size", "epochs", "batch_size", "grad_accum_steps", "lr", "opt",
-            "weight_decay", "drop_path", "aa", "reprob", "mixup", "cutmix", "smoothing",
-            "distillation_type", "distillation_alpha", "distillation_tau", "distillation_reduction",
-            "teacher_model", "match", "seed")  # fmt: skip
+COMPARED = (
+    "model",
+    "input_size",
+    "epochs",
+    "batch_size",
+    "grad_accum_steps",
+    "lr",
+    "opt",
+    "weight_decay",
+    "drop_path",
+    "aa",
+    "reprob",
+    "mixup",
+    "cutmix",
+    "smoothing",
+    "distillation_type",
+    "distillation_alpha",
+    "distillation_tau",
+    "distillation_reduction",
+    "teacher_model",
+    "match",
+    "seed",
+)
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
-    """Return how many of B pictures have their label among the k best logits, for each k.
+    """Return how many of B images have their label among the k best logits, for each k.
 
     logits: (B, C); labels: (B,). Counts are 0-dim float tensors on the device; with fewer than k
     classes all of them are among the best.
@@ -76,7 +95,7 @@ def _mean(sum_and_count: Tensor) -> float:
 
 
 class ProgressLogger:
-    """One line every `interval` steps: step, time left, numbers, pictures a second, data wait.
+    """One line every `interval` steps: step, time left, numbers, images a second, data wait.
 
     On a terminal the lines have a bar, are cut to its width and overwrite each other; redirected,
     they are whole and follow each other. Only the first process prints. start: steps done before,
@@ -103,8 +122,11 @@ class ProgressLogger:
                 print()  # the last line stays: it has the numbers
             seconds = time.perf_counter() - self._begin
             share = 100 * self._waited / max(seconds, 1e-9)
-            print(f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
-                  f"data wait {share:.0f}%", flush=True)  # fmt: skip
+            print(
+                f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
+                f"data wait {share:.0f}%",
+                flush=True,
+            )
 
     def due(self, step: int, span: int = 1) -> bool:
         """Return whether a line is due at `step`, or was at one of the `span` - 1 before it."""
@@ -114,7 +136,7 @@ class ProgressLogger:
     def log(
         self, step: int, values: Mapping[str, float], *, images_per_step: int = 0
     ) -> dict[str, float]:
-        """Print the line of a step. images_per_step: pictures of all processes together.
+        """Print the line of a step. images_per_step: images of all processes together.
 
         Returns the rates it has measured, empty in processes that do not print.
         """
@@ -193,7 +215,7 @@ def _writes(name: str) -> Callable:
 class RunLog:
     """`log.txt` (one JSON object an epoch, DeiT's keys first), `config.yaml` and TensorBoard.
 
-    TensorBoard counts pictures seen, so that runs of different batch size overlay. A run that
+    TensorBoard counts images seen, so that runs of different batch size overlay. A run that
     starts at `start_epoch` drops the entries of that epoch and later ones, which a killed run may
     have left: no epoch comes twice. With an empty `output_dir` nothing is written.
     """
@@ -222,25 +244,28 @@ class RunLog:
         """Give what runs are compared by to TensorBoard's table, beside their last accuracy."""
         from torch.utils.tensorboard.summary import hparams
 
-        kept = {k: v if isinstance(v, bool | int | float | str) else str(v)
-                for k, v in settings.items() if k in COMPARED}  # fmt: skip
+        kept = {
+            k: v if isinstance(v, bool | int | float | str) else str(v)
+            for k, v in settings.items()
+            if k in COMPARED
+        }
         for summary in hparams(kept, {"val/acc1": 0.0, "val_ema/acc1": 0.0})[:2]:
             self._board.file_writer.add_summary(summary)
 
     @property
     def has_board(self) -> bool:
-        """Whether pictures would be seen by anybody."""
+        """Whether images would be seen by anybody."""
         return self._board is not None
 
     @_writes("tensorboard")
-    def picture(self, tag: str, picture: Tensor | None, images_seen: int) -> None:
-        """Put a picture (3, height, width), uint8, into TensorBoard."""
-        if self._board is not None and picture is not None:
-            self._board.add_image(tag, picture, images_seen)
+    def image(self, tag: str, image: Tensor | None, images_seen: int) -> None:
+        """Put an image (3, height, width), uint8, into TensorBoard."""
+        if self._board is not None and image is not None:
+            self._board.add_image(tag, image, images_seen)
 
     @_writes("tensorboard")
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
-        """Put `values` under `prefix/name` in TensorBoard; a count of pictures is no curve."""
+        """Put `values` under `prefix/name` in TensorBoard; a count of images is no curve."""
         if self._board is not None:
             for name, value in values.items():
                 if name != "count":

@@ -21,15 +21,15 @@ from base.errors import UserError
 from models import Student
 
 _logger = logging.getLogger(__name__)
-REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this many pictures
+REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this many images
 RENAMED = {"fusedlamb": "lamb", "fusedadam": "adam", "fusedadamw": "adamw"}  # apex's
 
 
 @dataclass(frozen=True)
-class Pace:
+class BatchPlan:
     """How often and how fast weights move: what a published number depends on.
 
-    updates: of an epoch; batch: pictures an update, of all processes and micro-steps; lr: the
+    updates: of an epoch; batch: images an update, of all processes and micro-steps; lr: the
     base learning rate, at the top of its schedule.
     """
 
@@ -53,9 +53,9 @@ def build_lr(args: Namespace, world_size: int) -> float:
     return args.lr * args.batch_size * world_size * args.grad_accum_steps / REFERENCE_BATCH
 
 
-def build_pace(args: Namespace, steps: int, world_size: int) -> Pace:
+def build_batch_plan(args: Namespace, steps: int, world_size: int) -> BatchPlan:
     """Return the pace of a run of `steps` micro-steps an epoch in each process."""
-    return Pace(
+    return BatchPlan(
         epochs=args.epochs,
         updates=-(-steps // args.grad_accum_steps),
         batch=args.batch_size * world_size * args.grad_accum_steps,
@@ -105,9 +105,14 @@ def build_optimizer(
     options |= args.opt_kwargs
     try:
         optimizer = create_optimizer_v2(
-            student.network, opt=name, lr=lr, weight_decay=args.weight_decay,
-            momentum=args.momentum, layer_decay=args.layer_decay, **options,
-        )  # fmt: skip
+            student.network,
+            opt=name,
+            lr=lr,
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay,
+            **options,
+        )
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--opt {args.opt}: timm cannot make it ({reason})") from error
@@ -115,8 +120,10 @@ def build_optimizer(
         own = projection.optimizer_options
         if unknown := set(own) - set(optimizer.defaults):
             raise UserError(f"match {name}: proj: {args.opt} has no option {sorted(unknown)}")
-        if any(name in ("lr", "weight_decay") and not 0 <= value < float("inf")
-               for name, value in own.items()):  # fmt: skip
+        if any(
+            name in ("lr", "weight_decay") and not 0 <= value < float("inf")
+            for name, value in own.items()
+        ):
             raise UserError(f"match {name}: proj: {dict(own)}; rates must not be below 0")
         group = {"params": list(projection.parameters()), "weight_decay": args.weight_decay}
         optimizer.add_param_group(group | own)  # a rate of its own is taken as it is
@@ -131,15 +138,15 @@ class Schedule:
     """
 
     def __init__(
-        self, scheduler: Any, *, on_updates: bool, follower: Callable[[int], None] | None = None
+        self, scheduler: Any, *, on_updates: bool, on_step: Callable[[int], None] | None = None
     ) -> None:
-        self.scheduler, self.on_updates, self.follower = scheduler, on_updates, follower
+        self.scheduler, self.on_updates, self.on_step = scheduler, on_updates, on_step
         self._is_plateau = type(scheduler).__name__ == "PlateauLRScheduler"
 
     def step(self, global_step: int, epoch: int) -> None:
         """Set the learning rate for update `global_step`, which lies in `epoch`; both from 0."""
-        if self.follower is not None:
-            self.follower(global_step)
+        if self.on_step is not None:
+            self.on_step(global_step)
         if self.on_updates:
             self.scheduler.step_update(global_step)
         elif not self._is_plateau:
@@ -166,7 +173,7 @@ def build_schedule(
     args: Namespace,
     optimizer: torch.optim.Optimizer,
     updates_per_epoch: int,
-    follower: Callable[[int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Schedule:
     """Return the learning rate's schedule over --epochs. Raises UserError for an unknown one."""
     on_updates = args.sched_on_updates and args.sched != "plateau"
@@ -178,19 +185,29 @@ def build_schedule(
         noise = noise[0]
     try:
         scheduler, _ = create_scheduler_v2(
-            optimizer, sched=args.sched, num_epochs=max(1, args.epochs),
-            decay_epochs=args.decay_epochs, cooldown_epochs=0, patience_epochs=args.patience_epochs,
-            decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs, noise=noise,
-            noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed,
-            step_on_epochs=not on_updates, updates_per_epoch=updates_per_epoch,
-        )  # fmt: skip
+            optimizer,
+            sched=args.sched,
+            num_epochs=max(1, args.epochs),
+            decay_epochs=args.decay_epochs,
+            cooldown_epochs=0,
+            patience_epochs=args.patience_epochs,
+            decay_rate=args.decay_rate,
+            min_lr=args.min_lr,
+            warmup_lr=args.warmup_lr,
+            warmup_epochs=args.warmup_epochs,
+            noise=noise,
+            noise_pct=args.lr_noise_pct,
+            noise_std=args.lr_noise_std,
+            noise_seed=args.seed,
+            step_on_epochs=not on_updates,
+            updates_per_epoch=updates_per_epoch,
+        )
     except (AssertionError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--sched {args.sched}: timm cannot make it ({reason})") from error
     if scheduler is None:
         raise UserError(f"--sched {args.sched}: unknown to timm; cosine, step, plateau, ...")
-    return Schedule(scheduler, on_updates=on_updates, follower=follower)
+    return Schedule(scheduler, on_updates=on_updates, on_step=on_step)
 
 
 class Ema:

@@ -1,7 +1,7 @@
 """Recipes: the published runs by name, and how to keep their batch on other machines.
 
 A recipe is a YAML file in `recipes/`: `flags` of main.py, the `source` of its number, `expected`
-(Acc@1 in percent, and how far an honest repetition may be from it), `effective-batch` (pictures an
+(Acc@1 in percent, and how far an honest repetition may be from it), `effective-batch` (images an
 update), and `needs`: flags that only the user can give.
 """
 
@@ -107,7 +107,7 @@ def fit_batch(
         return {"grad_accum_steps": wanted // step}
     if "batch_size" in explicit or wanted % world_size:
         return {}
-    share = wanted // world_size  # pictures of each process in an update
+    share = wanted // world_size  # images of each process in an update
     size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
     return {"batch_size": size, "grad_accum_steps": share // size}
 
