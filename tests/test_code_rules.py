@@ -18,7 +18,7 @@ LEVELS = (  # imports go from the right to the left only
     {"options", "checks"},
     {"engine"},
     {"main"},
-    {"run_with_submitit", "hubconf"},
+    {"run_with_submitit", "hubconf", "console"},
 )
 LEVEL_OF = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 PACKAGES = ("base", "data", "models", "distill", "training", "checks")

@@ -1,0 +1,1 @@
+"""What every module may import: errors, processes, files and safe reading of weights."""

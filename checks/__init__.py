@@ -1,0 +1,1 @@
+"""Checks before a run and images that show what it does."""

@@ -1,0 +1,1 @@
+"""Images: sources, packed files, transforms, samplers."""

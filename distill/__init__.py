@@ -1,0 +1,1 @@
+"""Teachers, cached logits, and the distillation objective."""

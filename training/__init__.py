@@ -1,0 +1,1 @@
+"""Optimizer, schedules of the learning rate, checkpoints, metrics and logs."""
