@@ -8,7 +8,7 @@ import hashlib
 import operator
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ from base.errors import UserError
 
 Key = tuple[int, int]
 ROUNDING = 256  # DeiT keeps a multiple of this many samples in an epoch of repeated augmentation
+
+
+class BatchKey(NamedTuple):
+    """Which batch of a run: `epoch` (in the cycle, where views repeat) and `micro_step`, from 0.
+
+    Mixing and cached teacher logits are functions of it.
+    """
+
+    epoch: int
+    micro_step: int
 
 
 def derive_seed(*parts: int | str) -> int:
