@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import models
+from base import flag_table, flags
 from base.distributed import Processes
 from base.errors import UserError
 from base.transfer import send
@@ -26,27 +27,8 @@ from distill.teacher import build_identity, build_sources, build_teacher
 
 _logger = logging.getLogger(__name__)
 VIEWS = "--teacher-cache-views"
-TRANSFORM = (
-    "color_jitter",
-    "aa",
-    "train_interpolation",
-    "ThreeAugment",
-    "src",
-    "reprob",
-    "remode",
-    "recount",
-    "on_bad_image",
-    "augment_on",
-)
-MIXING = (
-    "mixup",
-    "cutmix",
-    "cutmix_minmax",
-    "mixup_prob",
-    "mixup_switch_prob",
-    "mixup_mode",
-    "batch_size",
-)
+TRANSFORM = flag_table.with_fact(flags.TRANSFORM)
+MIXING = flag_table.with_fact(flags.MIXING)
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 import options
+from base import flag_table, flags
 from base.errors import UserError
 
 DEIT_COMMANDS = [
@@ -181,3 +182,37 @@ def test_options_of_the_optimizer_are_plain_values() -> None:
 
 def test_defaults_raise_no_notes() -> None:
     assert parse("").notes == () and parse("--distillation-type hard").notes == ()
+
+
+def test_every_flag_of_the_parser_has_a_row_with_a_help_text() -> None:
+    actions = [action for action in options.get_args_parser()._actions if action.dest != "help"]
+    assert {action.dest for action in actions} == {flag.dest for flag in flag_table.FLAGS}
+    assert len({flag.name for flag in flag_table.FLAGS}) == len(flag_table.FLAGS)
+    for action in actions:
+        assert action.help, action.option_strings
+    for flag in flag_table.FLAGS:
+        assert flag.text and "default:" in flag.help_text(), flag.name
+        flag.check(flag.default)
+
+
+def test_a_new_flag_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    unused = flags.Idle(lambda s: s.epochs == 0, "nothing trains")
+    facts = (flags.at_least(2), unused, flags.MAY_CHANGE, flags.COMPARED, flags.TRANSFORM)
+    row = flags.Flag("--grain-size", int, 3, *facts).help("size of the grain")
+    monkeypatch.setitem(flag_table.GROUPS, "data", (*flag_table.DATA, row))
+    monkeypatch.setattr(flag_table, "FLAGS", (*flag_table.FLAGS, row))
+    assert "size of the grain (default: 3)" in options.get_args_parser().format_help()
+    assert parse("--grain_size 4").args.grain_size == 4
+    with pytest.raises(UserError, match="--grain-size 1: must be at least 2"):
+        parse("--grain-size 1")
+    assert parse("--grain-size 4 --epochs 0").notes == (
+        "--grain-size has no effect here: nothing trains",
+    )
+    for fact in (flags.MAY_CHANGE, flags.COMPARED, flags.TRANSFORM):
+        assert "grain_size" in flag_table.with_fact(fact)
+
+
+@pytest.mark.parametrize("line", ["--lr nan", "--weight-decay inf", "--cutmix-minmax nan 1"])
+def test_a_value_that_is_no_finite_number_is_refused(line: str) -> None:
+    with pytest.raises(UserError, match="must be a finite number"):
+        parse(line)

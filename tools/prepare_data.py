@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
-import options  # noqa: E402
 from base.errors import UserError  # noqa: E402
+from base.flag_table import INAT_CATEGORIES  # noqa: E402
 from data import image_ops, packed, sources  # noqa: E402
 from training.metrics import clock  # noqa: E402
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--splits", default=list(SPLITS), nargs="+", choices=list(SPLITS))
     add("--on-bad-image", default="fail", choices=("fail", "skip"))
     add("--num-workers", default=datasets.cores_here(), type=int)
-    add("--inat-category", default="name", choices=options.INAT_CATEGORIES)
+    add("--inat-category", default="name", choices=INAT_CATEGORIES)
     add("--val-split", default="test", choices=("test", "dev"), help="of the embedded digits")
     add("--verify", action="store_true", help="read every image and compare its checksum")
     return parser

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from base import distributed, files, safe_load
+from base import distributed, files, flag_table, flags, safe_load
 from base.errors import CorruptFile, Stopped, UserError
 
 _logger = logging.getLogger(__name__)
@@ -45,40 +45,7 @@ NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
 # free because the images themselves are compared, --teacher-path because the file's hash
 # is; --epochs, because training on is common.
-MAY_CHANGE = frozenset(
-    {
-        "check",
-        "checkpoint_minutes",
-        "checkpoint_steps",
-        "data_path",
-        "device",
-        "dist_eval",
-        "dist_timeout",
-        "dist_url",
-        "distributed",
-        "dry_run",
-        "epochs",
-        "eval",
-        "finetune",
-        "keep_checkpoints",
-        "list_models",
-        "loader_timeout",
-        "log_interval",
-        "max_bad_steps",
-        "num_workers",
-        "output_dir",
-        "pin_mem",
-        "pretrained",
-        "resume",
-        "resume_anyway",
-        "start_epoch",
-        "teacher_cache",
-        "teacher_cache_mode",
-        "teacher_check",
-        "teacher_path",
-        "world_size",
-    }
-)
+MAY_CHANGE = frozenset(flag_table.with_fact(flags.MAY_CHANGE))
 # Optimizer state with the shape of its parameter
 SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
 

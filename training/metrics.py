@@ -22,34 +22,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from base import distributed
+from base import distributed, flag_table, flags
 from base.errors import UserError
 
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
-COMPARED = (
-    "model",
-    "input_size",
-    "epochs",
-    "batch_size",
-    "grad_accum_steps",
-    "lr",
-    "opt",
-    "weight_decay",
-    "drop_path",
-    "aa",
-    "reprob",
-    "mixup",
-    "cutmix",
-    "smoothing",
-    "distillation_type",
-    "distillation_alpha",
-    "distillation_tau",
-    "distillation_reduction",
-    "teacher_model",
-    "match",
-    "seed",
-)
+COMPARED = frozenset(flag_table.with_fact(flags.COMPARED))
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:

@@ -1,0 +1,604 @@
+"""The table of all flags of main.py. A new flag is one row in its group.
+
+The flags of DeiT's main.py keep their names, defaults and meanings. What is new has timm's name
+where timm's train.py has one. Sizes are in pixels, times in epochs, unless the name says otherwise.
+"""
+
+import os
+from argparse import ArgumentTypeError, Namespace
+from typing import Any
+
+import yaml
+
+from base.distributed import find_launcher
+from base.flags import (
+    COMMON,
+    COMPARED,
+    MAY_CHANGE,
+    MIXING,
+    SHARE,
+    TRANSFORM,
+    Flag,
+    Idle,
+    Range,
+    above,
+    at_least,
+)
+
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")
+INAT_CATEGORIES = tuple(
+    ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
+)
+AMP = ("auto", "off", "bf16", "fp16")
+
+
+# --- when a flag has no effect ----------------------------------------------------------------
+
+
+def _distils(s: Namespace) -> bool:
+    return s.distillation_type != "none"
+
+
+def _has_teacher(s: Namespace) -> bool:
+    return _distils(s) or bool(s.match) or s.ranking_kl_weight > 0
+
+
+def _has_several_teachers(s: Namespace) -> bool:
+    return isinstance(s.teacher_model, list)
+
+
+def _mixes(s: Namespace) -> bool:
+    return s.mixup > 0 or s.cutmix > 0 or s.cutmix_minmax is not None
+
+
+def _uses_randaugment(s: Namespace) -> bool:
+    return s.aa not in ("", "none", None)
+
+
+def _always(s: Namespace) -> bool:
+    return True
+
+
+LAUNCHER_DECIDES = Idle(_always, "the launcher decides")
+NOT_SAVED = Idle(lambda s: not s.output_dir, "nothing is saved without --output_dir")
+NO_TEACHER = Idle(lambda s: not _has_teacher(s), "--distillation-type is none")
+NO_DISTILLATION = Idle(lambda s: not _distils(s), "--distillation-type is none")
+NO_CACHE = Idle(lambda s: not s.teacher_cache, "it belongs to --teacher-cache")
+NO_RANKING = Idle(lambda s: not s.ranking_kl_weight, "--ranking-kl-weight is 0")
+NO_MIXING = Idle(lambda s: not _mixes(s), "nothing is mixed")
+NO_ERASING = Idle(lambda s: s.ThreeAugment or s.reprob == 0, "nothing is erased")
+NO_AVERAGE = Idle(lambda s: not s.model_ema, "there is no average")
+NOT_COMPILED = Idle(lambda s: s.eval, "evaluation is not compiled")
+NO_RESUME = Idle(lambda s: not s.resume, "it belongs to --resume")
+RESUMES = Idle(lambda s: s.resume, "the checkpoint has its epoch")
+ALWAYS_SHARDED = Idle(_always, "evaluation is always sharded and exact")
+ONE_PROCESS = Idle(lambda s: find_launcher(os.environ)[3] == 1, "there is one process")
+WEIGHTS_RESUMED = Idle(lambda s: s.resume, "--resume brings its own weights")
+NO_BACKWARD = Idle(lambda s: s.eval, "evaluation keeps nothing for a backward pass")
+ONE_TEACHER = Idle(lambda s: not _has_several_teachers(s), "there is one teacher")
+NO_TEACHER_LOGITS = Idle(
+    lambda s: not _has_several_teachers(s) or not _distils(s), "no logits of several teachers"
+)
+NO_TEMPERATURE = Idle(lambda s: s.distillation_type != "soft", "only soft has a temperature")
+NO_REDUCTION = Idle(
+    lambda s: s.distillation_type != "soft" or bool(s.kd_loss_type), "only soft is reduced so"
+)
+NO_TEMPERATURE_SCHEDULE = Idle(
+    lambda s: s.temperature_scheduler == "none", "no temperature is scheduled"
+)
+NO_COOLDOWN = Idle(_always, "the schedule ends with --epochs")
+NO_PLATEAU = Idle(lambda s: s.sched != "plateau", "it belongs to --sched plateau")
+REPLACED_BY_AA = Idle(
+    lambda s: _uses_randaugment(s) and not s.ThreeAugment, "timm leaves it out while --aa is set"
+)
+THREE_AUGMENT = Idle(lambda s: s.ThreeAugment, "--ThreeAugment replaces it")
+ONLY_EVALUATES = Idle(lambda s: s.eval, "nothing trains")
+HARD_TARGETS = Idle(lambda s: s.cosub and not _mixes(s), "--cosub uses hard targets")
+THREE_AUGMENT_BICUBIC = Idle(lambda s: s.ThreeAugment, "--ThreeAugment is bicubic")
+NO_THREE_AUGMENT = Idle(lambda s: s.src and not s.ThreeAugment, "it belongs to --ThreeAugment")
+THREE_AUGMENT_NO_ERASING = Idle(lambda s: s.ThreeAugment, "--ThreeAugment has no erasing")
+NEVER_USED = Idle(_always, "DeiT never used it either")
+ONE_MIXING = Idle(lambda s: not (s.mixup > 0 and s.cutmix > 0), "only one kind of mixing")
+COSUB_IS_BCE = Idle(lambda s: s.cosub, "--cosub always is binary cross entropy")
+NOT_DIGITS = Idle(lambda s: s.data_set != "DIGITS", "only for the embedded digits")
+NOT_INAT = Idle(lambda s: s.data_set not in ("INAT", "INAT19"), "only for INAT and INAT19")
+NO_WORKERS = Idle(lambda s: s.num_workers == 0, "there are no workers")
+
+
+# --- types of values --------------------------------------------------------------------------
+
+
+def key_value(word: str) -> tuple[str, Any]:
+    """Return a KEY=VALUE word as a pair, the value as a plain one (YAML)."""
+    key, equals, value = word.partition("=")
+    if not (key and equals):
+        raise ArgumentTypeError(f"{word}: give KEY=VALUE")
+    return key, yaml.safe_load(value)
+
+
+def schedule(text: str) -> str | list[Any]:
+    """Return `name` as it is, and `name:1:2` as ["name", 1.0, 2.0], which the registries take."""
+    name, *values = text.split(":")
+    return [name, *map(float, values)] if values else name
+
+
+# --- the table --------------------------------------------------------------------------------
+
+RUN = (
+    Flag("--recipe", str, "", COMMON, metavar="NAME").help(
+        "a published run (recipes/) or a YAML file; other flags replace its values"
+    ),
+    Flag("--dry-run", bool, False, MAY_CHANGE, COMMON).help(
+        "print settings, sizes, memory and time of the run, and exit"
+    ),
+    Flag("--check", bool, False, MAY_CHANGE, COMMON).help("check student and teacher, and exit"),
+    Flag("--batch-size", int, 64, at_least(1), MIXING, COMPARED, COMMON).help(
+        "images per process and micro-step"
+    ),
+    Flag("--epochs", int, 300, at_least(0), MAY_CHANGE, COMPARED, COMMON).help("epochs to train"),
+    Flag("--grad-accum-steps", int, 1, at_least(1), COMPARED).help(
+        "micro-steps per optimizer update"
+    ),
+    Flag("--amp", str, "auto", COMMON, choices=AMP).help(
+        "automatic mixed precision; auto: bf16 (else fp16) on a GPU, off on a CPU"
+    ),
+    Flag(
+        "--torchcompile",
+        str,
+        "",
+        NOT_COMPILED,
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+    ).help("compile student and teacher in training; inductor if no backend"),
+    Flag("--device", str, "auto", MAY_CHANGE, COMMON).help("auto, cpu or cuda"),
+    Flag("--seed", int, 0, COMPARED, COMMON).help("seed of all random numbers"),
+    Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help(
+        "folder of checkpoints, log.txt and TensorBoard; empty: save nothing"
+    ),
+    Flag("--resume", str, "", MAY_CHANGE, COMMON).help(
+        "checkpoint to resume or to evaluate: file or URL; auto: the newest good one in "
+        "--output_dir; auto:FILE: the same, or FILE if there is none"
+    ),
+    Flag(
+        "--resume-anyway",
+        bool,
+        False,
+        NO_RESUME,
+        MAY_CHANGE,
+    ).help("resume although settings have changed"),
+    Flag("--checkpoint-steps", int, 0, at_least(0), NOT_SAVED, MAY_CHANGE).help(
+        "updates between two checkpoints; 0: off"
+    ),
+    Flag("--checkpoint-minutes", float, 30.0, at_least(0), NOT_SAVED, MAY_CHANGE).help(
+        "minutes between two checkpoints, besides the one of every epoch; 0: off"
+    ),
+    Flag("--keep-checkpoints", int, 2, at_least(1), NOT_SAVED, MAY_CHANGE).help(
+        "number of newest checkpoints to keep; the best is kept too"
+    ),
+    Flag(
+        "--start-epoch",
+        int,
+        0,
+        at_least(0),
+        RESUMES,
+        MAY_CHANGE,
+    ).help("first epoch; a resumed run continues from its checkpoint"),
+    Flag("--eval", bool, False, MAY_CHANGE, COMMON).help("evaluate and exit"),
+    Flag(
+        "--list-models", str, None, MAY_CHANGE, COMMON, nargs="?", const="*", metavar="PATTERN"
+    ).help("print the released checkpoints whose name matches, and exit; * and ? are wildcards"),
+    Flag("--log-interval", int, 10, at_least(1), MAY_CHANGE).help(
+        "steps between two printed lines"
+    ),
+    Flag("--max-bad-steps", int, 10, at_least(1), MAY_CHANGE).help(
+        "updates in a row with a non-finite loss before the run stops"
+    ),
+    Flag(
+        "--dist-eval",
+        bool,
+        False,
+        ALWAYS_SHARDED,
+        MAY_CHANGE,
+    ).help("no effect: evaluation is always sharded and exact"),
+    Flag("--world-size", int, 1, LAUNCHER_DECIDES, MAY_CHANGE).help(
+        "no effect: the launcher sets it"
+    ),
+    Flag("--dist-url", str, "env://", MAY_CHANGE).help("address at which the processes connect"),
+    Flag(
+        "--dist-timeout",
+        float,
+        30.0,
+        Range(0.01, 1e5),
+        ONE_PROCESS,
+        MAY_CHANGE,
+        metavar="MIN",
+    ).help("minutes that the processes wait for one another before the run ends"),
+    Flag("--distributed", bool, False, LAUNCHER_DECIDES, MAY_CHANGE).help(
+        "no effect: the launcher sets it"
+    ),
+)
+
+STUDENT = (
+    Flag("--model", str, "deit_base_patch16_224", COMPARED, COMMON).help(
+        "student: any model name of timm or of this repository"
+    ),
+    Flag("--nb-classes", int, None, at_least(1)).help(
+        "number of classes; default: counted in the data"
+    ),
+    Flag("--input-size", int, None, at_least(1), COMPARED, COMMON, nargs="+", metavar="PX").help(
+        "one side, or height and width; default: the model's own"
+    ),
+    Flag("--drop", float, 0.0, SHARE).help("dropout probability"),
+    Flag("--drop-path", float, 0.1, SHARE, COMPARED).help("stochastic depth probability"),
+    Flag("--pretrained", bool, False, MAY_CHANGE, COMMON).help("start from the published weights"),
+    Flag(
+        "--finetune",
+        str,
+        "",
+        WEIGHTS_RESUMED,
+        MAY_CHANGE,
+        COMMON,
+    ).help("start from the weights of this file or URL; head and grid may differ"),
+    Flag("--attn-only", bool, False).help("train attention, heads and position embedding only"),
+    Flag("--mean", float, None, nargs=3).help(
+        "mean of the input per channel; default: the model's"
+    ),
+    Flag("--std", float, None, nargs=3).help(
+        "standard deviation of the input per channel; default: the model's"
+    ),
+    Flag("--interpolation", str, None).help(
+        "interpolation of the evaluation resize; default: the model's"
+    ),
+    Flag(
+        "--grad-checkpointing",
+        bool,
+        False,
+        NO_BACKWARD,
+    ).help("recompute blocks in the backward pass: less memory, a third more work"),
+    Flag("--train-mode", bool, True).help(
+        "train in training mode",
+        off="disable dropout and stochastic depth in training, as DeiT's fine-tuning did",
+    ),
+)
+
+DISTILLATION = (
+    Flag(
+        "--teacher-model", str, "regnety_160", NO_TEACHER, COMPARED, COMMON, repeat="several"
+    ).help("timm name, hf-hub: or local-dir: source; repeat for several"),
+    Flag("--teacher-path", str, "", NO_TEACHER, MAY_CHANGE, COMMON, repeat="several").help(
+        "weights of the teacher: file or URL; empty: timm's pretrained"
+    ),
+    Flag(
+        "--teacher-weight",
+        float,
+        None,
+        ONE_TEACHER,
+        repeat="list",
+    ).help("share of a teacher among several; 0: it is only matched; default: equal"),
+    Flag("--teacher-amp", str, "auto", NO_TEACHER, choices=AMP).help(
+        "precision of the teacher; auto: as --amp; half precision also folds BatchNorm"
+    ),
+    Flag(
+        "--teacher-logits",
+        str,
+        "mean",
+        NO_TEACHER_LOGITS,
+        choices=("mean", "apart"),
+    ).help("of several teachers: one term of the mean, or a term each"),
+    Flag(
+        "--distillation-type", str, "none", COMPARED, COMMON, choices=("none", "soft", "hard")
+    ).help("distillation from a teacher"),
+    Flag("--distillation-alpha", float, 0.5, SHARE, NO_DISTILLATION, COMPARED, COMMON).help(
+        "loss = (1 - alpha) * base + alpha * distillation"
+    ),
+    Flag(
+        "--distillation-tau",
+        float,
+        1.0,
+        above(0),
+        NO_TEMPERATURE,
+        COMPARED,
+        COMMON,
+    ).help("temperature of soft distillation"),
+    Flag("--distillation-head", str, "auto", NO_DISTILLATION, choices=("auto", "dist", "cls")).help(
+        "head that is distilled; auto: the distillation head where there is one"
+    ),
+    Flag(
+        "--distillation-reduction",
+        str,
+        "numel",
+        NO_REDUCTION,
+        COMPARED,
+        choices=("numel", "batchmean"),
+    ).help("soft: numel is DeiT's mean over B*C, batchmean Hinton's over B"),
+    Flag("--teacher-check", bool, True, NO_DISTILLATION, MAY_CHANGE).help(
+        "print the teacher's accuracy at the start", off="do not print the teacher's accuracy"
+    ),
+    Flag("--teacher-cache", str, "", MAY_CHANGE, COMMON, metavar="DIR").help(
+        "folder of cached teacher logits, read in later runs"
+    ),
+    Flag(
+        "--teacher-cache-mode",
+        str,
+        "auto",
+        NO_CACHE,
+        MAY_CHANGE,
+        choices=("auto", "write", "read", "verify"),
+    ).help(
+        "auto: read what is there, write what is missing; write: fill it and stop; "
+        "read: no teacher is loaded; verify: compare it with the teacher and stop"
+    ),
+    Flag("--teacher-cache-views", int, 0, at_least(0), NO_CACHE, metavar="V").help(
+        "epochs after which augmentation and mixing repeat; 0: the cache's own, or --epochs"
+    ),
+    Flag("--teacher-cache-topk", str, "all", NO_CACHE).help(
+        "all logits, the K largest probabilities, or hard: the most probable class"
+    ),
+    Flag("--cosub", bool, False).help("co-train two submodels instead of a teacher"),
+)
+
+OBJECTIVE = (
+    Flag("--match", str, [], COMPARED, repeat="list", metavar="KEY=VALUE,...").help(
+        "feature match: layer_S=6,layer_T=12,feature=hidden,loss=cos,proj=linear; repeatable"
+    ),
+    Flag("--distill-config", str, "").help("TextBrewer's DistillationConfig, .json or .yaml"),
+    Flag("--plugin", str, [], repeat="list", metavar="FILE.py").help(
+        "Python file that adds losses, projections, schedules or adaptors by name; repeatable"
+    ),
+    Flag("--student-adaptor", str, "").help(
+        "adaptor for the outputs of a student without known taps"
+    ),
+    Flag("--teacher-adaptor", str, "").help(
+        "adaptor for the outputs of a teacher without known taps"
+    ),
+    Flag("--kd-loss-type", str, "").help("soft: ce, mse or dist instead of DeiT's divergence"),
+    Flag("--kd-loss-weight", float, None, at_least(0), NO_DISTILLATION).help(
+        "weight of the distillation term; default: --distillation-alpha"
+    ),
+    Flag("--hard-label-weight", float, None, at_least(0)).help(
+        "weight of the labels' term; default: 1 - --distillation-alpha"
+    ),
+    Flag("--kd-loss-weight-scheduler", str, "none").help(
+        "linear_decay or linear_growth of the distillation term's weight"
+    ),
+    Flag("--hard-label-weight-scheduler", str, "none").help(
+        "linear_decay or linear_growth of the labels' weight"
+    ),
+    Flag("--temperature-scheduler", schedule, "none").help(
+        "constant, flsw:BETA:GAMMA or cwsm:BETA, with --kd-loss-type"
+    ),
+    Flag(
+        "--temperature-min",
+        float,
+        0.1,
+        above(0),
+        NO_TEMPERATURE_SCHEDULE,
+    ).help("smallest scheduled temperature"),
+    Flag("--probability-shift", bool, False).help(
+        "swap the teacher's largest logit with the label's", off="do not swap logits"
+    ),
+    Flag("--logit-standardization", bool, False).help(
+        "soft: z-score of the logits of both networks", off="use the logits as they are"
+    ),
+    Flag("--ranking-kl-weight", float, 0.0, at_least(0)).help(
+        "weight of the image similarities' term"
+    ),
+    Flag("--ranking-similarity", str, "cos", NO_RANKING, choices=("cos", "dot")).help(
+        "similarity of two images"
+    ),
+    Flag("--ranking-tau", float, 1.0, above(0), NO_RANKING).help("temperature of the similarities"),
+    Flag("--ranking-gather", bool, False, NO_RANKING).help(
+        "compare the images of all processes", off="compare the images of one process"
+    ),
+)
+
+OPTIMIZER = (
+    Flag("--opt", str, "adamw", COMPARED).help("timm's name of the optimizer"),
+    Flag("--opt-eps", float, 1e-8).help("epsilon of the optimizer"),
+    Flag("--opt-betas", float, None, nargs="+").help(
+        "betas of the optimizer; default: the optimizer's own"
+    ),
+    Flag("--opt-kwargs", key_value, {}, nargs="+", repeat="merge", metavar="KEY=VALUE").help(
+        "more options of the optimizer, such as fused=False"
+    ),
+    Flag("--clip-grad", float, None).help("largest gradient norm; 0 or less: off"),
+    Flag("--momentum", float, 0.9, SHARE).help("momentum of SGD and similar optimizers"),
+    Flag("--weight-decay", float, 0.05, at_least(0), COMPARED).help("weight decay"),
+    Flag("--layer-decay", float, None, SHARE).help("learning rate factor per layer down"),
+    Flag("--sched", str, "cosine").help("timm's name of the learning-rate schedule"),
+    Flag("--lr", float, 5e-4, at_least(0), COMPARED, COMMON).help(
+        "learning rate for an effective batch of 512"
+    ),
+    Flag("--unscale-lr", bool, False).help(
+        "use --lr as it is, whatever the batch", off="scale --lr by effective batch / 512"
+    ),
+    Flag("--lr-noise", float, None, nargs="+").help(
+        "epochs (as fractions) with noise on the learning rate"
+    ),
+    Flag("--lr-noise-pct", float, 0.67).help("largest noise, as a share of the learning rate"),
+    Flag("--lr-noise-std", float, 1.0).help("standard deviation of the noise"),
+    Flag("--warmup-lr", float, 1e-6).help("learning rate at the start; not scaled with the batch"),
+    Flag("--min-lr", float, 1e-5).help("learning rate at the end; not scaled with the batch"),
+    Flag("--decay-epochs", float, 30).help("epochs between two steps of the step schedule"),
+    Flag("--warmup-epochs", int, 5, at_least(0), COMMON).help("epochs of linear warm-up"),
+    Flag("--cooldown-epochs", int, 10, NO_COOLDOWN).help(
+        "no effect, as in DeiT: the schedule ends with --epochs"
+    ),
+    Flag(
+        "--patience-epochs",
+        int,
+        10,
+        NO_PLATEAU,
+    ).help("epochs without gain before the plateau schedule decays"),
+    Flag("--decay-rate", float, 0.1, aliases=("--dr",)).help(
+        "factor of one decay of the learning rate"
+    ),
+    Flag("--sched-on-updates", bool, True).help(
+        "change the learning rate per update", off="change the learning rate per epoch, as DeiT"
+    ),
+    Flag("--model-ema", bool, True).help(
+        "keep a moving average of the weights (EMA)", off="keep no moving average"
+    ),
+    Flag("--model-ema-decay", float, 0.99996, SHARE, NO_AVERAGE).help(
+        "decay of the average per update"
+    ),
+    Flag("--model-ema-force-cpu", bool, False, NO_AVERAGE).help("keep the average on the CPU"),
+    Flag("--model-ema-warmup", bool, True, NO_AVERAGE).help(
+        "shorter average at the start", off="constant decay, as DeiT"
+    ),
+)
+
+AUGMENTATION = (
+    Flag(
+        "--color-jitter",
+        float,
+        0.3,
+        at_least(0),
+        REPLACED_BY_AA,
+        TRANSFORM,
+    ).help("strength of colour jitter"),
+    Flag(
+        "--aa",
+        str,
+        "rand-m9-mstd0.5-inc1",
+        THREE_AUGMENT,
+        TRANSFORM,
+        COMPARED,
+    ).help("AutoAugment policy; '' or none: off"),
+    Flag(
+        "--augment-on",
+        str,
+        "worker",
+        ONLY_EVALUATES,
+        TRANSFORM,
+        choices=("worker", "device"),
+    ).help("where images are augmented after crop and flip"),
+    Flag(
+        "--smoothing",
+        float,
+        0.1,
+        SHARE,
+        HARD_TARGETS,
+        COMPARED,
+    ).help("label smoothing"),
+    Flag(
+        "--train-interpolation",
+        str,
+        "bicubic",
+        THREE_AUGMENT_BICUBIC,
+        TRANSFORM,
+        choices=("random", "bilinear", "bicubic"),
+    ).help("interpolation of the training crop"),
+    Flag("--repeated-aug", bool, True).help(
+        "three views of an image in an epoch", off="one view of an image in an epoch"
+    ),
+    Flag("--ThreeAugment", bool, False, TRANSFORM).help(
+        "DeiT III's augmentation", off="RandAugment (--aa)"
+    ),
+    Flag(
+        "--src",
+        bool,
+        False,
+        NO_THREE_AUGMENT,
+        TRANSFORM,
+    ).help("simple random crop, with --ThreeAugment", off="random resized crop"),
+    Flag(
+        "--reprob",
+        float,
+        0.25,
+        SHARE,
+        THREE_AUGMENT_NO_ERASING,
+        TRANSFORM,
+        COMPARED,
+    ).help("random erasing probability"),
+    Flag("--remode", str, "pixel", NO_ERASING, TRANSFORM, choices=("pixel", "rand", "const")).help(
+        "fill of erased areas"
+    ),
+    Flag("--recount", int, 1, NO_ERASING, TRANSFORM).help("erased areas per image"),
+    Flag("--resplit", bool, False, NEVER_USED).help("no effect, as in DeiT"),
+    Flag("--mixup", float, 0.8, at_least(0), MIXING, COMPARED).help("mixup alpha; 0: off"),
+    Flag("--cutmix", float, 1.0, at_least(0), MIXING, COMPARED).help("CutMix alpha; 0: off"),
+    Flag("--cutmix-minmax", float, None, MIXING, nargs="+").help(
+        "smallest and largest side of a CutMix box, as shares of the image"
+    ),
+    Flag("--mixup-prob", float, 1.0, SHARE, NO_MIXING, MIXING).help(
+        "probability that a batch is mixed"
+    ),
+    Flag(
+        "--mixup-switch-prob",
+        float,
+        0.5,
+        SHARE,
+        ONE_MIXING,
+        MIXING,
+    ).help("probability of CutMix where both are on"),
+    Flag("--mixup-mode", str, "batch", NO_MIXING, MIXING, choices=("batch", "pair", "elem")).help(
+        "one mixing for a batch, a pair or each image"
+    ),
+    Flag("--bce-loss", bool, False, COSUB_IS_BCE).help(
+        "binary cross entropy, as DeiT III", off="cross entropy"
+    ),
+)
+
+DATA = (
+    Flag("--data-path", str, "", MAY_CHANGE, COMMON).help(
+        "folder of images; empty: the embedded digits"
+    ),
+    Flag("--data-set", str, None, COMMON).help(
+        f"{', '.join(DATA_SETS)}, or a name of timm's create_dataset (wds/...); "
+        "default: IMNET, or DIGITS without --data-path"
+    ),
+    Flag(
+        "--val-split",
+        str,
+        "test",
+        NOT_DIGITS,
+        choices=("test", "dev"),
+    ).help("of the embedded digits: the split to evaluate; tune on dev"),
+    Flag(
+        "--inat-category",
+        str,
+        "name",
+        NOT_INAT,
+        choices=INAT_CATEGORIES,
+    ).help("category of INAT's labels"),
+    Flag("--eval-crop-ratio", float, None, at_least(0), aliases=("--crop-pct",)).help(
+        "crop of the evaluation; default: the model's own, 0.875 for DeiT's"
+    ),
+    Flag("--num-workers", int, None, at_least(0), MAY_CHANGE, COMMON).help(
+        "loader processes per process; default: by the number of cores"
+    ),
+    Flag(
+        "--loader-timeout",
+        float,
+        20.0,
+        at_least(0),
+        NO_WORKERS,
+        MAY_CHANGE,
+        metavar="MIN",
+    ).help("minutes that a worker may take for a batch before the run ends; 0: no limit"),
+    Flag("--on-bad-image", str, "fail", TRANSFORM, choices=("fail", "skip")).help(
+        "what to do with an unreadable image"
+    ),
+    Flag("--pin-mem", bool, True, MAY_CHANGE).help(
+        "page-locked batches for a GPU", off="pageable batches"
+    ),
+)
+
+GROUPS: dict[str, tuple[Flag, ...]] = {
+    "run": RUN,
+    "student": STUDENT,
+    "distillation": DISTILLATION,
+    "what to match beside the labels": OBJECTIVE,
+    "optimizer, schedule and EMA": OPTIMIZER,
+    "augmentation and mixing": AUGMENTATION,
+    "data": DATA,
+}
+FLAGS = tuple(flag for flags in GROUPS.values() for flag in flags)
+BY_DEST = {flag.dest: flag for flag in FLAGS}
+
+
+def with_fact(fact: str) -> tuple[str, ...]:
+    """Return the settings, by destination name, of the flags with a fact such as MAY_CHANGE."""
+    return tuple(flag.dest for flag in FLAGS if fact in flag.facts)
