@@ -5,12 +5,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test table lint clean
+.PHONY: train fast test system table lint clean
 train: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc_per_node=1 main.py --distillation-type hard
 
+# One thread and one test process for each of two cores, whatever the machine has.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --ignore=tests/system
+WORKERS ?= 2
+
+fast: $(VENV)/.installed-dev
+	$(PYTEST) -n $(WORKERS) -m "not slow"
+
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
+	$(PYTEST) -n $(WORKERS)
+
+system: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/system
 
 # none, soft, hard and the teacher, five seeds each (some 20 minutes on two cores)
 table: $(VENV)/.installed
