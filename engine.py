@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from base import distributed
 from base.errors import UserError
 from base.transfer import send
-from data.samplers import derive_seed
+from data.samplers import BatchKey, derive_seed
 from training.metrics import Meter, ProgressLogger, accuracy
 from training.optim import Ema, Schedule
 
-Place = tuple[int, int]  # epoch of the views' cycle, micro-step in it
 _logger = logging.getLogger(__name__)
 
 
@@ -104,7 +103,7 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     *,
-    teacher: Callable[[Tensor, Place], Tensor] | None = None,
+    teacher: Callable[[Tensor, BatchKey], Any] | None = None,
     schedule: Schedule | None = None,
     loss_scaler: torch.amp.GradScaler | None = None,
     amp_dtype: torch.dtype | None = None,
@@ -114,7 +113,7 @@ def train_one_epoch(
     mixup_fn: Callable | None = None,
     set_training_mode: bool = True,
     seed: int = 0,
-    views: int = 0,
+    cycle_epochs: int = 0,
     max_bad_steps: int = 10,
     log_interval: int = 10,
     on_log: Callable[[int, dict[str, float]], None] | None = None,
@@ -128,7 +127,7 @@ def train_one_epoch(
     criterion: called as `criterion(images, outputs, labels, teacher_outputs=...)`; its `.terms`
         are the unweighted parts of the loss.
     teacher: images (B,3,H,W) and their place to logits (B,C), or None.
-    views: epochs after which views and mixing come again, 0 for never.
+    cycle_epochs: after how many epochs augmentation and mixing repeat, 0 for never.
     max_norm: largest gradient norm, None for no clipping. accum_steps: micro-steps per update.
     on_log: called at every printed line with the update's number in the epoch and the averages.
     on_update: called after every update with the number of updates since the run began; what it
@@ -167,9 +166,8 @@ def train_one_epoch(
         images, labels = send(images, device), send(labels, device)
         if schedule is not None and micro % accum_steps == 0:
             schedule.step(epoch * updates + update, epoch)
-        images, labels, teacher_outputs = show(
-            images, labels, (epoch % views if views else epoch, micro), seed, mixup_fn, teacher
-        )
+        key = BatchKey(epoch % cycle_epochs if cycle_epochs else epoch, micro)
+        images, labels, teacher_outputs = show(images, labels, key, seed, mixup_fn, teacher)
         batch = {"images": images, "labels": labels, "teacher_outputs": teacher_outputs}
         batch["micro_step"] = micro
         silent = not last_of_update and hasattr(model, "no_sync")
@@ -221,24 +219,24 @@ def train_one_epoch(
 def show(
     images: Tensor,
     labels: Tensor,
-    place: Place,
+    key: BatchKey,
     seed: int,
     mixup_fn: Callable | None,
-    teacher: Callable[[Tensor, Place], Tensor] | None,
+    teacher: Callable[[Tensor, BatchKey], Any] | None,
 ) -> tuple[Tensor, Tensor, Any]:
-    """Mix a batch and ask the teacher: all that is the same whenever `place` comes again.
+    """Mix a batch and ask the teacher: all that is the same whenever `key` comes again.
 
     Returns images (B,3,H,W), labels (B,) or (B,C), and the teacher's answer or None.
     """
-    seed_step(seed, "mix", *place, distributed.rank())
+    seed_step(seed, "mix", *key, distributed.rank())
     if mixup_fn is not None:
         images, labels = mixup_fn(images, labels)
-    return images, labels, teacher(images, place) if teacher is not None else None
+    return images, labels, teacher(images, key) if teacher is not None else None
 
 
 def query_epoch(
     data_loader: Iterable,
-    teacher: Callable[[Tensor, Place], Tensor],
+    teacher: Callable[[Tensor, BatchKey], Any],
     device: torch.device,
     epoch: int,
     *,
@@ -251,7 +249,7 @@ def query_epoch(
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     for micro, (images, labels, *_) in enumerate(progress(data_loader)):
         images, labels = send(images, device), send(labels, device)
-        show(images, labels, (epoch, micro), seed, mixup_fn, teacher)
+        show(images, labels, BatchKey(epoch, micro), seed, mixup_fn, teacher)
         if progress.due(micro):
             count = images.shape[0] * distributed.world_size()
             progress.log(micro, {}, images_per_step=count)

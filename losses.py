@@ -143,6 +143,9 @@ class DistillationLoss(nn.Module):
             return {"base": 1.0}
         return dict(zip(("base", "distillation"), self.weights))
 
+    def at_update(self, update: int) -> None:
+        """Prepare for an update, counted from 0. The weights are constant, so nothing changes."""
+
     def forward(
         self,
         inputs: Tensor | None,

@@ -27,7 +27,7 @@ from checks import diagnose, dry_run, visualize
 from data import transforms
 from distill import objective
 from distill.cached_teacher import build_cached_teacher
-from distill.teacher import Answers, build_identity, build_teacher
+from distill.teacher import build_identity, build_teacher
 from training import metrics, optim, recipe
 from training.checkpointer import build_checkpointer, resolve
 
@@ -68,8 +68,9 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     print_once("student", f"{args.model}, {student.describe()}; input {inputs.describe()}")
     if args.eval:
         return evaluate_files(args, student, loaders, device, amp_dtype)
+    cache = None
     if args.teacher_cache:
-        teacher = build_cached_teacher(args, loaders, inputs, processes, teacher_amp)
+        teacher = cache = build_cached_teacher(args, loaders, inputs, processes, teacher_amp)
     else:
         teacher = build_teacher(args, loaders.num_classes, inputs, device, teacher_amp)
     if teacher is not None:
@@ -80,12 +81,11 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         else ""
     )
     print_once("processes", f"{processes.describe()}; amp {amp_dtype or 'off'}{hint}")
-    live = isinstance(teacher, torch.nn.Module)
     model = student
     mixup_fn = transforms.build_mixup(args, loaders.num_classes)
-    views = 0 if live or teacher is None else teacher.views
-    if views and args.teacher_cache_mode in ("write", "verify"):
-        return fill_cache(args, loaders, teacher, device, mixup_fn)
+    if cache is not None and args.teacher_cache_mode in ("write", "verify"):
+        return fill_cache(args, loaders, cache, device, mixup_fn)
+    cycle_epochs = teacher.cycle_epochs if teacher is not None else 0
     batch_plan = optim.build_batch_plan(args, len(loaders.train), processes.world_size)
     updates_per_epoch, effective = batch_plan.updates, batch_plan.batch
     ema = optim.build_ema(args, student.network)
@@ -100,8 +100,7 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     if isinstance(criterion, objective.Objective):
         print_once("objective", criterion.describe())
     optimizer, _ = optim.build_optimizer(args, student, processes.world_size)
-    on_step = getattr(criterion, "at_update", None)
-    schedule = optim.build_schedule(args, optimizer, updates_per_epoch, on_step)
+    schedule = optim.build_schedule(args, optimizer, updates_per_epoch, criterion.at_update)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     print_once("recipe", batch_plan.describe())
 
@@ -121,16 +120,14 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
             "processes": processes.world_size,
             "data": loaders.fingerprint(),
             "teacher": build_identity(args),
-            "views that come again": views if views < args.epochs else 0,
+            "views that come again": cycle_epochs if cycle_epochs < args.epochs else 0,
         },
         classes=loaders.classes,
         steps=len(loaders.train) if loaders.train_sampler is not None else 0,
         device=device,
     )
-    answers, asked = None, teacher if live else getattr(teacher, "live", None)
-    if asked is not None and args.distillation_type != "none":
-        answers = Answers(asked)
-    teacher_stats = check_student_and_teacher(args, student, answers, loaders, inputs, device)
+    logits_only = teacher.logits_only() if teacher is not None else None
+    teacher_stats = check_student_and_teacher(args, student, logits_only, loaders, inputs, device)
     if args.check:
         return {}
     if processes.world_size > 1:
@@ -148,14 +145,14 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         loaders.set_epoch(0)
         log.scalars("val_teacher", teacher_stats, 0)
         shown = visualize.train_batch(
-            loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=answers
+            loaders.train, inputs, loaders.classes, device, mixup_fn=mixup_fn, teacher=logits_only
         )
         log.image("train/batch", shown, 0)
     stats: dict[str, float] = {}
     started, first = time.time(), checkpointer.epoch
 
     for epoch in checkpointer.epochs(args.epochs):
-        loaders.set_epoch(epoch % views if views else epoch, state.micro)
+        loaders.set_epoch(epoch % cycle_epochs if cycle_epochs else epoch, state.micro)
         seen = epoch * updates_per_epoch
         train_stats = engine.train_one_epoch(
             model,
@@ -174,7 +171,7 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
             mixup_fn=mixup_fn,
             set_training_mode=args.train_mode,
             seed=args.seed,
-            views=views,
+            cycle_epochs=cycle_epochs,
             max_bad_steps=args.max_bad_steps,
             log_interval=args.log_interval,
             header=f"Epoch: [{epoch + 1}/{args.epochs}]",
@@ -245,9 +242,10 @@ def check_student_and_teacher(args, student, answers, loaders, inputs, device) -
 
 
 def fill_cache(args, loaders, teacher, device, mixup_fn) -> dict[str, float]:
-    """Show the teacher every view of its cache: to write what is missing, or to compare."""
+    """Write the missing rows of the teacher's cache, or compare all rows with the teacher."""
     doing = "Write" if args.teacher_cache_mode == "write" else "Verify"
-    for epoch in range(teacher.views):
+
+    def query_epoch(epoch: int) -> None:
         loaders.set_epoch(epoch)
         engine.query_epoch(
             loaders.train,
@@ -256,10 +254,10 @@ def fill_cache(args, loaders, teacher, device, mixup_fn) -> dict[str, float]:
             epoch,
             mixup_fn=mixup_fn,
             seed=args.seed,
-            header=f"{doing}: [{epoch + 1}/{teacher.views}]",
+            header=f"{doing}: [{epoch + 1}/{teacher.cycle_epochs}]",
         )
-    teacher.store.flush()
-    distributed.barrier()
+
+    teacher.fill(query_epoch)
     print_once("teacher", teacher.describe())
     return {}
 

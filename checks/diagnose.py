@@ -14,7 +14,7 @@ import datasets
 import models
 from base import safe_load
 from data.transforms import InputConfig
-from distill.teacher import Answers, build_sources
+from distill.teacher import LogitsOnly, build_sources
 from models import Student
 
 SAMPLE = 128  # images on which a teacher is tried
@@ -25,7 +25,7 @@ MARGIN = 15.0  # points below its published accuracy at which a teacher is suspe
 def build_findings(
     args: Namespace,
     student: Student,
-    answers: Answers | None,
+    answers: LogitsOnly | None,
     loaders: datasets.Loaders,
     inputs: InputConfig,
     device: torch.device,
@@ -40,17 +40,14 @@ def build_findings(
         )
     if answers is None:
         return found
-    members = getattr(answers.teacher, "members", [answers.teacher])
     names, paths = build_sources(args)
     images, labels = sample(loaders.val, SAMPLE)
-    for teacher, name, path, share in zip(
-        members, names, paths, args.teacher_weight or [1.0] * len(names)
-    ):
-        if not share:  # it is only looked into
+    for teacher, name, path in zip(answers.teacher.members, names, paths):
+        if not teacher.classifies:  # only its features are used
             continue
         lines = label_order(classes_of(path), loaders.classes)
         if len(labels):
-            logits = torch.cat([Answers(teacher)(x.to(device)).cpu() for x in images.split(16)])
+            logits = torch.cat([LogitsOnly(teacher)(x.to(device)).cpu() for x in images.split(16)])
             file = models.released.published(name, path)
             lines += teacher_findings(logits, labels, file.acc1 if file else None)
         lines += enlarged(teacher.adapter.size[0], inputs.input_size[0])
@@ -59,7 +56,7 @@ def build_findings(
     return found
 
 
-def check_passed(args: Namespace, answers: Answers | None) -> str:
+def check_passed(args: Namespace, answers: LogitsOnly | None) -> str:
     """Return what --check says where it finds nothing: that all suits which it examined."""
     if answers is not None:
         return "student and teacher suit the data and each other"

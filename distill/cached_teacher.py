@@ -1,7 +1,7 @@
-"""The other side of the lesson: a frozen network with its own input adapter, or its answers.
+"""Cached teacher logits.
 
-Shapes: B batch, C classes. A teacher is a function from the student's images to logits; the
-engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
+Shapes: B batch, C classes. A cached teacher reads the logits of a batch from a store. It computes
+and writes those that are missing, if it has a network.
 """
 
 import logging
@@ -15,15 +15,23 @@ import torch
 from torch import Tensor
 
 import models
-from base import flag_table, flags
+from base import distributed, flag_table, flags
 from base.distributed import Processes
 from base.errors import UserError
 from base.transfer import send
 from data import image_ops
+from data.samplers import BatchKey
 from data.transforms import InputConfig, is_mixing
 from datasets import Loaders, may_mirror
 from distill import cache_store
-from distill.teacher import build_identity, build_sources, build_teacher
+from distill.teacher import (
+    LogitsOnly,
+    Teacher,
+    Teachers,
+    build_identity,
+    build_sources,
+    build_teacher,
+)
 
 _logger = logging.getLogger(__name__)
 VIEWS = "--teacher-cache-views"
@@ -33,18 +41,21 @@ LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
 
 
 class CachedTeacher:
-    """A teacher's answers from a store; what is not in it, the live teacher says, and is written.
+    """A teacher's logits from a store; missing ones are computed by `network` and written.
 
     epoch_rows: rows of an epoch of the cycle; needed: how many of them whole batches take.
-    The row of an image is its place in the common order of all processes in its epoch of the
-    cycle. What was just written is read back, so that the writing run and the reading runs are
-    the same.
+    The row of an image is its position in the common order of all processes, in its epoch of the
+    cycle. New rows are read back after they are written, so that the run that writes and the runs
+    that read train on the same numbers.
     """
+
+    members: tuple[Teacher, ...] = ()  # features are not cached
+    weights: tuple[float, ...] = ()
 
     def __init__(
         self,
         store: cache_store.Store,
-        live: Callable[[Tensor, Any], Tensor] | None,
+        network: Teacher | Teachers | None,
         *,
         epoch_rows: int,
         needed: int,
@@ -53,31 +64,32 @@ class CachedTeacher:
         world_size: int,
         verify: bool = False,
     ) -> None:
-        self.store, self.live, self.verify = store, live, verify
+        self.store, self.network, self.verify = store, network, verify
         self.epoch_rows, self.needed, self.batch_size = epoch_rows, needed, batch_size
         self.rank, self.world_size = rank, world_size
 
-    def __call__(self, images: Tensor, place: tuple[int, int]) -> Tensor:
-        """images: (B, 3, height, width); place: (epoch of the cycle, micro-step).
+    def __call__(self, images: Tensor, key: BatchKey | None = None) -> Tensor:
+        """images: (B, 3, height, width); key: the batch, in an epoch of the cycle.
 
         Returns logits (B, C). Raises UserError for rows that are missing or, verifying, wrong.
         """
-        epoch, micro = place
+        if key is None:
+            raise ValueError("cached logits belong to a batch of training: give its BatchKey")
+        epoch, micro = key
         order = micro * self.batch_size + np.arange(len(images))
         rows = epoch * self.epoch_rows + order * self.world_size + self.rank
         done = self.store.done(rows)
         if not done.all():
-            if self.live is None or self.verify:
+            if self.network is None or self.verify:
                 raise UserError(
-                    f"--teacher-cache {self.store.folder}: {self.missing()} of "
-                    f"{self.views * self.needed} rows are missing, and {np.count_nonzero(~done)} "
-                    f"missing or damaged in batch {micro} of epoch {epoch}; go on writing with "
-                    "--teacher-cache-mode write"
+                    f"--teacher-cache {self.store.folder}: {self.missing()} of {self.size} rows "
+                    f"are missing, and {np.count_nonzero(~done)} missing or damaged in batch "
+                    f"{micro} of epoch {epoch}; go on writing with --teacher-cache-mode write"
                 )
-            self.store.write(rows, self.live(images, place))
+            self.store.write(rows, self.network(images, key))
         logits = self.store.read(rows)
         if self.verify:
-            same = self.store.agrees(rows, self.live(images, place))
+            same = self.store.agrees(rows, self.network(images, key))
             if not same.all():
                 raise UserError(
                     f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} "
@@ -87,22 +99,37 @@ class CachedTeacher:
         return send(logits, images.device, pin=True)
 
     @property
-    def views(self) -> int:
-        """How many epochs the cycle has, after which views and mixing come again."""
+    def cycle_epochs(self) -> int:
+        """After how many epochs augmentation and mixing repeat."""
         return self.store.rows // self.epoch_rows
+
+    @property
+    def size(self) -> int:
+        """How many rows whole batches need in the whole cycle."""
+        return self.cycle_epochs * self.needed
 
     def missing(self) -> int:
         """Return how many of the rows that whole batches need are not written."""
-        return self.store.missing(self.views, self.needed)
+        return self.store.missing(self.cycle_epochs, self.needed)
+
+    def logits_only(self) -> LogitsOnly | None:
+        return self.network.logits_only() if self.network is not None else None
+
+    def fill(self, query_epoch: Callable[[int], None]) -> None:
+        """Write or verify the whole cycle. query_epoch: calls this teacher on all batches of an
+        epoch, given its number."""
+        for epoch in range(self.cycle_epochs):
+            query_epoch(epoch)
+        self.store.flush()
+        distributed.barrier()
 
     def describe(self) -> str:
         missing = self.missing()
-        whole = f"{self.views * self.needed}"
-        state = f"{missing} of {whole} still to write" if missing else f"complete ({whole})"
+        state = f"{missing} of {self.size} still to write" if missing else f"complete ({self.size})"
         return (
-            f"answers in {self.store.folder}, {self.views} epochs of views,"
+            f"answers in {self.store.folder}, {self.cycle_epochs} epochs of views,"
             f" {self.store.keep}, {self.store.size() / 2**20:.1f} MiB, {state}; "
-            + ("no network is loaded" if self.live is None else self.live.describe())
+            + ("no network is loaded" if self.network is None else self.network.describe())
         )
 
 
@@ -137,14 +164,14 @@ def build_cached_teacher(
     )
     needed = len(loaders.train) * args.batch_size * processes.world_size
     reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
-    live = (
-        None
-        if reads
-        else build_teacher(args, loaders.num_classes, student_inputs, processes.device, amp_dtype)
-    )
+    network = None
+    if not reads:
+        network = build_teacher(
+            args, loaders.num_classes, student_inputs, processes.device, amp_dtype
+        )
     return CachedTeacher(
         store,
-        live,
+        network,
         epoch_rows=epoch_rows,
         needed=needed,
         batch_size=args.batch_size,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import losses
 from base import distributed
 from base.errors import UserError
-from distill.teacher import build_sources
+from distill.teacher import AnyTeacher, Teacher, build_sources
 from matching import NO_DECAY, PROJ_MAP, IntermediateMatch, read_match, several
 from models import Student
 from models.features import ADAPTORS, Observed, Tap, taps_on
@@ -221,7 +221,7 @@ class Objective(nn.Module):
 def build_objective(
     args: Namespace,
     student: Student,
-    teacher: Any,
+    teacher: AnyTeacher | None,
     *,
     mixing: bool,
     input_size: tuple[int, int],
@@ -237,11 +237,11 @@ def build_objective(
     if args.temperature_scheduler != "none":
         schedule = TEMPERATURE_SCHEDULER[args.temperature_scheduler]
         kd_loss = ScheduledTemperature(kd_loss, schedule, args.temperature_min)
-    members = list(getattr(teacher, "members", [teacher] if teacher is not None else []))
-    shares = getattr(teacher, "weights", ())
+    members = teacher.members if teacher is not None else ()
+    shares = teacher.weights if teacher is not None else ()
     options: dict[str, Any] = {"kd_loss": kd_loss}
     if args.teacher_logits == "apart" and len(members) > 1:
-        teacher.apart, options["teacher_weights"] = True, [w for w in shares if w > 0]
+        options["teacher_weights"] = [w for w in shares if w > 0]
     criterion = losses.build_criterion(
         args, mixing=mixing, head=student.distillation_head, **options
     )
@@ -287,7 +287,7 @@ def _build_terms(
     matches: Sequence[IntermediateMatch],
     of_teacher: Sequence[int],
     student: Student,
-    members: Sequence[Any],
+    members: Sequence[Teacher],
     input_size: tuple[int, int],
 ) -> dict[str, Term]:
     """Tap both sides, show them two images, and return a checked term for every match.
@@ -305,8 +305,6 @@ def _build_terms(
     projections = Projections()
     student.observe(taps_on(student.network, taps_S, adaptor_S), projections)
     for index, (member, taps) in enumerate(zip(members, wanted)):
-        if taps and not hasattr(member, "observe"):
-            raise UserError("matches and ranking look inside the teacher: it must run, not a cache")
         if taps:
             member.observe(taps_on(member.network, taps, adaptor_T), index)
     device = next(student.parameters()).device
@@ -347,7 +345,7 @@ def _number(match: IntermediateMatch, names: Sequence[str]) -> int:
 
 
 @torch.no_grad()
-def _show(student: Student, members: Sequence[Any], images: Tensor, *, trains: bool) -> tuple:
+def _show(student: Student, members: Sequence[Teacher], images: Tensor, *, trains: bool) -> tuple:
     """Return the tapped states of both sides for two images; nothing that trains changes.
 
     trains: the student shows its inside in training mode alone, so a copy of it is asked.

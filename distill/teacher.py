@@ -1,7 +1,8 @@
-"""The other side of the lesson: a frozen network with its own input adapter, or its answers.
+"""Teachers: frozen networks with their own input adapters.
 
-Shapes: B batch, C classes. A teacher is a function from the student's images to logits; the
-engine cannot tell what answers. Asked to observe, it returns `Observed`: logits, and what it saw.
+Shapes: B batch, C classes. A teacher maps the student's images to logits. `AnyTeacher` is the
+interface of all of them; `cached_teacher.CachedTeacher` has it too. A teacher whose features are
+matched returns `Observed`: logits and features.
 """
 
 import logging
@@ -9,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,44 @@ from torch import Tensor, nn
 import models
 from base import safe_load
 from base.errors import UserError
+from data.samplers import BatchKey
 from data.transforms import InputConfig
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
 
 _logger = logging.getLogger(__name__)
 MOST_PIXELS = 4096  # on a side; more than any classifier takes
+
+
+class AnyTeacher(Protocol):
+    """What every teacher offers, a network or a cache of logits.
+
+    members: the networks whose features can be matched; none where logits come from a cache.
+    weights: the share of each of `members` in the logits; they sum to 1.
+    cycle_epochs: after how many epochs the teacher's batches repeat, 0 for never.
+    """
+
+    @property
+    def members(self) -> "Sequence[Teacher]": ...
+
+    @property
+    def weights(self) -> Sequence[float]: ...
+
+    @property
+    def cycle_epochs(self) -> int: ...
+
+    def __call__(self, images: Tensor, key: BatchKey | None = None) -> Any:
+        """images: (B, 3, height, width), normalised for the student. key: the batch, in training.
+
+        Returns logits (B, C); a list of them with a separate term for each teacher; `Observed`
+        with features.
+        """
+
+    def logits_only(self) -> "LogitsOnly | None":
+        """Return the network as a map from images to logits, or None if there is none."""
+
+    def describe(self) -> str:
+        """Return a line that says what the teacher is."""
 
 
 class InputAdapter(nn.Module):
@@ -64,10 +97,13 @@ class Teacher(nn.Module):
     """A frozen network, always in evaluation mode, without gradients.
 
     amp_dtype: autocast type of its forward, or None. adaptor: reads the output of a network that
-        gives more than logits. lean: in words, what was done to the network to make it faster; it
-        then takes images channels-last. backend: torch.compile's, for the images of training
-        alone, which all come in one size of batch.
+        returns more than logits. lean: describes how the network was optimized for inference; it
+        then takes channels-last images. backend: torch.compile's, used in training alone, where
+        all batches have one size. classifies: False for a network without a classifier.
     """
+
+    cycle_epochs = 0
+    weights = (1.0,)
 
     def __init__(
         self,
@@ -79,11 +115,13 @@ class Teacher(nn.Module):
         adaptor: Any = None,
         lean: str = "",
         backend: str = "",
+        classifies: bool = True,
     ) -> None:
         super().__init__()
+        self.classifies = classifies
         self.network = network.requires_grad_(False)
         self.lean, self.backend = lean, backend
-        self._in_training = _compiled(self._answer, backend) if backend else self._answer
+        self._in_training = _compiled(self._logits, backend) if backend else self._logits
         self.taps: Any = AdaptorTaps(adaptor) if adaptor is not None else None
         self.index: int | None = None
         self.adapter, self.name, self.amp_dtype = adapter, name, amp_dtype
@@ -98,15 +136,15 @@ class Teacher(nn.Module):
         self.taps, self.index = taps, index
 
     @torch.no_grad()
-    def forward(self, images: Tensor, place: Any = None) -> Tensor | Observed:
-        """images: (B, 3, height, width), normalised for the student. place: in training, or None.
+    def forward(self, images: Tensor, key: BatchKey | None = None) -> Tensor | Observed:
+        """images: (B, 3, height, width), normalised for the student. key: None in evaluation.
 
         Returns logits (B, C), or `Observed`.
         """
         device = images.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             if self.taps is None:
-                return (self._answer if place is None else self._in_training)(images).float()
+                return (self._logits if key is None else self._in_training)(images).float()
             seen = self.taps.forward(self.network, self._adapted(images))
         logits = seen.logits.float() if isinstance(seen.logits, Tensor) else seen.logits
         if self.index is None:
@@ -118,7 +156,7 @@ class Teacher(nn.Module):
         images = self.adapter(images)
         return images.contiguous(memory_format=torch.channels_last) if self.lean else images
 
-    def _answer(self, images: Tensor) -> Any:
+    def _logits(self, images: Tensor) -> Any:
         return self.network(self._adapted(images))
 
     def describe(self) -> str:
@@ -132,6 +170,13 @@ class Teacher(nn.Module):
         ]
         return ", ".join(filter(None, parts))
 
+    @property
+    def members(self) -> "tuple[Teacher]":
+        return (self,)
+
+    def logits_only(self) -> "LogitsOnly | None":
+        return LogitsOnly(self) if self.classifies else None
+
 
 def _compiled(function: Callable, backend: str) -> Callable:
     """Return `function` compiled for one size of batch. Weights stay what they are: inductor may
@@ -143,35 +188,48 @@ def _compiled(function: Callable, backend: str) -> Callable:
 class Teachers(nn.Module):
     """Several teachers as one: the weighted mean of their logits, or all of them.
 
-    weights: their shares, which are scaled to sum 1. One of share 0 is only looked into: its
-        logits, if it has any, go nowhere.
+    weights: their shares, scaled to sum 1. Of a teacher with share 0 only the features are used.
+    separate: return a list of logits, one of each teacher with a share, for a term each.
     """
 
-    def __init__(self, members: Sequence[Teacher], weights: Sequence[float]) -> None:
+    cycle_epochs = 0
+
+    def __init__(
+        self, members: Sequence[Teacher], weights: Sequence[float], *, separate: bool = False
+    ) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
         self.weights = tuple(weight / sum(weights) for weight in weights)
-        self.apart = False  # True: a list of logits, for a term each
+        self.separate = separate
 
     @torch.no_grad()
-    def forward(self, images: Tensor, place: Any = None) -> Tensor | list[Tensor] | Observed:
-        """images: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
-        answers = [member(images, place) for member in self.members]
-        seen = [answer for answer in answers if isinstance(answer, Observed)]
-        shares, asked = zip(*((w, x) for w, x in zip(self.weights, answers) if w > 0))
-        logits = [answer.logits if isinstance(answer, Observed) else answer for answer in asked]
-        if not self.apart and len({answer.shape for answer in logits}) == 1:
-            logits = sum(w * answer for w, answer in zip(shares, logits))
-        states = {key: state for each in seen for key, state in each.states.items()}
-        return Observed(logits, states) if seen else logits
+    def forward(
+        self, images: Tensor, key: BatchKey | None = None
+    ) -> Tensor | list[Tensor] | Observed:
+        """images, key: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
+        outputs = [member(images, key) for member in self.members]
+        observed = [output for output in outputs if isinstance(output, Observed)]
+        used = [(w, _logits_of(x)) for w, x in zip(self.weights, outputs) if w > 0]
+        logits: Any = [x for _, x in used]
+        if not self.separate and len({x.shape for x in logits}) == 1:
+            logits = sum(w * x for w, x in used)
+        states = {tap: state for each in observed for tap, state in each.states.items()}
+        return Observed(logits, states) if observed else logits
 
     def describe(self) -> str:
         shares = zip(self.members, self.weights)
         return "; ".join(f"{member.describe()}, share {share:.2f}" for member, share in shares)
 
+    def logits_only(self) -> "LogitsOnly | None":
+        return LogitsOnly(self) if any(member.classifies for member in self.members) else None
 
-class Answers(nn.Module):
-    """A teacher's logits alone, also of one that was asked to observe: for evaluating it."""
+
+def _logits_of(output: Any) -> Any:
+    return output.logits if isinstance(output, Observed) else output
+
+
+class LogitsOnly(nn.Module):
+    """A teacher without its features: a map from images to logits, to evaluate its accuracy."""
 
     def __init__(self, teacher: Teacher | Teachers) -> None:
         super().__init__()
@@ -179,8 +237,7 @@ class Answers(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: as of `Teacher`. Returns logits (B, C), the mean of several teachers'."""
-        said = self.teacher(images)
-        logits = said.logits if isinstance(said, Observed) else said
+        logits = _logits_of(self.teacher(images))
         return sum(logits) / len(logits) if isinstance(logits, list) else logits
 
 
@@ -277,10 +334,12 @@ def build_teacher(
                 adaptor=adaptor,
                 lean=lean,
                 backend=args.torchcompile,
+                classifies=classifies and weight > 0,
             )
         )
-    one = members[0] if len(members) == 1 else Teachers(members, weights)
-    return one.to(device)
+    if len(members) == 1:
+        return members[0].to(device)
+    return Teachers(members, weights, separate=args.teacher_logits == "apart").to(device)
 
 
 def input_of(name: str, path: str) -> InputConfig:

@@ -100,6 +100,17 @@ def test_the_engine_imports_no_teacher_or_model() -> None:
 
 
 @every_file
+def test_teachers_have_one_interface(path: Path) -> None:
+    """No module asks what kind of teacher an object is."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+            subject = ast.unparse(node.args[0]).split(".")[-1]
+            asks = node.func.id in ("isinstance", "getattr", "hasattr")
+            is_teacher = subject in ("teacher", "member") or subject.endswith("_teacher")
+            assert not (asks and is_teacher), f"{path.name}:{node.lineno}: {ast.unparse(node)}"
+
+
+@every_file
 def test_no_bare_except_and_no_assert_for_users(path: Path) -> None:
     for node in ast.walk(tree(path)):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), node.lineno

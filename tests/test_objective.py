@@ -363,10 +363,10 @@ def test_dist_and_standardised_logits_are_asked_for_by_flags(standardize: bool) 
     torch.testing.assert_close(criterion.terms["distillation"], losses.dist_loss(*logits, 2).data)
 
 
-def several(*weights: float, seeds=(1, 1)) -> Teachers:
+def several(*weights: float, seeds=(1, 1), separate: bool = False) -> Teachers:
     adapter = InputAdapter(INPUTS, INPUTS)
     members = [Teacher(vit(18, 3, 3, seed=seed), adapter, name="a") for seed in seeds]
-    return Teachers(members, weights)
+    return Teachers(members, weights, separate=separate)
 
 
 def test_two_equal_teachers_are_one_and_weights_choose() -> None:
@@ -376,7 +376,7 @@ def test_two_equal_teachers_are_one_and_weights_choose() -> None:
 
 
 def test_teachers_apart_have_a_term_each_and_matches_name_theirs() -> None:
-    teacher = several(3, 1, seeds=(1, 2))
+    teacher = several(3, 1, seeds=(1, 2), separate=True)
     two = ["--teacher-model", "b", "--teacher-logits", "apart", "--distillation-type", "hard"]
     pairs = "layer_S=0+2,layer_T=0+3,feature=hidden,loss=nst,tokens=patch,teacher="
     student, _, criterion, _ = build(*two, *matches(pairs + "0", pairs + "b"), teacher=teacher)

@@ -110,7 +110,7 @@ def test_a_stretch_from_a_loader_begins_behind_what_workers_have_ready(tmp_path)
     stretch.engine["model"].register_forward_pre_hook(lambda *_: seen.append(1))
     assert stretch.lead == 2 and stretch(2) > 0
     assert len(seen) == 2 + 1 + 2
-    assert stretch.teacher.live is None and not stretch.teacher.missing()
+    assert stretch.teacher.network is None and not stretch.teacher.missing()
     found = bench_gpu.measure_student(case, args, {}, peak=1e12)
     assert len(found["seconds"]) == 5 and all(len(each) == 2 for each in found["seconds"].values())
     row = next(line for line in found["lines"] if line.startswith("| no teacher |"))

@@ -217,12 +217,12 @@ class Ours:
         models.fast.select_kernels(student.network, case.device.type, amp_dtype)
         self.case, self.amp_dtype, self.student = case, amp_dtype, student
         self.mixup_fn = transforms.build_mixup(args, CLASSES)
-        self.views, self.teacher = 0, None
+        self.cycle_epochs, self.teacher = 0, None
         if teacher == "cached":
             if not answers:
                 answers = tempfile.mkdtemp(dir=case.folder)
                 self._write(answers, steps + 1, lambda x, place: torch.randn(len(x), CLASSES))
-            self.views, self.teacher = 1, self._cached(answers, steps + 1, None)
+            self.cycle_epochs, self.teacher = 1, self._cached(answers, steps + 1, None)
         elif teacher == "live":
             self.teacher = build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
         criterion = objective.build_objective(
@@ -247,7 +247,7 @@ class Ours:
             "schedule": optim.build_schedule(args, optimizer, 10**6),
             "mixup_fn": self.mixup_fn,
             "model_ema": optim.build_ema(args, student.network),
-            "views": self.views,
+            "cycle_epochs": self.cycle_epochs,
         }
 
     def loader(self, steps: int) -> list[tuple[Tensor, ...]]:

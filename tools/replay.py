@@ -110,8 +110,7 @@ def build_terms(
         input_size=inputs.input_size,
         total_updates=args.epochs * saved["updates_per_epoch"],
     )
-    if hasattr(criterion, "at_update"):
-        criterion.at_update(saved["update"])
+    criterion.at_update(saved["update"])
     student.network.load_state_dict(saved["model"])
     if saved["projections"]:
         student.projections.load_state_dict(saved["projections"])
