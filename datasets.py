@@ -18,10 +18,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from base.distributed import Processes, leave_signals_to_parent
 from base.errors import UserError
+from base.text import printable
 from data.device_augment import Recorded
+from data.folders import some
 from data.image_ops import UNREADABLE, to_rgb
+from data.image_source import Shards, Source
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
-from data.sources import WITHOUT_FLIP, Part, Shards, Source, open_source, some
+from data.sources import Part, open_source
 from data.transforms import InputConfig, Transform, build_transform
 
 _logger = logging.getLogger(__name__)
@@ -164,7 +167,7 @@ def build_dataset(
     if args.on_bad_image == "skip":
         bad_images = "replace" if is_train else "leave out"
     source = open_source(name, root, part)
-    hflip = 0.5 if may_mirror(name, source) else 0.0
+    hflip = 0.5 if source.mirrors else 0.0
     transform = build_transform(is_train, args, inputs, hflip=hflip)
     if is_train and args.augment_on == "device":
         transform = Recorded(transform)
@@ -173,11 +176,6 @@ def build_dataset(
         return Stream(source, transform, num_classes), num_classes
     num_classes = count_classes(source.classes, args.nb_classes, source.what)
     return ImageDataset(source, transform, num_classes, bad_images), num_classes
-
-
-def may_mirror(name: str, source: Source | Shards) -> bool:
-    """Return whether a mirrored image of the data set `name` is still what its label says."""
-    return getattr(source, "flips", name not in WITHOUT_FLIP)
 
 
 def count_classes(classes: list[str] | None, wanted: int | None, what: str) -> int:
@@ -224,8 +222,7 @@ class Loaders:
         digest, parts = hashlib.sha256(), self.data[:1] if of_train else self.data
         for data in parts:
             digest.update(repr((len(data), data.num_classes, data.classes)).encode())
-            identity = getattr(data.source, "identity", None)
-            digest.update(identity() if identity is not None else b"")
+            digest.update(data.source.identity())
         counts = " + ".join(str(len(data)) for data in parts)
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
 
@@ -306,9 +303,14 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
     if not args.eval:
         train_data, _ = build_dataset(True, args, inputs)
     val_data, num_classes = build_dataset(False, args, inputs)
+    if processes.rank == 0:
+        for data in filter(None, (train_data, val_data)):
+            if data.source.skipped:
+                _logger.warning("%s: skipped %s", data.source.what, data.source.skipped)
     if len(val_data) == 0:
         raise UserError(f"the evaluation data is empty: {val_data.description}")
     if train_data is not None:
+        check_has_classes(train_data)
         check_same_classes(train_data.classes, val_data.classes)
         if isinstance(train_data, ImageDataset):
             sampler = TrainSampler(
@@ -377,6 +379,18 @@ def _build_loader(
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(derive_seed(seed, "workers", rank)),
     )
+
+
+def check_has_classes(data: ImageDataset | Stream) -> None:
+    """Raise UserError for training data of a single class, which any model gets right."""
+    used = data.source.used_classes()
+    used = range(data.num_classes) if used is None else used
+    if len(used) < 2:
+        name = data.classes[used[0]] if data.classes and used else "none"
+        raise UserError(
+            f"{data.source.what}: all images are of one class ({printable(name)}), so there is "
+            "nothing to learn; add a folder of images for every other class"
+        )
 
 
 def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:

@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image
 
 from base.errors import UserError, differences
+from base.text import printable
 from data.image_ops import ImageLike, as_image, decode
+from data.image_source import Source
 
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "unfinished.json"
@@ -193,8 +195,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-class Prepared:
-    """One split of a prepared data set, as a source (see `sources.Source`).
+class Prepared(Source):
+    """One split of a prepared data set.
 
     Opening it checks the sizes of both files and the table's checksum. An image's own checksum is
     looked at whenever a JPEG is read; of a raw image, of which a crop touches only a part, by
@@ -209,12 +211,9 @@ class Prepared:
             raise UserError(
                 f"{folder}: has no {split} part, only {', '.join(manifest['splits'])}; {AGAIN}"
             )
-        self.kind, self.classes, self.flips = (
-            manifest["kind"],
-            manifest["classes"],
-            manifest["flips"],
-        )
-        self.what = f"images prepared in {folder} ({split})"
+        what = f"images prepared in {printable(str(folder))} ({split})"
+        super().__init__(manifest["classes"], what, mirrors=manifest["flips"])
+        self.kind = manifest["kind"]
         made = manifest.get("plan", {})
         words = (f"{name} {made[name]}" for name in ("short side", "quality") if name in made)
         self.form = ", ".join([f"prepared {self.kind}", *words])
@@ -245,6 +244,9 @@ class Prepared:
     def identity(self) -> bytes:
         """Return what says which images these are, to the last bit, wherever they lie."""
         return f"{self.kind} {self._digest}".encode()
+
+    def used_classes(self) -> list[int]:
+        return np.unique(self._rows["label"]).tolist()
 
     def load(self, index: int) -> tuple[ImageLike, int]:
         """Return image and label. Raises ValueError for a JPEG whose checksum is wrong."""

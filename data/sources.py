@@ -1,150 +1,37 @@
-"""Labelled images by index, from folders, archives and timm's readers.
+"""Data sets by name: folders, archives, packed data and timm's readers.
 
-To add a data set, write a function that opens a source and name it in `DATA_SETS`. timm's names
-(`wds/...`, `tfds/...`, `torch/...`, `folder`) go to timm.
+To add a data set, write a function that returns a `Source` and name it in `DATA_SETS`. timm's
+names (`wds/...`, `tfds/...`, `torch/...`) go to timm.
 """
 
 import difflib
-import hashlib
 import json
 import os
-import stat
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import timm.data
 from PIL import Image
 from torch.utils.data import IterableDataset
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from base.errors import UserError
-from data.image_ops import UNREADABLE, ImageLike, decode, to_rgb
+from base.text import printable
+from data.folders import list_images, some
+from data.image_source import Files, Pairs, Shards, Source
 from data.packed import open_prepared
-
-
-class Source(Protocol):
-    """Labelled images by index. `classes` holds their names, or is None where nobody knows.
-
-    An `identity()`, where a source has one, are bytes that say which images these are, wherever
-    they lie. It is found out within a second, so each says how much it knows. A prepared source has
-    `flips`, whether a mirrored image keeps its label, and `form`, how its images are kept.
-    """
-
-    classes: list[str] | None
-    what: str
-
-    def __len__(self) -> int: ...
-    def load(self, index: int) -> tuple[ImageLike, int]: ...
-    def name(self, index: int) -> str: ...
-
-
-# Of so many images, spread over the list, an identity has the size of the file, its content, or
-# the pixels. A network disk takes up to a millisecond for a size, a quarter hour for a million.
-SIZES, CONTENTS, PIXELS = 1000, 16, 64
-CONTENT_BYTES = 2**20  # of a file, at most
-
-
-def _spread(total: int, most: int) -> list[int]:
-    """Return at most `most` places, evenly spread over `total`."""
-    count = min(total, most)
-    return [number * total // count for number in range(count)]
-
-
-def _size(path: str) -> int:
-    """Return the bytes of a file, or -1 for what is none, of which reading might never end."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return -1
-    return found.st_size if stat.S_ISREG(found.st_mode) else -1
-
-
-def _content(path: str) -> int:
-    """Return a checksum of a file, or -1 where there is none to read."""
-    try:
-        if _size(path) < 0:
-            return -1
-        with open(path, "rb") as file:
-            return zlib.crc32(file.read(CONTENT_BYTES))
-    except OSError:
-        return -1
-
-
-class Files:
-    """Image files below `root`, held as arrays so that worker processes share the memory."""
-
-    def __init__(
-        self, root: str, names: Sequence[str], labels: Sequence[int], classes: list[str] | None
-    ) -> None:
-        self.root, self.classes, self.what = root, classes, f"images in {root}"
-        self.names = np.array([os.fsencode(name) for name in names])
-        self.labels = np.array(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> tuple[ImageLike, int]:
-        return decode(Path(self.name(index)).read_bytes()), int(self.labels[index])
-
-    def identity(self) -> bytes:
-        """Return what says which images these are, wherever the folder lies.
-
-        It knows every name and label, the size of `SIZES` files and the content of `CONTENTS`: so
-        it finds out images that were resized or encoded again under their names, and another
-        release. It does not see a few replaced images among many more than `SIZES`.
-        """
-        digest = hashlib.sha256(self.names.tobytes() + self.labels.tobytes())
-        total = len(self)
-        digest.update(repr([_size(self.name(i)) for i in _spread(total, SIZES)]).encode())
-        digest.update(repr([_content(self.name(i)) for i in _spread(total, CONTENTS)]).encode())
-        return digest.digest()
-
-    def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[index].item()))
-
-
-class Pairs:
-    """Anything that has pairs of an image and a label, such as a torchvision data set."""
-
-    def __init__(
-        self, pairs: Sequence[tuple[Image.Image, int]], classes: list[str] | None, what: str
-    ) -> None:
-        self.pairs, self.classes, self.what = pairs, classes, what
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def load(self, index: int) -> tuple[ImageLike, int]:
-        image, label = self.pairs[index]
-        return to_rgb(image), label
-
-    def identity(self) -> bytes:
-        """Return what says which images these are: labels and pixels of `PIXELS` of them."""
-        digest = hashlib.sha256()
-        for index in _spread(len(self), PIXELS):
-            try:
-                image, label = self.load(index)
-            except UNREADABLE:
-                continue
-            digest.update(repr((index, label, image.size)).encode() + image.tobytes())
-        return digest.digest()
-
-    def name(self, index: int) -> str:
-        return f"{index} of the {self.what}"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a data set to open, in the words of all data sets.
+    """Which part of a data set to open.
 
-    val_split: of the digits, `test` or `dev`. seed, batch_size: hints for readers of shards;
-    in_order: they do not shuffle.
+    val_split: of the digits, `test` or `dev`. seed, batch_size: hints for readers of shards.
+    in_order: True if these readers must not shuffle.
     """
 
     is_train: bool
@@ -155,7 +42,7 @@ class Part:
     in_order: bool = False
 
 
-# The digits' rows come grouped by writer, so splitting them in order splits the writers.
+# The rows are grouped by writer, so that no writer is in two parts.
 DIGITS_ROWS = {"train": (0, 897), "dev": (897, 1197), "test": (1197, 1797)}
 
 
@@ -168,7 +55,8 @@ def open_digits(root: str, part: Part) -> Pairs:
     digits = load_digits()
     images = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)
     pairs = list(zip(map(Image.fromarray, images), digits.target[rows]))
-    return Pairs(pairs, [str(digit) for digit in range(10)], f"digits ({split})")
+    names = [str(digit) for digit in range(10)]
+    return Pairs(pairs, names, f"digits ({split})", mirrors=False)  # "2" mirrored is no digit
 
 
 def open_imagenet(root: str, part: Part) -> Files:
@@ -198,9 +86,9 @@ def open_cifar(root: str, part: Part, *, num_classes: int) -> Source:
             f"test/; fetch {reader.url} and unpack it there"
         )
     source = open_folder(_split_folder(root, ["train"] if part.is_train else ["test", "val"]))
-    if len(source.classes) != num_classes:
+    if (found := len(source.classes)) != num_classes:
         raise UserError(
-            f"{source.root}: {len(source.classes)} classes, CIFAR-{num_classes} has {num_classes}; "
+            f"{source.root}: {found} classes, CIFAR-{num_classes} has {num_classes}; "
             "--data-set CIFAR10 and CIFAR (100 classes) are these two, IMNET takes any folders"
         )
     return source
@@ -260,43 +148,14 @@ DATA_SETS: dict[str, Callable[[str, Part], Source]] = {
     "INAT19": partial(open_inat, year=2019),
     "PREPARED": open_prepared,
 }
-WITHOUT_FLIP = {"DIGITS"}  # a mirrored digit is another sign, or none
 
 
-def open_folder(folder: str) -> Files:
-    """List the images of `folder`, one class a subfolder, in sorted order; no file is opened.
-
-    Hidden files and folders are no images and no classes. Raises UserError for a class without
-    images, and for a folder without classes.
-    """
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    if not classes:
-        raise UserError(f"{folder}: no folders of images in it; one folder a class is needed")
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(_images_below(os.path.join(folder, name)))
-        names += [os.path.relpath(path, folder) for path in found]
-        labels += [label] * len(found)
-    present = set(labels)
-    empty = [name for label, name in enumerate(classes) if label not in present]
-    if empty:
-        raise UserError(
-            f"{folder}: {len(empty)} of {len(classes)} classes without images "
-            f"({some(empty)}); fill or remove the folders"
-        )
-    return Files(folder, names, labels, classes)
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    for where, _, files in os.walk(folder, followlinks=True):
-        for name in files:
-            if name.lower().endswith(IMG_EXTENSIONS) and name[0] != ".":
-                yield os.path.join(where, name)
-
-
-def some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def open_folder(folder: str, *, natural_order: bool = False) -> Files:
+    """Return the images of `folder`, one subfolder per class; see `folders.list_images`."""
+    found = list_images(folder, natural_order=natural_order)
+    source = Files(folder, found.paths, found.labels, found.classes)
+    source.skipped = found.skipped.describe()
+    return source
 
 
 def _check_folder(root: str) -> None:
@@ -320,7 +179,7 @@ def _split_folder(root: str, names: Sequence[str]) -> str:
 
 TIMM_PREFIXES = ("torch", "wds", "tfds")
 TIMM_FOLDERS = ("folder", "image_folder")
-HUGGING_FACE = ("hfds", "hfids")  # their package has the name of this file
+HUGGING_FACE = ("hfds", "hfids")
 TRAIN_SPLITS, VAL_SPLITS = ("train", "training"), ("validation", "val", "valid", "eval", "test")
 TIMM_FAILS = (
     AssertionError,
@@ -334,19 +193,38 @@ TIMM_FAILS = (
 )
 
 
-def open_timm(name: str, root: str, part: Part) -> tuple[Any, str]:
-    """Return timm's data set of that name, and what it is in words.
+def open_timm(name: str, root: str, part: Part) -> Source:
+    """Return timm's data set of that name.
 
-    Raises UserError for an unknown name, and with timm's reason where timm cannot open it.
+    Raises UserError for an unknown name, and with timm's reason if timm cannot open it.
     """
     check_name(name)
     prefix, _, rest = name.lower().partition("/")
     if not root and prefix != "tfds":
         raise UserError(f"--data-set {name}: give its folder with --data-path")
-    splits: Sequence[str] = TRAIN_SPLITS if part.is_train else VAL_SPLITS
+    splits = TRAIN_SPLITS if part.is_train else VAL_SPLITS
     if prefix in TIMM_FOLDERS or rest in TIMM_FOLDERS:
-        # without such a folder timm would take `root` itself, for training and for evaluation
-        splits = [os.path.basename(_split_folder(root, splits))]
+        folder = _split_folder(root, splits)
+        # timm's own reader sorts class names in natural order, torchvision's as strings
+        source = open_folder(folder, natural_order=prefix in TIMM_FOLDERS)
+        source.what = f"images of {name} ({os.path.basename(folder)} of {printable(root)})"
+        return source
+    dataset, split = _create_timm(name, root, part, splits)
+    what = f"{name} ({split}{f' of {printable(root)}' if root else ''})"
+    classes = class_names(dataset)
+    if isinstance(dataset, IterableDataset):
+        return Shards(dataset, classes, what, root if prefix == "wds" else "")
+    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
+    if not samples:
+        return Pairs(dataset, classes, f"images of {what}")
+    paths, labels = zip(*samples)  # as in our folders, so that a bad image can be named
+    source = Files(root, [os.path.relpath(path, root) for path in paths], labels, classes)
+    source.what = f"images of {what}"
+    return source
+
+
+def _create_timm(name: str, root: str, part: Part, splits: Sequence[str]) -> tuple[Any, str]:
+    """Return timm's data set and the first name in `splits` under which it can be opened."""
     reasons = []
     for split in splits:
         try:
@@ -361,7 +239,7 @@ def open_timm(name: str, root: str, part: Part) -> tuple[Any, str]:
         except TIMM_FAILS as error:
             reasons.append(" ".join(str(error).split()) or type(error).__name__)
             continue
-        return dataset, f"{name} ({split}{f' of {root}' if root else ''})"
+        return dataset, split
     raise UserError(f"--data-set {name}: timm cannot open its {splits[0]} part: {reasons[0]}")
 
 
@@ -384,7 +262,7 @@ def check_name(name: str) -> None:
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """Return the class names by label, where torchvision or a timm reader tells them."""
+    """Return the class names by label, if torchvision or a timm reader has them."""
     names = getattr(dataset, "classes", None)
     if names:
         return [name if isinstance(name, str) else ", ".join(map(str, name)) for name in names]
@@ -392,36 +270,8 @@ def class_names(dataset: Any) -> list[str] | None:
     return sorted(numbered, key=numbered.__getitem__) if numbered else None
 
 
-@dataclass(frozen=True)
-class Shards:
-    """timm's reader of shards: images in the order in which they come, without an index.
-
-    folder: in which the shards lie, or empty where only the reader knows.
-    """
-
-    dataset: Any
-    classes: list[str] | None
-    what: str
-    folder: str = ""
-
-    def identity(self) -> bytes:
-        """Return what says which shards these are: names and sizes of the files in `folder`."""
-        found = os.scandir(self.folder) if os.path.isdir(self.folder) else ()
-        return repr(sorted((entry.name, _size(entry.path)) for entry in found)).encode()
-
-
-def open_source(name: str, root: str, part: Part) -> Source | Shards:
-    """Return the images of a data set. Raises UserError for what is not there or not complete."""
+def open_source(name: str, root: str, part: Part) -> Source:
+    """Return the images of a data set. Raises UserError for data that are missing or incomplete."""
     if name in DATA_SETS:
         return DATA_SETS[name](root, part)
-    dataset, what = open_timm(name, root, part)
-    classes = class_names(dataset)
-    if isinstance(dataset, IterableDataset):
-        return Shards(dataset, classes, what, root if name.lower().startswith("wds/") else "")
-    samples = getattr(getattr(dataset, "reader", dataset), "samples", None)
-    if not samples:
-        return Pairs(dataset, classes, f"images of {what}")
-    paths, labels = zip(*samples)  # as in our folders: then a bad image can be named
-    source = Files(root, [os.path.relpath(path, root) for path in paths], labels, classes)
-    source.what = f"images of {what}"
-    return source
+    return open_timm(name, root, part)

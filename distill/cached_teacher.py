@@ -22,7 +22,7 @@ from base.transfer import send
 from data import image_ops
 from data.samplers import BatchKey
 from data.transforms import InputConfig, is_mixing
-from datasets import Loaders, may_mirror
+from datasets import Loaders
 from distill import cache_store
 from distill.teacher import (
     LogitsOnly,
@@ -233,10 +233,10 @@ def build_facts(
         "teacher precision": f"{amp_dtype or 'float32'} on {where}",
         "teacher compiled": args.torchcompile or "no",
         "data": loaders.fingerprint(of_train=True),
-        "form of the data": getattr(source, "form", "as it came"),
+        "form of the data": source.form,
         "seed": args.seed,
         "views of a picture in an epoch": loaders.train_sampler.repeats,
-        "mirrored": may_mirror(args.data_set, source),
+        "mirrored": source.mirrors,
         "input": _of_training(student_inputs),
         "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
     }

@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 import datasets
 from base.distributed import Processes
 from base.errors import UserError
-from data import image_ops, sources
+from data import image_ops, image_source
 from data.packed import Prepared, Writer
 from data.transforms import InputConfig
 from datasets import Loaders, auto_workers, build_dataset, build_loaders
@@ -315,13 +315,15 @@ def test_a_copied_folder_is_the_same_data_and_other_images_of_its_names_are_not(
 
 
 def test_of_many_images_those_looked_at_lie_all_over_the_list(monkeypatch) -> None:
-    assert sources._spread(3, 10) == [0, 1, 2]
-    assert sources._spread(1_281_167, 4) == [0, 320291, 640583, 960875]
+    assert image_source.spread(3, 10) == [0, 1, 2]
+    assert image_source.spread(1_281_167, 4) == [0, 320291, 640583, 960875]
     seen: list[str] = []
-    monkeypatch.setattr(sources, "_size", lambda path: seen.append(path) or len(path))
+    monkeypatch.setattr(image_source, "_size", lambda path: seen.append(path) or len(path))
     names = [f"{number % 7}/{number}.png" for number in range(5000)]
-    sources.Files("nowhere", names, [number % 7 for number in range(5000)], None).identity()
-    assert len(seen) == sources.SIZES + sources.CONTENTS, "not a look at each of a million files"
+    image_source.Files("nowhere", names, [number % 7 for number in range(5000)], None).identity()
+    assert len(seen) == image_source.SIZES + image_source.CONTENTS, (
+        "not a look at each of a million files"
+    )
     assert {path.split("/")[1] for path in seen} == set("0123456")
 
 
@@ -330,15 +332,15 @@ def test_images_without_files_are_known_by_pixels_and_labels(part: str) -> None:
     def pairs() -> list:
         return [(Image.new("RGB", (4, 6), (number,) * 3), number % 3) for number in range(20)]
 
-    known = sources.Pairs(pairs(), None, "greys").identity()
-    assert sources.Pairs(pairs(), None, "greys").identity() == known
+    known = image_source.Pairs(pairs(), None, "greys").identity()
+    assert image_source.Pairs(pairs(), None, "greys").identity() == known
     other = pairs()
     if part == "pixel":
         other[13][0].putpixel((3, 2), (1, 2, 3))
     else:
         shape = (6, 4) if part == "size" else (4, 6)
         other[13] = (Image.new("RGB", shape, (13,) * 3), 13 % 3 + (part == "label"))
-    assert sources.Pairs(other, None, "greys").identity() != known
+    assert image_source.Pairs(other, None, "greys").identity() != known
 
 
 def test_the_train_data_are_known_apart() -> None:
@@ -443,7 +445,7 @@ def test_shards_are_prepared_in_their_order_however_often_it_was_stopped(
     with open(root / "train-1.tar", "ab") as file:
         file.write(bytes(10240))
     assert prepare_data.main(command) == 2, "other shards"
-    assert "images train was" in capsys.readouterr().err
+    assert "pictures train was" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not has_webdataset, reason="the package webdataset is not installed")
@@ -528,11 +530,31 @@ def test_a_folder_without_its_parts_is_refused(name: str, folders: Path) -> None
     assert str(folders / "train") in message(error)
 
 
-def test_classes_without_images_are_named(folders: Path) -> None:
+@pytest.mark.parametrize("name", ["IMNET", "folder"])
+def test_empty_class_folders_are_skipped_and_named(name: str, folders: Path, caplog) -> None:
     (folders / "val" / "empty1").mkdir()
-    (folders / "val" / "empty2").mkdir()
-    with pytest.raises(UserError, match=r"2 of 4 classes without images \(empty1, empty2\)"):
-        loaders("IMNET", folders)
+    (folders / "val" / "class3" / "nested").mkdir(parents=True)
+    data = loaders(name, folders, "--batch-size", "4")
+    assert data.classes == ["class0", "class1"] and len(data.data[1]) == 4
+    assert "skipped class folders without images: 2 (class3, ...)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["IMNET", "folder"])
+def test_a_class_folder_in_which_no_file_is_an_image_is_refused(name: str, folders: Path) -> None:
+    (folders / "val" / "class2").mkdir()
+    (folders / "val" / "class2" / "0.heic").touch()
+    with pytest.raises(
+        UserError, match=r"no file in class2 is an image \(files with suffix .heic: 1"
+    ):
+        loaders(name, folders)
+
+
+@pytest.mark.parametrize("name", ["IMNET", "folder"])
+def test_a_single_class_is_refused(name: str, folders: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(folders / split / "class1")
+    with pytest.raises(UserError, match=r"all images are of one class \(class0\), so there is"):
+        loaders(name, folders, "--batch-size", "2")
 
 
 @pytest.mark.parametrize("name", ["IMNET", "folder"])
@@ -646,8 +668,8 @@ def test_views_of_a_image_that_come_in_a_row_are_decoded_once(
     folders: Path, monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     decoded = []
-    decode = sources.decode
-    monkeypatch.setattr(sources, "decode", lambda data: decoded.append(1) or decode(data))
+    decode = image_source.decode
+    monkeypatch.setattr(image_source, "decode", lambda data: decoded.append(1) or decode(data))
     for rank in range(world):
         data = loaders("IMNET", folders, "--batch-size", "4", rank=rank, world=world)
         keys = list(data.train_sampler)

@@ -21,7 +21,7 @@ from PIL import Image
 import datasets
 from base.distributed import Processes
 from base.errors import UserError
-from data import image_ops, packed, sources
+from data import image_ops, image_source, packed
 from data.image_ops import size_of
 from data.packed import Prepared
 from data.transforms import InputConfig
@@ -231,7 +231,7 @@ def test_a_image_is_decoded_once(
     form: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen, decode = [], image_ops.decode
-    for room in (image_ops, sources):
+    for room in (image_ops, image_source):
         monkeypatch.setattr(room, "decode", lambda data: seen.append(data) or decode(data))
     prepare(folder, tmp_path / "out", "--format", form)
     assert len(seen) == 10

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import datasets  # noqa: E402
 from base.distributed import Processes  # noqa: E402
-from data import image_ops, packed, samplers, sources, transforms  # noqa: E402
+from data import image_ops, image_source, packed, samplers, sources, transforms  # noqa: E402
 from data.device_augment import Recorded  # noqa: E402
 from options import get_args_parser  # noqa: E402
 from tools import prepare_data  # noqa: E402
@@ -133,7 +133,7 @@ def timms() -> Any:
 
 def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]]:
     """Return what is measured: by name, a function of a place from 0 to `count` - 1."""
-    opened: dict[str, sources.Source] = {}
+    opened: dict[str, image_source.Source] = {}
     for form in (packed.RAW, packed.JPEG):
         if prepare_data.main([str(folder), str(work / form), "--splits", "val", "--format", form]):
             raise SystemExit(2)
@@ -155,7 +155,9 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
 
         return one
 
-    def ours(source: sources.Source, transform: Callable, repeats: int = 1) -> Callable[[int], Any]:
+    def ours(
+        source: image_source.Source, transform: Callable, repeats: int = 1
+    ) -> Callable[[int], Any]:
         data = datasets.ImageDataset(source, transform, len(source.classes))
 
         def one(number: int) -> Any:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.flag_table import INAT_CATEGORIES  # noqa: E402
-from data import image_ops, packed, sources  # noqa: E402
+from data import folders, image_ops, image_source, packed, sources  # noqa: E402
 from training.metrics import clock  # noqa: E402
 
 _logger = logging.getLogger("prepare_data")
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 class Encoded(Dataset):
     """The images of a source from `first` on, as they are to be kept (`Entry`)."""
 
-    def __init__(self, source: sources.Source, first: int, args: argparse.Namespace) -> None:
+    def __init__(self, source: image_source.Source, first: int, args: argparse.Namespace) -> None:
         self.source, self.first = source, first
         self.how = (args.format, args.short_side, args.quality)
 
@@ -80,13 +80,13 @@ class Encoded(Dataset):
 
 
 def encode(
-    source: sources.Source, place: int, kind: str, short_side: int, quality: int
+    source: image_source.Source, place: int, kind: str, short_side: int, quality: int
 ) -> tuple[bytes, int, int, int]:
     """Return bytes, height, width and label of an image; a JPEG file that fits stays as it is."""
-    if not isinstance(source, sources.Files):
+    if not isinstance(source, image_source.Files):
         image, label = source.load(place)
         return *packed.encode(image, kind, short_side, quality), int(label)
-    data, label = Path(source.name(place)).read_bytes(), int(source.labels[place])
+    data, label = Path(source.path(place)).read_bytes(), int(source.labels[place])
     image = image_ops.decode(data)  # also what stays as it is, to find out damage
     height, width = image_ops.size_of(image)
     fits = min(height, width) <= short_side
@@ -96,10 +96,10 @@ def encode(
 
 
 def entries(
-    source: sources.Source | sources.Shards, first: int, args: argparse.Namespace
+    source: image_source.Source | image_source.Shards, first: int, args: argparse.Namespace
 ) -> Iterator[Entry]:
     """Yield what is to be kept of each image, in the source's order, from place `first` on."""
-    if not isinstance(source, sources.Shards):
+    if not isinstance(source, image_source.Shards):
         yield from DataLoader(
             Encoded(source, first, args), batch_size=None, num_workers=args.num_workers
         )
@@ -121,6 +121,8 @@ def open_all(args: argparse.Namespace) -> dict[str, Any]:
             in_order=True,
         )
         opened[split] = sources.open_source(args.data_set, args.source, part)
+        if opened[split].skipped:
+            print(f"{split}: skipped {opened[split].skipped}")
     first, *others = opened.values()
     for other in others:
         datasets.check_same_classes(first.classes, other.classes)
@@ -129,14 +131,12 @@ def open_all(args: argparse.Namespace) -> dict[str, Any]:
 
 def plan_of(opened: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Return all that determines the bytes of the prepared data set."""
-    images = {}
+    found = {}
     for split, source in opened.items():
-        identity = getattr(source, "identity", lambda: b"")()
-        length = len(source.dataset if isinstance(source, sources.Shards) else source)
-        images[split] = f"{length}, {hashlib.sha256(identity).hexdigest()[:12]}"
+        found[split] = f"{len(source)}, {hashlib.sha256(source.identity()).hexdigest()[:12]}"
     plan = {
         "data set": args.data_set,
-        "pictures": images,
+        "pictures": found,
         "classes": hashlib.sha256(repr(next(iter(opened.values())).classes).encode()).hexdigest(),
         "format": args.format,
         "short side": args.short_side,
@@ -158,7 +158,7 @@ def prepare(args: argparse.Namespace) -> None:
     facts = {}
     for split, source in opened.items():
         writer = packed.Writer(folder, split)
-        total = len(source.dataset if isinstance(source, sources.Shards) else source)
+        total = len(source)
         if writer.next_place:
             print(f"{split}: goes on after {writer.next_place} of {total}")
         bar = Bar(split, total, writer.next_place)
@@ -181,8 +181,8 @@ def prepare(args: argparse.Namespace) -> None:
             raise UserError(f"{args.source}: no image for {split}")
         print(f"{split}: {facts[split]['pictures']} images, {facts[split]['bytes'] / 1e9:.3f} GB")
     classes = next(iter(opened.values())).classes
-    flips = args.data_set not in sources.WITHOUT_FLIP
-    manifest = {"plan": plan, "kind": args.format, "classes": classes, "flips": flips}
+    mirrors = next(iter(opened.values())).mirrors
+    manifest = {"plan": plan, "kind": args.format, "classes": classes, "flips": mirrors}
     packed.finish(folder, manifest | {"splits": facts})
     print(f"ready: --data-set PREPARED --data-path {folder}")
 
@@ -229,7 +229,7 @@ def verify(folder: str) -> None:
         print(f"{split}: {len(source)} images read")
     if bad:
         raise UserError(
-            f"{folder}: {len(bad)} images are damaged ({sources.some(bad)}); remove the folder "
+            f"{folder}: {len(bad)} images are damaged ({folders.some(bad)}); remove the folder "
             "and prepare it again"
         )
     print("all images are as they were written")
