@@ -242,6 +242,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def print_once(subject: str | None, line: str) -> None:
+    """Print a line in the first process alone, after "subject: " if there is one."""
+    if is_main():
+        print(f"{subject}: {line}" if subject else line, flush=True)
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():

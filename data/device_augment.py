@@ -23,8 +23,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
+from base.device import to_device
 from base.errors import UserError
-from base.transfer import send
 from data import image_ops
 from data.image_ops import ImageLike
 from data.transforms import Blur, Normalize, Solarize, augment_ops
@@ -252,9 +252,9 @@ class Augment:
         jobs = plan(programs[..., 0].numpy())
         samples = np.concatenate([np.empty(0, np.int64), *jobs.values()])
         there = images.device.type == device.type
-        images = images.clone() if there else send(images, device)
-        numbers = send(programs, device, pin=True)[..., 1:]  # (B, S, 7)
-        places = send(torch.from_numpy(samples), device, pin=True)
+        images = images.clone() if there else to_device(images, device)
+        numbers = to_device(programs, device, pin=True)[..., 1:]  # (B, S, 7)
+        places = to_device(torch.from_numpy(samples), device, pin=True)
         found = places.split([*map(len, jobs.values())])
         mean, std, fill = (_constant(values, device) for values in (self.mean, self.std, self.fill))
         erased = []

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import models
 from base import distributed, flag_table, flags
+from base.device import to_device
 from base.distributed import Processes
 from base.errors import UserError
-from base.transfer import send
 from data import image_ops
 from data.samplers import BatchKey
 from data.transforms import InputConfig, is_mixing
@@ -96,7 +96,7 @@ class CachedTeacher:
                     f"rows in batch {micro} of epoch {epoch} are not what the teacher "
                     "says; delete it"
                 )
-        return send(logits, images.device, pin=True)
+        return to_device(logits, images.device, pin=True)
 
     @property
     def cycle_epochs(self) -> int:

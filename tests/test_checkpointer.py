@@ -28,6 +28,8 @@ from losses import DistillationLoss
 from models.features import Observed, Tap
 from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
 from training.checkpointer import Checkpointer, compatible, is_auto
+from training.state import EpochState
+from training.step_config import Hooks, StepConfig
 
 CPU = torch.device("cpu")
 
@@ -209,7 +211,7 @@ def checkpointer(folder: Path | str, width: int = 3, **changes: Any) -> Checkpoi
     made = Checkpointer(
         str(folder),
         {"model": network, "optimizer": optimizer},
-        engine.EpochState(CPU),
+        EpochState(CPU),
         settings=settings,
         facts=facts,
         steps=6,
@@ -740,6 +742,10 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
     for images, _ in loader[1:]:
         images[1] = 1e38 * images[1]  # overflows in the forward pass
         images[2] = torch.inf
+
+    def save(batch: dict) -> str:
+        return kept.save_bad_batch({**batch, "model": model.state_dict()})
+
     with pytest.raises(UserError) as caught:
         engine.train_one_epoch(
             model,
@@ -748,10 +754,8 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
             torch.optim.SGD(model.parameters(), lr=0.1),
             CPU,
             5,
-            seed=3,
-            max_bad_steps=2,
-            on_bad_batch=kept.save_bad_batch,
-            log_interval=100,
+            config=StepConfig(seed=3, max_bad_steps=2, log_interval=100),
+            hooks=Hooks(save_bad_batch=save),
         )
     for words in ("2 updates in a row", "epoch 5, step 2", "loss nan", "bad_batch.pth"):
         assert words in str(caught.value)
@@ -791,8 +795,8 @@ def one_of_two(rank: int, folder: str) -> None:
                 optimizer,
                 CPU,
                 0,
-                max_bad_steps=limit,
-                on_bad_batch=lambda batch: f"the hands of {batch['rank']}",
+                config=StepConfig(max_bad_steps=limit),
+                hooks=Hooks(save_bad_batch=lambda batch: f"the file of {batch['rank']}"),
             )
             said = str(stats["skipped_updates"])
         except UserError as error:
@@ -829,15 +833,22 @@ def test_an_epoch_taken_up_again_has_the_means_of_the_whole(tmp_path: Path) -> N
 
     stats, weights = [], []
     for parts in (1, 2):
-        model, state = OneHead(), engine.EpochState(CPU)
+        model, state = OneHead(), EpochState(CPU)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         if parts == 2:
             with pytest.raises(Enough):
                 engine.train_one_epoch(
-                    model, criterion, loader, optimizer, CPU, 0, on_update=after_two, state=state
+                    model,
+                    criterion,
+                    loader,
+                    optimizer,
+                    CPU,
+                    0,
+                    state=state,
+                    hooks=Hooks(on_update=after_two),
                 )
-            state, state = state.state_dict(), engine.EpochState(CPU)
-            state.load_state_dict(state)
+            saved, state = state.state_dict(), EpochState(CPU)
+            state.load_state_dict(saved)
         rest = Rest(loader[state.micro :])
         stats.append(engine.train_one_epoch(model, criterion, rest, optimizer, CPU, 0, state=state))
         weights.append(model.layer.weight)

@@ -1,6 +1,7 @@
 """One pass over a loader: exact evaluation, accumulation, non-finite losses, the teacher's door."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from base import distributed
 from base.errors import UserError
 from losses import DistillationLoss
 from training import optim
+from training.state import EpochState
+from training.step_config import Hooks, StepConfig
+
+CPU = torch.device("cpu")
 
 
 class TwoHeads(nn.Module):
@@ -52,11 +57,27 @@ def plain() -> DistillationLoss:
     return DistillationLoss(nn.CrossEntropyLoss(), None, "none", 0.5, 1.0)
 
 
-def train(model: nn.Module, loader: Loader, **settings: object) -> dict[str, float]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    criterion = settings.pop("criterion", None) or plain()
-    device = torch.device("cpu")
-    return engine.train_one_epoch(model, criterion, loader, optimizer, device, 0, **settings)
+def train(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    criterion: nn.Module | None = None,
+    teacher: object = None,
+    state: EpochState | None = None,
+    **settings: object,
+) -> dict[str, float]:
+    """Train one epoch by SGD. settings: of `StepConfig`."""
+    return engine.train_one_epoch(
+        model,
+        criterion or plain(),
+        loader,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        CPU,
+        0,
+        teacher=teacher,
+        config=StepConfig(**settings),
+        state=state,
+    )
 
 
 def test_evaluation_weighs_images_and_not_batches() -> None:
@@ -135,7 +156,7 @@ def test_the_teachers_logits_reach_the_loss_and_no_gradient_reaches_the_teacher(
     criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "hard", 1.0, 1.0)
     model = TwoHeads()
     before = model.cls.weight.clone()
-    train(model, batches((4,)), criterion=criterion, teacher=lambda x, place: teacher(x.flatten(1)))
+    train(model, batches((4,)), criterion=criterion, teacher=lambda x, key: teacher(x.flatten(1)))
     assert teacher.weight.grad is None
     assert torch.equal(model.cls.weight, before), "alpha 1 leaves the class head alone"
     assert set(criterion.terms) == {"base", "distillation"}
@@ -177,7 +198,7 @@ def test_bad_updates_are_counted_in_a_row_over_short_epochs_too() -> None:
     loader = batches((3, 3))
     for images, _ in loader:
         images[0] = math.nan
-    state, model = engine.EpochState(torch.device("cpu")), TwoHeads()
+    state, model = EpochState(CPU), TwoHeads()
     assert train(model, loader, max_bad_steps=3, state=state)["skipped_updates"] == 2
     state.reset()
     with pytest.raises(UserError, match="3 updates in a row"):
@@ -202,7 +223,7 @@ def test_a_skipped_update_leaves_no_trace_in_batch_norms_statistics(accum_steps:
     one, other = WithStatistics(), WithStatistics()
     ema = optim.Ema(other, decay=0.5, warmup=False)
     loader = Loader([*good[:2], *bad, *good[2:]])
-    stats = train(other, loader, accum_steps=accum_steps, model_ema=ema)
+    stats = train(other, loader, accum_steps=accum_steps, update_ema=partial(ema.update, other))
     train(one, good, accum_steps=accum_steps)
     assert stats["skipped_updates"] == 1
     assert one.norm.num_batches_tracked == 4
@@ -288,11 +309,9 @@ def test_the_host_asks_for_no_number_between_two_printed_lines(monkeypatch) -> N
             optimizer,
             torch.device("cpu"),
             0,
-            teacher=lambda images, place: images.flatten(1)[:, :4],
-            max_norm=1.0,
-            model_ema=ema,
-            log_interval=3,
-            on_update=lambda _: asked.append(reads.counts),
+            teacher=lambda images, key: images.flatten(1)[:, :4],
+            config=StepConfig(max_norm=1.0, update_ema=partial(ema.update, model), log_interval=3),
+            hooks=Hooks(on_update=lambda _: asked.append(reads.counts)),
         )
     grew = [later - earlier for earlier, later in zip([0, *asked], asked)]
     assert [bool(count) for count in grew] == [False, False, True] * 3, grew
@@ -320,7 +339,7 @@ def test_gradients_travel_with_the_last_micro_step_of_an_update_alone(alone_in_a
 
     model.register_comm_hook(None, count)
     criterion = DistillationLoss(nn.CrossEntropyLoss(), None, "soft", 0.5, 1.0)
-    taught = {"criterion": criterion, "teacher": lambda images, place: images.flatten(1)[:, :4]}
+    taught = {"criterion": criterion, "teacher": lambda images, key: images.flatten(1)[:, :4]}
     train(model, batches((2,) * 5), accum_steps=2, **taught)
     assert sent == [0, 0, 0], "of two, two, and one left"
     sent.clear()
@@ -358,8 +377,8 @@ def test_a_compiled_student_learns_the_same_and_keeps_its_names(
             loader,
             criterion=criterion,
             accum_steps=2,
-            model_ema=ema,
-            teacher=lambda images, place: images.flatten(1)[:, :4],
+            update_ema=partial(ema.update, network),
+            teacher=lambda images, key: images.flatten(1)[:, :4],
         )
         found.append((stats, network.state_dict(), ema.state_dict()))
         names.append(list(network.state_dict()))

@@ -407,11 +407,3 @@ def test_other_faults_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(main, "main", lambda *_: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         main.run([])
-
-
-@pytest.mark.parametrize("unit", ["avx512_bf16", "amx_bf16", None])
-def test_auto_leaves_bf16_to_the_user_of_a_cpu_that_has_it(unit: str | None, monkeypatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True}, raising=False)
-    cpu = torch.device("cpu")
-    assert main.pick_amp("auto", cpu) is None and main.pick_amp("bf16", cpu) == torch.bfloat16
-    assert main.spares_bf16(cpu) is (unit is not None)

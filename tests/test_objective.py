@@ -1,6 +1,7 @@
 """The sum of all terms: its value, who gets a gradient, and what two networks cannot match."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from engine import train_one_epoch
 from matching import ADAPTORS, PROJ_MAP
 from models.features import Observed
 from training import optim
+from training.step_config import StepConfig
 
 INPUTS = InputConfig((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -486,8 +488,7 @@ def test_the_engine_trains_projections_and_clips_them_and_the_average_has_none()
         torch.device("cpu"),
         0,
         teacher=teacher,
-        max_norm=1e-3,
-        model_ema=ema,
+        config=StepConfig(max_norm=1e-3, update_ema=partial(ema.update, student.network)),
     )
     projected = student.projections["pooled_vkd_0_0"].weight
     assert not torch.equal(projected, before)

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import main
 from distill import cache_store
 from tools.bench_race import race
 from tools.bench_steps import Case, Ours
+from training.step_config import Hooks
 
 SMALL = ("deit_pico_distilled_patch4_32", "resnet_pico", 32)
 # A run on the embedded digits, in one process with two workers
@@ -92,8 +94,8 @@ def memory_of_steps(at: Sequence[int], device: torch.device, folder: Path) -> li
         engine.train_one_epoch(
             **run.engine,
             data_loader=run.loader(at[-1] + 1),
-            log_interval=50,
-            on_update=lambda step: step in at and seen.append(held(device)),
+            config=replace(run.config, log_interval=50),
+            hooks=Hooks(on_update=lambda step: step in at and seen.append(held(device))),
         )
     return seen
 

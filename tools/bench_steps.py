@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from torch import Tensor, nn
 import engine
 import models
 import options
+from base.device import autocast
 from data import transforms
 from distill import cache_store, objective
 from distill.cached_teacher import CachedTeacher
 from distill.teacher import build_teacher
 from tools.bench_race import Stopwatch
 from training import optim
+from training.step_config import Hooks, StepConfig
 
 CLASSES = 1000
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -135,7 +138,7 @@ class Reference:
     def step(self) -> None:
         images, labels = (x.to(self.case.device, non_blocking=True) for x in self.case.data)
         images, labels = self.mixup(images, labels)
-        with engine.autocast(self.case.device, self.amp_dtype):
+        with autocast(self.case.device, self.amp_dtype):
             loss = self.loss(images, self.network(images), labels)
         if not math.isfinite(loss.item()):
             raise SystemExit("the reference's loss is not finite")
@@ -181,7 +184,7 @@ class Timm(Reference):
     def step(self) -> None:
         images, labels = (x.to(self.case.device, non_blocking=True) for x in self.case.data)
         images, labels = self.mixup(images, labels)
-        with engine.autocast(self.case.device, self.amp_dtype):
+        with autocast(self.case.device, self.amp_dtype):
             loss = self.task(images, labels)["loss"]
         loss.backward()
         self.optimizer.step()
@@ -243,12 +246,16 @@ class Ours:
             "device": case.device,
             "epoch": 0,
             "teacher": self.teacher,
-            "amp_dtype": amp_dtype,
-            "schedule": optim.build_schedule(args, optimizer, 10**6),
-            "mixup_fn": self.mixup_fn,
-            "model_ema": optim.build_ema(args, student.network),
-            "cycle_epochs": self.cycle_epochs,
         }
+        ema = optim.build_ema(args, student.network)
+        self.config = StepConfig(
+            amp_dtype=amp_dtype,
+            schedule=optim.build_schedule(args, optimizer, 10**6),
+            mixup_fn=self.mixup_fn,
+            update_ema=partial(ema.update, student.network) if ema is not None else None,
+            cycle_epochs=self.cycle_epochs,
+            log_interval=10**9,
+        )
 
     def loader(self, steps: int) -> list[tuple[Tensor, ...]]:
         return [self.case.data] * steps
@@ -283,9 +290,7 @@ class Ours:
                 writer,
                 self.case.device,
                 0,
-                mixup_fn=self.mixup_fn,
-                seed=0,
-                header="Write:",
+                config=StepConfig(mixup_fn=self.mixup_fn, header="Write:"),
             )
         writer.store.flush()
         return time.perf_counter() - start
@@ -310,6 +315,9 @@ class Ours:
         watch = Stopwatch(self.case.device, steps, lead)
         with contextlib.redirect_stdout(io.StringIO()):
             engine.train_one_epoch(
-                **self.engine, data_loader=loader, log_interval=10**9, on_update=watch.mark
+                **self.engine,
+                data_loader=loader,
+                config=self.config,
+                hooks=Hooks(on_update=watch.mark),
             )
         return watch.per_step()

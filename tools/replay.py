@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
-import main  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
 from base import distributed, safe_load  # noqa: E402
+from base.device import autocast, pick_amp  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from distill import objective  # noqa: E402
 from distill.teacher import build_teacher  # noqa: E402
@@ -93,10 +93,8 @@ def build_terms(
 ) -> dict[str, Tensor]:
     """Return the loss and its unweighted terms of a saved batch. Raises UserError."""
     device, classes = processes.device, int(saved["num_classes"])
-    amp_dtype = main.pick_amp(args.amp, device)
-    teacher_amp = (
-        amp_dtype if args.teacher_amp == "auto" else main.pick_amp(args.teacher_amp, device)
-    )
+    amp_dtype = pick_amp(args.amp, device)
+    teacher_amp = amp_dtype if args.teacher_amp == "auto" else pick_amp(args.teacher_amp, device)
     inputs = models.build_input_config(args)
     start = {"pretrained": False, "finetune": ""}  # the weights are in the file
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
@@ -124,7 +122,7 @@ def build_terms(
         )
     student.train(args.train_mode)
     engine.seed_step(saved["seed"], "step", saved["epoch"], saved["micro_step"], saved["rank"])
-    with engine.autocast(device, amp_dtype):
+    with autocast(device, amp_dtype):
         outputs = student(images)
     loss = criterion(images, outputs, labels, teacher_outputs=answers)
     return {"loss": loss.detach(), **criterion.terms}

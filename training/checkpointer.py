@@ -265,7 +265,7 @@ class Checkpointer:
             _logger.warning("resumed anyway: %s", change)
         self._restore(path, saved)
         self._warn(saved)
-        return f"{path}, epoch {self.epoch}, step {self.tally.micro} of {self.steps}"
+        return f"{path}, epoch {self.epoch}, step {self.state.micro} of {self.steps}"
 
     def _warn(self, saved: Mapping[str, Any]) -> None:
         """Say what may change, and is seen in what follows."""

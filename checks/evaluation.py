@@ -1,0 +1,108 @@
+"""Evaluation outside the training loop: weights of files (--eval), and the teacher."""
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import engine
+import models
+from base.distributed import print_once
+from base.errors import UserError
+from checks import diagnose
+from datasets import Loaders
+from distill.cached_teacher import CachedTeacher
+from distill.teacher import LogitsOnly
+from models import Student
+from models.released import Released
+from training import setup
+from training.checkpointer import resolve
+from training.setup import Runtime, Training
+
+
+def build_file_results(
+    args: Namespace, student: Student, loaders: Loaders, runtime: Runtime
+) -> dict[str, float]:
+    """Evaluate the weights of --resume, and its EMA weights if it has both; return the former's.
+
+    Without --resume: those of --finetune, published weights, or random ones.
+    """
+    path = resolve(args.resume, Path(args.output_dir)) or args.finetune
+    if args.resume and not path:
+        raise UserError(f"--resume {args.resume}: {args.output_dir} has no checkpoint to evaluate")
+    options = {"amp_dtype": runtime.amp_dtype}
+    if not path:
+        what = "published weights" if args.pretrained else "random weights (no --resume)"
+        if args.pretrained and args.model.startswith("local-dir:"):
+            what = args.model
+        print_once("weights", what)
+        stats = engine.evaluate(loaders.val, student.network, runtime.device, **options)
+        print_accuracy(stats, models.released.published(args.model) if args.pretrained else None)
+        return stats
+    by_key: dict[str, dict[str, float]] = {}
+    for key in models.weight_keys(path):
+        models.load_weights(student.network, path, key=key)
+        print_once("weights", f"{path}, {key}" if key else path)
+        stats = engine.evaluate(loaders.val, student.network, runtime.device, **options)
+        print_accuracy(stats, models.released.published(args.model, path))
+        by_key[key or "model"] = stats
+    return by_key.get("model") or next(iter(by_key.values()))
+
+
+def print_accuracy(stats: dict[str, float], published: Released | None = None) -> None:
+    """Print the accuracy, and the published one of the file if there is one."""
+    line = f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%"
+    print_once(None, line)
+    if published is not None and (note := published.beside(stats["acc1"], int(stats["count"]))):
+        print_once("published", note)
+
+
+def check_student_and_teacher(
+    args: Namespace,
+    student: Student,
+    teacher: LogitsOnly | None,
+    loaders: Loaders,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """Print what --check finds, and return the teacher's accuracy if --teacher-check asks for it.
+
+    teacher: its network without features, or None if there is none.
+    """
+    if args.check or args.teacher_check:
+        found = diagnose.build_findings(
+            args, student, teacher, loaders, runtime.inputs, runtime.device
+        )
+        for line in found or [diagnose.check_passed(args, teacher)] * args.check:
+            print_once("check", line)
+    if teacher is None or args.check or not args.teacher_check:
+        return {}
+    print_once("teacher", "accuracy on the evaluation set")
+    return engine.evaluate(loaders.val, teacher, runtime.device, header="Teacher:")
+
+
+def evaluate_epoch(
+    training: Training, loaders: Loaders, runtime: Runtime
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Evaluate the student and its moving average; {} where there is none."""
+    options = {"amp_dtype": runtime.amp_dtype, "interrupt": training.checkpointer}
+    stats = engine.evaluate(loaders.val, training.student.network, runtime.device, **options)
+    if training.ema is None:
+        return stats, {}
+    average = training.ema.on(runtime.device)
+    return stats, engine.evaluate(
+        loaders.val, average, runtime.device, header="Test EMA:", **options
+    )
+
+
+def fill_cache(args: Namespace, loaders: Loaders, cache: CachedTeacher, runtime: Runtime) -> None:
+    """Write the missing rows of the teacher's cache, or compare all rows with the teacher."""
+    config = setup.build_step_config(args, loaders, cache, runtime)
+    what = "Write" if args.teacher_cache_mode == "write" else "Verify"
+
+    def query_epoch(epoch: int) -> None:
+        loaders.set_epoch(epoch)
+        header = f"{what}: [{epoch + 1}/{cache.cycle_epochs}]"
+        step = replace(config, header=header, log_interval=50)
+        engine.query_epoch(loaders.train, cache, runtime.device, epoch, config=step)
+
+    cache.fill(query_epoch)
+    print_once("teacher", cache.describe())
