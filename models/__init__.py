@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 from timm.data import resolve_data_config
+from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
 from base.errors import UserError
@@ -21,12 +22,13 @@ from models.loading import (
     load_weights,
     weight_keys,
 )
-from models.student import Student, has_distillation_head
+from models.student import Student, both_logits, has_distillation_head
 
 __all__ = [
     "DistilledVisionTransformer",
     "FinetuneReport",
     "Student",
+    "both_logits",
     "build_input_config",
     "build_student",
     "create_model",
@@ -203,7 +205,8 @@ def build_student(
 
 
 def _build_heads(args: Namespace, network: nn.Module) -> bool:
-    """Return whether the loss is to see the distillation head beside the class head."""
+    """Return whether the loss gets the logits of the distillation head beside those of the class
+    head."""
     if args.distillation_type == "none":
         return False
     two_heads = has_distillation_head(network)
@@ -213,6 +216,6 @@ def _build_heads(args: Namespace, network: nn.Module) -> bool:
             "untrained; leave the flag out, or use a plain student"
         )
     both = args.distillation_head == "dist" or (args.distillation_head == "auto" and two_heads)
-    if both and not args.train_mode and not isinstance(network, DistilledVisionTransformer):
+    if both and not args.train_mode and not isinstance(network, VisionTransformerDistilled):
         raise UserError(f"--no-train-mode: {args.model} gives both logits in training mode only")
     return both

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -22,86 +22,53 @@ from torch import Tensor, nn
 FILES = "https://dl.fbaipublicfiles.com/deit/"
 
 
-class DistilledVisionTransformer(VisionTransformer):
-    """timm's ViT with a second prefix token that learns from a teacher, and a head for it.
+class DistilledVisionTransformer(VisionTransformerDistilled):
+    """timm's distilled ViT, which by default returns both logits in training.
 
-    In training it returns (class logits, distillation logits), (B, C) each, in evaluation their
-    mean. Takes VisionTransformer's arguments except `global_pool` and `reg_tokens`.
+    In training it returns (class logits, distillation logits), (B, C) each, and their mean after
+    `set_distilled_training(False)`; in evaluation their mean. With `global_pool=""` it returns the
+    tokens (B, N, D), as timm's plain ViT. Takes VisionTransformer's arguments but `reg_tokens`.
     Source: Touvron et al. 2021 (arXiv 2012.12877).
     """
 
-    def __init__(self, *, num_classes: int = 1000, **vit: Any) -> None:
-        super().__init__(num_classes=num_classes, **vit)
+    def __init__(self, *, num_classes: int = 1000, weight_init: str = "", **vit: Any) -> None:
+        # Not timm's order: a seed gives the same initial weights as in earlier versions, and both
+        # tokens start as in DeiT (std 0.02; timm's class token starts with std 1e-6).
+        VisionTransformer.__init__(self, num_classes=num_classes, weight_init="skip", **vit)
+        if self.global_pool not in ("", "token"):
+            raise ValueError(f"global_pool {self.global_pool!r}: a distilled ViT has 'token' or ''")
+        self.weight_init_mode = weight_init
+        VisionTransformer.init_weights(self, needs_reset=False)
         self.num_prefix_tokens = 2
-        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        grid = self.patch_embed.num_patches
-        self.pos_embed = nn.Parameter(torch.zeros(1, grid + self.num_prefix_tokens, self.embed_dim))
-        self.head_dist = self._new_head(num_classes)
+        self.distilled_training = True
+        width, tokens = self.embed_dim, self.patch_embed.num_patches + self.num_prefix_tokens
+        options = {key: vit.get(key) for key in ("device", "dtype")}
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, width, **options))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width, **options))
+        self.head_dist = nn.Linear(width, num_classes, **options) if num_classes else nn.Identity()
+        if num_classes:
+            nn.init.trunc_normal_(self.head_dist.weight, std=0.02)
+            nn.init.zeros_(self.head_dist.bias)
         for tensor in (self.cls_token, self.dist_token, self.pos_embed):
             nn.init.trunc_normal_(tensor, std=0.02)
 
-    def _new_head(self, num_classes: int) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
-        head = nn.Linear(self.embed_dim, num_classes)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
-
-    def forward(self, x: Tensor, *, both: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return both logits (True), their mean (False), or by `training` (None).
-
-        x: (B, 3, height, width).
-        """
-        return self.forward_head(self.forward_features(x), both=both)
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        positions = self.pos_embed
-        if self.dynamic_img_size:  # x: (B, height, width, D)
-            positions = resample_abs_pos_embed(
-                positions,
-                new_size=[x.shape[1], x.shape[2]],
-                old_size=list(self.patch_embed.grid_size),
-                num_prefix_tokens=self.num_prefix_tokens,
-            )
-            x = x.flatten(1, 2)
-        prefix = [token.expand(x.shape[0], -1, -1) for token in (self.cls_token, self.dist_token)]
-        return self.pos_drop(torch.cat([*prefix, x], dim=1) + positions)  # (B, N, D)
-
-    def forward_head(
-        self, x: Tensor, pre_logits: bool = False, *, both: bool | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """x: (B, N, D). Returns (B, C), or (B, D) before the heads, or both logits in training."""
+        if self.global_pool == "":
+            return x
         cls, dist = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])  # (B, D) each
         if pre_logits:
             return (cls + dist) / 2
         cls, dist = self.head(cls), self.head_dist(dist)  # (B, C) each
-        if both is None:
-            both = self.training
-        return (cls, dist) if both else (cls + dist) / 2
-
-    @torch.jit.ignore
-    def get_classifier(self) -> tuple[nn.Module, nn.Module]:  # type: ignore[override]
-        return self.head, self.head_dist
+        if self.distilled_training and self.training and not torch.jit.is_scripting():
+            return cls, dist  # type: ignore[return-value]
+        return (cls + dist) / 2
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give both tokens fresh heads of `num_classes`, 0 for none."""
-        if global_pool not in (None, "token"):
-            raise ValueError(f"global_pool {global_pool!r}: a distilled ViT reads its two tokens")
-        self.num_classes = num_classes
-        device = self.pos_embed.device
-        self.head = self._new_head(num_classes).to(device).train(self.training)
-        self.head_dist = self._new_head(num_classes).to(device).train(self.training)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token", "dist_token"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {
-            "stem": r"^cls_token|dist_token|pos_embed|patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        """Replace both heads by new ones for `num_classes`, 0 for none."""
+        super().reset_classifier(num_classes, global_pool)
+        if global_pool is not None:
+            self.global_pool = global_pool
 
 
 @dataclass(frozen=True)
@@ -152,10 +119,9 @@ VITS = {
 CNN = "resnet_pico"  # the quick start's teacher
 
 
-def _cfg(pixels: int, first_conv: str, classifier: Any, file: str = "") -> dict[str, Any]:
+def _cfg(pixels: int, first_conv: str, classifier: Any, **more: Any) -> dict[str, Any]:
     small = pixels <= 32
     return {
-        "url": FILES + file if file else "",
         "num_classes": 10 if small else 1000,
         "input_size": (3, pixels, pixels),
         "pool_size": None,
@@ -166,24 +132,25 @@ def _cfg(pixels: int, first_conv: str, classifier: Any, file: str = "") -> dict[
         "first_conv": first_conv,
         "classifier": classifier,
         "license": "apache-2.0",
+        **more,
     }
+
+
+def _vit_cfg(name: str) -> dict[str, Any]:
+    vit = VITS[name]
+    classifier = ("head", "head_dist") if "distilled" in name else "head"
+    url = FILES + vit.file if vit.file else ""
+    return _cfg(vit.pixels, "patch_embed.proj", classifier, url=url, fixed_input_size=True)
 
 
 def _tagged(name: str) -> str:
     return f"{name}.fb_in1k" if VITS[name].file else name
 
 
-def _classifier(name: str) -> Any:
-    return ("head", "head_dist") if "distilled" in name else "head"
-
-
 default_cfgs = generate_default_cfgs(
     {
-        **{
-            _tagged(name): _cfg(vit.pixels, "patch_embed.proj", _classifier(name), vit.file)
-            for name, vit in VITS.items()
-        },
-        CNN: _cfg(32, "conv1.0", "fc"),
+        **{_tagged(name): _vit_cfg(name) for name in VITS},
+        CNN: _cfg(32, "conv1.0", "fc", pool_size=(2, 2)),
     }
 )
 __all__ = ["DistilledVisionTransformer"]  # timm adds every name it registers
@@ -210,6 +177,7 @@ def _vit_factory(name: str) -> Callable[..., nn.Module]:
             name,
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"},
             **(shape | options),
         )
 
@@ -224,8 +192,15 @@ def _cnn_factory(pretrained: bool = False, **options: Any) -> nn.Module:
         "stem_type": "deep",
         "stem_width": 8,
     }
-    network = build_model_with_cfg(ResNet, CNN, pretrained, **(shape | options))
-    network.maxpool = nn.Identity()  # small images: the stem halves them once, not twice
+    return build_model_with_cfg(_resnet_without_pool, CNN, pretrained, **(shape | options))
+
+
+def _resnet_without_pool(**options: Any) -> ResNet:
+    """Return timm's ResNet without the pooling of its stem: small images are halved once there."""
+    network = ResNet(**options)
+    network.maxpool = nn.Identity()
+    for stage in network.feature_info[1:]:  # timm counts the pooling
+        stage["reduction"] //= 2
     return network
 
 

@@ -317,7 +317,12 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         else:
             rename = sys.modules[network.__module__].checkpoint_filter_fn
         return build_model_with_cfg(
-            network, name, pretrained, pretrained_filter_fn=rename, **settings
+            network,
+            name,
+            pretrained,
+            pretrained_filter_fn=rename,
+            feature_cfg={"out_indices": settings.pop("out_indices", 3), "feature_cls": "getter"},
+            **settings,
         )
 
     return factory

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.deit import DistilledVisionTransformer
 from models.features import Observed
 
 
@@ -39,8 +38,8 @@ class Student(nn.Module):
                 f"{type(network).__name__} has no distillation head; use a student with one, such "
                 "as deit_tiny_distilled_patch16_224, or --distillation-head cls"
             )
-        if hasattr(network, "set_distilled_training"):  # timm's own distilled networks
-            network.set_distilled_training(heads == "both")
+        if has_distillation_head(network):
+            network.set_distilled_training(heads == "both")  # type: ignore[operator]
 
     @property
     def distillation_head(self) -> str:
@@ -70,8 +69,8 @@ class Student(nn.Module):
         return self.taps.forward(self._logits, images)
 
     def _logits(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        if isinstance(self.network, DistilledVisionTransformer):
-            return self.network(images, both=self.heads == "both")  # in any mode
+        if self.heads == "both" and not self.network.training:
+            return both_logits(self.network, images)
         return self.network(images)
 
     def trained_projections(self) -> nn.Module | None:
@@ -92,7 +91,15 @@ class Student(nn.Module):
 
 
 def has_distillation_head(network: nn.Module) -> bool:
-    """Return whether a network (ours, or one of timm's distilled ones) has a second head."""
-    return isinstance(network, DistilledVisionTransformer) or hasattr(
-        network, "set_distilled_training"
-    )
+    """Return whether a network has a second head by timm's convention: ViT, LeViT, PiT."""
+    return hasattr(network, "set_distilled_training")
+
+
+def both_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return class and distillation logits (B, C) of a distilled ViT, in evaluation mode too.
+
+    images: (B, 3, height, width).
+    """
+    tokens = network.forward_features(images)  # type: ignore[operator]
+    cls, dist = network.head_drop(tokens[:, 0]), network.head_drop(tokens[:, 1])
+    return network.head(cls), network.head_dist(dist)

@@ -87,7 +87,7 @@ def test_an_export_answers_with_the_mean_of_both_heads(run_folder: Path, tmp_pat
     models.load_weights(network, str(run_folder / "best_checkpoint.pth"))
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        cls, dist = network(images, both=True)
+        cls, dist = models.both_logits(network, images)
         found = torch.export.load(out / "model.pt2").module()(images)
     torch.testing.assert_close(found, (cls + dist) / 2, rtol=0, atol=1e-5)
     assert float((cls - dist).abs().max()) > 1e-3
@@ -234,7 +234,7 @@ def test_the_accuracy_is_that_of_the_weights_exported(run_folder: Path) -> None:
     (run_folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "| top-1 | 62.00% after epoch 3 |" in card_of(run_folder)
     assert "| top-1 | 72.12% after epoch 3 |" in card_of(run_folder, "--key", "model_ema")
-    change(run_folder, state={"micro_steps": 5})
+    change(run_folder, tally={"micro_steps": 5})
     assert "| top-1 | not measured: stopped within epoch 4 |" in card_of(run_folder)
 
 

@@ -69,7 +69,7 @@ def test_pooled_is_what_the_classifier_sees() -> None:
         torch.testing.assert_close(pooled, features)
     network = vit("deit_tiny_distilled_patch16_224")
     (pooled,) = seen(network, Tap("pooled", 0))
-    torch.testing.assert_close(network.head(pooled), network(IMAGES, both=True)[0])
+    torch.testing.assert_close(network.head(pooled), models.both_logits(network, IMAGES)[0])
 
 
 def test_a_cnns_stage_maps_are_tokens_row_by_row() -> None:

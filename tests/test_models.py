@@ -84,13 +84,13 @@ def test_a_distilled_vit_returns_both_heads_in_training_and_their_mean_in_evalua
     assert cls.shape == dist.shape == (3, 7)
     mean = network.eval()(images)
     torch.testing.assert_close(mean, (cls + dist) / 2)
-    torch.testing.assert_close(network(images, both=True)[1], dist)
+    torch.testing.assert_close(models.both_logits(network, images)[1], dist)
 
 
 def test_the_two_tokens_do_not_share_a_head_or_an_embedding() -> None:
     network = timm.create_model(DISTILLED, num_classes=7)
     tokens = torch.randn(2, 66, 64)
-    cls, dist = network.forward_head(tokens, both=True)
+    cls, dist = network.train().forward_head(tokens)
     torch.testing.assert_close(cls, network.head(tokens[:, 0]))
     torch.testing.assert_close(dist, network.head_dist(tokens[:, 1]))
 

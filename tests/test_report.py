@@ -91,7 +91,7 @@ def test_both_heads_and_their_mean_are_collected() -> None:
     assert len(answers.strange) == 2 and answers.strange[0][0] >= answers.strange[1][0]
     images = batches[0][0]
     with torch.no_grad():
-        cls, dist = network.eval()(images, both=True)
+        cls, dist = models.both_logits(network.eval(), images)
     torch.testing.assert_close(answers.logits[DIST][:3], dist)
     assert not network.head._forward_hooks
 
