@@ -1,6 +1,6 @@
 """Compare the objectives on one image folder: a row each, several seeds, one budget.
 
-    python tools/compare_objectives.py --data CIFAR10_FOLDER --write docs/objectives_cifar10.md
+    python tools/compare_objectives.py --data CIFAR10_FOLDER --write results/objectives_cifar10.md
 
 Trains the CNN teacher once (resnet_pico, on the same images), then the students through
 tools/compare.py, which writes the table with the command of every row. What is already complete

@@ -1,6 +1,6 @@
 """Accuracy against the number of cached views, in the time that a live teacher takes.
 
-    python tools/compare_views.py --data CIFAR10_FOLDER --write docs/cached_views.md
+    python tools/compare_views.py --data CIFAR10_FOLDER --write results/cached_views.md
 
 Trains the teacher once, then for every seed the student with the live teacher, without any, and
 from caches of so many views, for as many epochs as the live run's time allows: once with the
