@@ -226,6 +226,16 @@ class Loaders:
         counts = " + ".join(str(len(data)) for data in parts)
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
 
+    @property
+    def form(self) -> str:
+        """How the training images are stored."""
+        return self.data[0].source.form
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether training images may be mirrored."""
+        return self.data[0].source.mirrors
+
     def skipped(self) -> int:
         """Return how many different images this process and its workers could not read."""
         return sum(data.skipped() for data in self.data)

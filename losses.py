@@ -360,6 +360,9 @@ class CosubLoss(nn.Module):
         super().__init__()
         self.terms: dict[str, Tensor] = {}
 
+    def at_update(self, update: int) -> None:
+        """As of `DistillationLoss`: nothing changes."""
+
     def forward(
         self,
         inputs: Tensor | None,

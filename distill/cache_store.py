@@ -1,12 +1,12 @@
-"""A teacher's answers on disk: written once, replayed in every later run.
+"""Teacher logits on disk: written once, read in every later run.
 
-Shapes: B batch, C classes, K kept classes. A store has one row for every place of every epoch of
-its cycle: in which epoch of the cycle, and how far down that epoch's order. Order, view, mixing
-partner and strength all follow from that place, so the row is the answer to the mixed image.
-Rows lie in one or two memory-mapped files; processes write different rows of the same files. A
-mark for each row is 0 until the row is there and then its checksum: a killed program tears no row,
-and those that a crash of the machine tears count as missing. A mark has 4 bytes; beside the 2 of a
-hard label it has one, and lets one torn row in 255 pass.
+Shapes: B batch, C classes, K stored classes. A store has one row for every image of every epoch of
+its cycle: the epoch, and the position in that epoch's order. Order, augmentation, mixing partner
+and mixing strength all follow from it, so the row belongs to one mixed image.
+Rows lie in one or two memory-mapped files; processes write different rows of the same files. The
+mark of a row is 0 until the row is written and then its checksum. So a row that a crash has cut
+off counts as damaged. A mark has 4 bytes. The mark of a hard label has 1 byte and misses one
+damaged row in 255.
 """
 
 import contextlib
@@ -25,16 +25,20 @@ from torch import Tensor
 from base import distributed
 from base.errors import UserError, differences
 
-FORMAT = 3
+FORMAT = 4
+READABLE = (3, 4)  # 3 does not record the device and type
 MANIFEST, MARKS = "manifest.json", "marks"
+WRITTEN_ON = "written on"  # recorded in the manifest, not compared
+PRECISION, ONEDNN = "teacher precision", " by oneDNN"  # a suffix that format 3 could have
 ALL, HARD = "all", "hard"
-# How far an answer may be from that of another day: batch size and machine reach the last digits.
-CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-CLOSE_HALF = {"rtol": 2e-3, "atol": 2e-3}  # of what was rounded to float16 besides
+# How far logits computed again may differ, relative to the largest of their row: another batch
+# size, library or device rounds differently. Four units in the last place of a half type.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+HALF_LOG = 2e-3  # relative, of a log-probability stored as float16
 
 
 def read_topk(text: str, num_classes: int) -> str | int:
-    """Return what a row keeps: "all" (float32 logits), "hard" (the likeliest class), or K.
+    """Return what a row holds: "all" (float32 logits), "hard" (the most likely class), or K.
 
     Raises UserError for anything else.
     """
@@ -48,7 +52,7 @@ def read_topk(text: str, num_classes: int) -> str | int:
 
 
 def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
-    """Return the files of a store by name, but the marks: type and columns (`mark_kind`)."""
+    """Return the type and the number of columns of each file of a store, without the marks."""
     if keep == ALL:
         return {"logits.f32": ("<f4", num_classes)}
     suffix, kind = ("u32", "<u4") if num_classes > 2**16 else ("u16", "<u2")
@@ -69,9 +73,9 @@ def row_bytes(keep: str | int, num_classes: int) -> int:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Return what is stated of the cache in `folder`, or None where there is none.
+    """Return the manifest of the cache in `folder`, or None where there is none.
 
-    Raises UserError for one that cannot be read, or that another version of the program wrote.
+    Raises UserError for one that cannot be read, or that has another format.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
@@ -79,38 +83,46 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
         written = found["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not readable; delete the folder") from error
-    if written != FORMAT:
+    if written not in READABLE:
         raise UserError(
-            f"--teacher-cache {folder}: of format {written}, this program has {FORMAT}; delete it, "
-            "or give a new folder"
+            f"--teacher-cache {folder}: of format {written}, this program reads "
+            f"{' and '.join(map(str, READABLE))}; delete it, or give a new folder"
         )
     return found
 
 
+def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a manifest that must be equal, with the values of this format."""
+    found = {name: value for name, value in manifest.items() if name not in ("format", WRITTEN_ON)}
+    if isinstance(precision := found.get(PRECISION), str):
+        found[PRECISION] = precision.removesuffix(ONEDNN)
+    return found
+
+
 @contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here, where the file system has locks of folders."""
-    place = os.open(folder, os.O_RDONLY)
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, where the file system has such locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
-            fcntl.flock(place, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
 class Store:
     """Rows of a teacher's logits in `folder`, `rows` of them, for `num_classes` classes.
 
-    keep: "all" keeps float32 logits, 4 C bytes a row, and replays them bit for bit; K writes the
-        K largest probabilities (float16 logarithms) and their classes, 4 K bytes (6 K from 65,536
-        classes on), and spreads what is left evenly over the others; "hard" writes the likeliest
-        class, 2 bytes.
-    facts: all that determines the answers, as plain values. A store that was written under other
-        facts is refused.
-    Raises UserError, naming each line that differs, and for a folder that holds something else.
+    keep: "all" stores float32 logits, 4 C bytes a row, exactly. K stores the K largest
+        log-probabilities as float16 and their classes, 4 K bytes (6 K from 65,536 classes on); the
+        rest is spread evenly over the other classes. "hard" stores the most likely class, 2 bytes.
+    fingerprint: all that determines the logits, as plain values. A store with another one is
+        refused.
+    written_on: the device and type that compute the logits; recorded, not compared.
+    Raises UserError, naming each entry that differs, and for a folder with other files.
     """
 
     def __init__(
@@ -120,15 +132,17 @@ class Store:
         rows: int,
         num_classes: int,
         keep: str | int,
-        facts: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
         may_create: bool,
+        written_on: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.rows, self.num_classes, self.keep = Path(folder), rows, num_classes, keep
-        manifest = {"format": FORMAT, "rows": rows, "classes": num_classes, "keep": keep, **facts}
+        manifest = {"format": FORMAT, "rows": rows, "classes": num_classes, "keep": keep}
+        manifest |= {**fingerprint, WRITTEN_ON: dict(written_on or {})}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
         if may_create:
             distributed.on_main(lambda: self._create(manifest))
-        self._check(manifest)
+        self._recorded = self._check(manifest)
         self._files = {name: self._map(name) for name in [*self._layout(), MARKS]}
 
     def _layout(self) -> dict[str, tuple[str, int]]:
@@ -136,6 +150,12 @@ class Store:
 
     def _columns(self, name: str) -> tuple[str, int]:
         return (mark_kind(self.keep), 1) if name == MARKS else self._layout()[name]
+
+    @property
+    def written_on(self) -> str:
+        """The device and type that computed the logits, in words."""
+        found = self._recorded.get(WRITTEN_ON) or {"device": "an unrecorded device"}
+        return " in ".join(str(found[key]) for key in ("device", "dtype") if key in found)
 
     def size(self) -> int:
         """Return the bytes of all rows on disk, the marks included."""
@@ -146,12 +166,12 @@ class Store:
         return self.rows * columns * np.dtype(kind).itemsize
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
-        """Make the files and then the manifest, unless it is there. Of several runs one does."""
+        """Create the files and then the manifest, unless it exists. One of several runs does it."""
         if (self.folder / MANIFEST).exists():
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _only_one(self.folder):
+            with _locked(self.folder):
                 if not (self.folder / MANIFEST).exists():
                     self._fill(manifest)
         except OSError as error:
@@ -161,27 +181,28 @@ class Store:
             ) from error
 
     def _fill(self, manifest: Mapping[str, Any]) -> None:
-        shadow = self.folder / (MANIFEST + ".tmp")
-        own = {*self._layout(), MARKS, shadow.name}  # left where the last attempt was cut short
+        temporary = self.folder / (MANIFEST + ".tmp")
+        own = {*self._layout(), MARKS, temporary.name}  # an interrupted attempt leaves them
         if any(file.name not in own for file in self.folder.iterdir()):
             raise UserError(f"--teacher-cache {self.folder}: holds other files; give a new folder")
         try:
             for name in [*self._layout(), MARKS]:
                 with open(self.folder / name, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, self._bytes(name))
-            shadow.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-            os.replace(shadow, self.folder / MANIFEST)
+            temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            os.replace(temporary, self.folder / MANIFEST)
         except OSError:
-            for name in own:  # a full disk has better use for them
+            for name in own:  # do not leave a full disk full
                 with contextlib.suppress(OSError):
                     (self.folder / name).unlink()
             raise
 
-    def _check(self, manifest: Mapping[str, Any]) -> None:
+    def _check(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the manifest on disk. Raises UserError if it or the files differ."""
         found = read_manifest(self.folder)
         if found is None:
             raise UserError(f"--teacher-cache {self.folder}: no cache there; write one first")
-        if differ := "; ".join(differences(found, manifest)):
+        if differ := "; ".join(differences(_compared(found), _compared(manifest))):
             raise UserError(f"--teacher-cache {self.folder}: refused: {differ}")
         for name in [*self._layout(), MARKS]:
             path, size = self.folder / name, self._bytes(name)
@@ -190,6 +211,7 @@ class Store:
                 raise UserError(
                     f"{path}: {there} bytes, {size} expected; delete {self.folder} and write again"
                 )
+        return found
 
     def _map(self, name: str) -> np.memmap:
         kind, columns = self._columns(name)
@@ -197,11 +219,15 @@ class Store:
         return np.memmap(self.folder / name, dtype=kind, mode=mode, shape=(self.rows, columns))
 
     def done(self, rows: np.ndarray) -> np.ndarray:
-        """Return which of `rows` have been written and are whole, (B,) bool."""
+        """Return which of `rows` (B,) are written and undamaged, (B,) bool."""
         return self._files[MARKS][rows, 0] == self._checksums(rows)
 
+    def marked(self, rows: np.ndarray) -> np.ndarray:
+        """Return which of `rows` (B,) are written, (B,) bool; they may be damaged."""
+        return self._files[MARKS][rows, 0] != 0
+
     def _checksums(self, rows: np.ndarray) -> np.ndarray:
-        """Return a number that is not 0 for what lies in each of `rows`, (B,)."""
+        """Return the checksums of `rows` (B,), none of them 0, (B,)."""
         parts = [np.ascontiguousarray(part) for part in self._parts(rows)]
         sums = np.zeros(len(rows), np.uint32)
         for i in range(len(rows)):
@@ -221,18 +247,18 @@ class Store:
     def write(self, rows: np.ndarray, logits: Tensor) -> None:
         """Write logits (B, C) into `rows` (B,), and mark them.
 
-        Raises UserError for a teacher that has no number to say, and for files that are read-only.
+        Raises UserError for logits that are not finite, and for read-only files.
         """
         logits = logits.detach().float()
         if not logits.isfinite().all():
             raise UserError(
-                f"--teacher-cache {self.folder}: the teacher's answer is not finite and not kept; "
+                f"--teacher-cache {self.folder}: the teacher's logits are not finite; "
                 "try --teacher-amp off"
             )
         if not self.is_writable:
             raise UserError(
-                f"--teacher-cache {self.folder}: {len(rows)} rows are missing, and the "
-                "files cannot be written; change their permissions"
+                f"--teacher-cache {self.folder}: rows are missing or damaged, and the files "
+                "cannot be written; change their permissions"
             )
         if self.keep == ALL:
             parts = [logits]
@@ -248,7 +274,7 @@ class Store:
     def read(self, rows: np.ndarray) -> Tensor:
         """Return logits (B, C), float32 on the CPU, of `rows` (B,), which must be done.
 
-        "hard" gives 0 for the class and -inf for the others, K gives log-probabilities.
+        "hard" returns 0 for the class and -inf for the others, K returns log-probabilities.
         """
         parts = [torch.from_numpy(np.asarray(part)) for part in self._parts(rows)]
         if self.keep == ALL:
@@ -262,23 +288,25 @@ class Store:
         rest = (left / (self.num_classes - self.keep)).log()
         return rest.expand(-1, self.num_classes).clone().scatter_(1, classes, values)
 
-    def agrees(self, rows: np.ndarray, live: Tensor) -> Tensor:
-        """Return which `rows` (B,) hold what the teacher says now, logits (B, C): (B,) bool.
+    def agrees(self, rows: np.ndarray, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return which `rows` (B,) hold the teacher's `logits` (B, C), computed again: (B,) bool.
 
-        Logits and logarithms of the K probabilities are compared to `CLOSE`. Classes must be the
-        likeliest ones, to that again, so that a tie is broken either way.
+        dtype: the type in which they were computed, which sets the tolerance. Of K classes the
+        log-probabilities are compared. Classes must be the most likely ones within the tolerance,
+        so that a tie may be broken either way.
         """
-        live = live.detach().float().cpu()
+        logits = logits.detach().float().cpu()
         parts = [torch.from_numpy(np.asarray(part)) for part in self._parts(rows)]
+        limit = TOLERANCE[dtype] * logits.abs().amax(1, keepdim=True).clamp_min(1.0)  # (B, 1)
         if self.keep == ALL:
-            return torch.isclose(parts[0], live, **CLOSE).all(dim=1)
+            return ((parts[0] - logits).abs() <= limit).all(dim=1)
         if self.keep != HARD:
-            live = live.log_softmax(dim=1)
-        kept = live.gather(1, parts[0].long())  # (B, K)
-        best = live.topk(kept.shape[1], dim=1).values
-        same = torch.isclose(kept.sort(dim=1, descending=True).values, best, **CLOSE)
+            logits, limit = logits.log_softmax(dim=1), 2 * limit  # of a logit and of the sum
+        stored = logits.gather(1, parts[0].long())  # (B, K)
+        best = logits.topk(stored.shape[1], dim=1).values
+        same = (stored.sort(dim=1, descending=True).values - best).abs() <= limit
         if self.keep != HARD:
-            same &= torch.isclose(parts[1].float(), kept.half().float(), **CLOSE_HALF)
+            same &= (parts[1].float() - stored).abs() <= limit + HALF_LOG * stored.abs()
         return same.all(dim=1)
 
     @property
@@ -286,7 +314,7 @@ class Store:
         return all(file.mode != "r" for file in self._files.values())
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Write the files' pages to the disk."""
         for file in self._files.values():
             if file.mode != "r":
                 file.flush()

@@ -1,28 +1,28 @@
 """Cached teacher logits.
 
 Shapes: B batch, C classes. A cached teacher reads the logits of a batch from a store. It computes
-and writes those that are missing, if it has a network.
+and writes missing rows with a network, if it has one.
 """
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import models
 from base import distributed, flag_table, flags
 from base.device import to_device
 from base.distributed import Processes
 from base.errors import UserError
 from data import image_ops
-from data.samplers import BatchKey
+from data.samplers import BatchKey, TrainSampler
 from data.transforms import InputConfig, is_mixing
-from datasets import Loaders
 from distill import cache_store
 from distill.teacher import (
     LogitsOnly,
@@ -34,16 +34,42 @@ from distill.teacher import (
 )
 
 _logger = logging.getLogger(__name__)
-VIEWS = "--teacher-cache-views"
+CYCLE = "--teacher-cache-views"  # the manifest's key for the number of epochs in the cycle
 TRANSFORM = flag_table.with_fact(flags.TRANSFORM)
 MIXING = flag_table.with_fact(flags.MIXING)
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
 
 
-class CachedTeacher:
-    """A teacher's logits from a store; missing ones are computed by `network` and written.
+class TrainingData(Protocol):
+    """What the cache depends on in `datasets.Loaders`."""
 
+    @property
+    def train(self) -> Sized: ...
+
+    @property
+    def train_sampler(self) -> TrainSampler | None: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def form(self) -> str:
+        """How the training images are stored."""
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether training images may be mirrored."""
+
+    def fingerprint(self, *, of_train: bool = False) -> str: ...
+
+
+class CachedTeacher:
+    """A teacher's logits from a store; missing rows are computed by a network and written.
+
+    network: computes missing rows, or None. build_network: builds it when the first damaged row of
+        a complete cache is read; None makes such a row an error.
     epoch_rows: rows of an epoch of the cycle; needed: how many of them whole batches take.
+    verify: compare every row with the network's logits instead of writing.
     The row of an image is its position in the common order of all processes, in its epoch of the
     cycle. New rows are read back after they are written, so that the run that writes and the runs
     that read train on the same numbers.
@@ -63,8 +89,10 @@ class CachedTeacher:
         rank: int,
         world_size: int,
         verify: bool = False,
+        build_network: Callable[[], Teacher | Teachers] | None = None,
     ) -> None:
         self.store, self.network, self.verify = store, network, verify
+        self.build_network = build_network
         self.epoch_rows, self.needed, self.batch_size = epoch_rows, needed, batch_size
         self.rank, self.world_size = rank, world_size
 
@@ -75,28 +103,51 @@ class CachedTeacher:
         """
         if key is None:
             raise ValueError("cached logits belong to a batch of training: give its BatchKey")
-        epoch, micro = key
-        order = micro * self.batch_size + np.arange(len(images))
-        rows = epoch * self.epoch_rows + order * self.world_size + self.rank
-        done = self.store.done(rows)
-        if not done.all():
-            if self.network is None or self.verify:
-                raise UserError(
-                    f"--teacher-cache {self.store.folder}: {self.missing()} of {self.size} rows "
-                    f"are missing, and {np.count_nonzero(~done)} missing or damaged in batch "
-                    f"{micro} of epoch {epoch}; go on writing with --teacher-cache-mode write"
-                )
-            self.store.write(rows, self.network(images, key))
-        logits = self.store.read(rows)
+        position = key.micro_step * self.batch_size + np.arange(len(images))
+        rows = key.epoch * self.epoch_rows + position * self.world_size + self.rank
         if self.verify:
-            same = self.store.agrees(rows, self.network(images, key))
-            if not same.all():
-                raise UserError(
-                    f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} "
-                    f"rows in batch {micro} of epoch {epoch} are not what the teacher "
-                    "says; delete it"
-                )
-        return to_device(logits, images.device, pin=True)
+            self._check(rows, images, key)
+        elif not (done := self.store.done(rows)).all():
+            self._write(rows, images, key, done)
+        return to_device(self.store.read(rows), images.device, pin=True)
+
+    def _write(self, rows: np.ndarray, images: Tensor, key: BatchKey, done: np.ndarray) -> None:
+        if self.network is None and self.build_network is not None:
+            _logger.warning(
+                "--teacher-cache %s: damaged rows in batch %d of epoch %d are recomputed",
+                self.store.folder,
+                key.micro_step,
+                key.epoch,
+            )
+            self.network = self.build_network()
+        if self.network is None:
+            raise self._unusable(rows, key, done)
+        self.store.write(rows, self.network(images, key))
+
+    def _check(self, rows: np.ndarray, images: Tensor, key: BatchKey) -> None:
+        if self.network is None:
+            raise ValueError("verify needs the teacher's network")
+        if not (done := self.store.done(rows)).all():
+            raise self._unusable(rows, key, done)
+        same = self.store.agrees(rows, self.network(images, key), self.network.precision)
+        if not same.all():
+            raise UserError(
+                f"--teacher-cache {self.store.folder}: {int((~same).sum())} of {len(rows)} rows in "
+                f"batch {key.micro_step} of epoch {key.epoch} differ from the teacher's logits "
+                f"(written on {self.store.written_on}); delete the folder and write it again"
+            )
+
+    def _unusable(self, rows: np.ndarray, key: BatchKey, done: np.ndarray) -> UserError:
+        """Return the error for rows of a batch that are missing or damaged."""
+        damaged = int((self.store.marked(rows) & ~done).sum())
+        parts = [f"{self.missing()} of {self.size} rows are missing"] * bool(self.missing())
+        parts += [f"{damaged} damaged in batch {key.micro_step} of epoch {key.epoch}"] * bool(
+            damaged
+        )
+        return UserError(
+            f"--teacher-cache {self.store.folder}: {', '.join(parts)}; compute them with "
+            "--teacher-cache-mode write"
+        )
 
     @property
     def cycle_epochs(self) -> int:
@@ -116,8 +167,10 @@ class CachedTeacher:
         return self.network.logits_only() if self.network is not None else None
 
     def fill(self, query_epoch: Callable[[int], None]) -> None:
-        """Write or verify the whole cycle. query_epoch: calls this teacher on all batches of an
-        epoch, given its number."""
+        """Write or verify the whole cycle.
+
+        query_epoch: calls this teacher on all batches of the epoch with the given number.
+        """
         for epoch in range(self.cycle_epochs):
             query_epoch(epoch)
         self.store.flush()
@@ -126,79 +179,93 @@ class CachedTeacher:
     def describe(self) -> str:
         missing = self.missing()
         state = f"{missing} of {self.size} still to write" if missing else f"complete ({self.size})"
+        cycle = f"{self.cycle_epochs} epoch{'s' * (self.cycle_epochs != 1)}"
         return (
-            f"answers in {self.store.folder}, {self.cycle_epochs} epochs of views,"
-            f" {self.store.keep}, {self.store.size() / 2**20:.1f} MiB, {state}; "
+            f"cached logits in {self.store.folder}, a cycle of {cycle}, {self.store.keep}, "
+            f"{self.store.size() / 2**20:.1f} MiB, {state}; "
             + ("no network is loaded" if self.network is None else self.network.describe())
         )
 
 
 def build_cached_teacher(
     args: Namespace,
-    loaders: Loaders,
+    data: TrainingData,
     student_inputs: InputConfig,
     processes: Processes,
     amp_dtype: torch.dtype | None = None,
 ) -> CachedTeacher:
     """Return the teacher of the command line behind its cache; a complete one needs no network.
 
-    Raises UserError for a cache that was written under other settings, naming those that differ.
+    Raises UserError for a cache that was written with other settings, naming those that differ.
     """
-    sampler, mode = loaders.train_sampler, args.teacher_cache_mode
+    sampler, mode = data.train_sampler, args.teacher_cache_mode
     if sampler is None:
-        raise UserError(f"--teacher-cache: {args.data_set} is a stream, whose order is not known")
-    if args.teacher_logits == "apart" and len(build_sources(args)[0]) > 1:
         raise UserError(
-            "--teacher-cache keeps the mean of several teachers, not --teacher-logits "
-            "apart; leave out one of them"
+            f"--teacher-cache: {args.data_set} is streamed data, which has no fixed order; leave "
+            "out --teacher-cache"
         )
-    epoch_rows = sampler.kept
-    views = args.teacher_cache_views or _pick_views(args.teacher_cache, mode, args.epochs)
+    _, paths = build_sources(args)
+    if args.teacher_logits == "apart" and len(paths) > 1:
+        raise UserError(
+            "--teacher-cache stores the mean of several teachers; leave out --teacher-logits "
+            "apart, or the cache"
+        )
+    cycle = args.teacher_cache_views or _cycle_epochs(args.teacher_cache, mode, args.epochs)
     store = cache_store.Store(
         args.teacher_cache,
-        rows=views * epoch_rows,
-        num_classes=loaders.num_classes,
-        keep=cache_store.read_topk(args.teacher_cache_topk, loaders.num_classes),
-        facts={VIEWS: views} | build_facts(args, loaders, student_inputs, processes, amp_dtype),
+        rows=cycle * sampler.kept,
+        num_classes=data.num_classes,
+        keep=cache_store.read_topk(args.teacher_cache_topk, data.num_classes),
+        fingerprint={CYCLE: cycle}
+        | build_cache_fingerprint(args, data, student_inputs, processes, amp_dtype),
         may_create=mode in ("auto", "write"),
+        written_on=_device_and_dtype(processes.device, amp_dtype),
     )
-    needed = len(loaders.train) * args.batch_size * processes.world_size
-    reads = mode == "read" or (mode == "auto" and not store.missing(views, needed))
-    network = None
-    if not reads:
-        network = build_teacher(
-            args, loaders.num_classes, student_inputs, processes.device, amp_dtype
-        )
+    needed = len(data.train) * args.batch_size * processes.world_size
+    build = partial(
+        build_teacher, args, data.num_classes, student_inputs, processes.device, amp_dtype
+    )
+    is_complete = not store.missing(cycle, needed)
+    reads = mode == "read" or (mode == "auto" and is_complete)
+    # One process alone may build the network later, unless that waits for the other processes.
+    is_local = processes.world_size == 1 or all(Path(path).is_file() for path in paths)
     return CachedTeacher(
         store,
-        network,
-        epoch_rows=epoch_rows,
+        None if reads else build(),
+        epoch_rows=sampler.kept,
         needed=needed,
         batch_size=args.batch_size,
         rank=processes.rank,
         world_size=processes.world_size,
         verify=mode == "verify",
+        build_network=build if mode == "auto" and is_local else None,
     )
 
 
-def _pick_views(folder: str, mode: str, epochs: int) -> int:
-    """Return the epochs of the cycle where no flag says: the cache's own, of a new one `epochs`.
+def _cycle_epochs(folder: str, mode: str, epochs: int) -> int:
+    """Return the length of the cycle without a flag: the cache's own, for a new one `epochs`.
 
-    In a longer run than the cycle the views come again, so it is not the run with the live teacher.
-    Raises UserError for that, unless the mode says to read what there is.
+    Raises UserError for a run with more epochs than the cycle: its augmentation would repeat, which
+    a live teacher's does not. The modes read and verify accept it.
     """
-    found = (cache_store.read_manifest(folder) or {}).get(VIEWS, epochs)
+    found = (cache_store.read_manifest(folder) or {}).get(CYCLE, epochs)
     if found >= epochs or mode == "verify":
         return found
     if mode != "read":
         raise UserError(
-            f"--teacher-cache {folder}: has {found} epochs of views, --epochs is {epochs}; take "
-            f"them in turn with {VIEWS} {found}, or give another folder"
+            f"--teacher-cache {folder}: holds {found} epochs, --epochs is {epochs}; repeat them "
+            f"with {CYCLE} {found}, or give another folder"
         )
     _logger.info(
-        "--teacher-cache has %d epochs of views, which come again in these %d epochs", found, epochs
+        "--teacher-cache holds %d epochs, which repeat in the %d epochs of this run", found, epochs
     )
     return found
+
+
+def _device_and_dtype(device: torch.device, amp_dtype: torch.dtype | None) -> dict[str, str]:
+    """Return what the manifest records of the machine that computes the logits."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "dtype": str(amp_dtype or torch.float32).removeprefix("torch.")}
 
 
 def _version(library: str) -> str:
@@ -208,46 +275,42 @@ def _version(library: str) -> str:
         return "none"
 
 
-def build_facts(
+def build_cache_fingerprint(
     args: Namespace,
-    loaders: Loaders,
+    data: TrainingData,
     student_inputs: InputConfig,
     processes: Processes,
     amp_dtype: torch.dtype | None,
 ) -> dict[str, Any]:
-    """Return all that determines a teacher's answer to the image at a place, as plain values.
+    """Return all that determines the teacher's logits of a batch, as plain values.
 
-    What evaluation alone sees is not among it. A new flag that reaches the pixels belongs here;
-    tests/test_cache.py asks of every one where it belongs.
+    Settings of the evaluation are not part of it. A new flag that changes training images belongs
+    here; tests/test_cache.py lists every flag. The keys are part of the file format.
     """
     names, _ = build_sources(args)
-    source = loaders.data[0].source
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
-    where = processes.device.type
-    if where == "cpu" and amp_dtype is None and models.fast.prefers_onednn():
-        where = "cpu by oneDNN"  # whose last digits are others
-    facts: dict[str, Any] = {
+    found: dict[str, Any] = {
         "teacher": list(names),
         "teacher weights": build_identity(args),
         "teacher shares": args.teacher_weight or [],
-        "teacher precision": f"{amp_dtype or 'float32'} on {where}",
+        "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
         "teacher compiled": args.torchcompile or "no",
-        "data": loaders.fingerprint(of_train=True),
-        "form of the data": source.form,
+        "data": data.fingerprint(of_train=True),
+        "form of the data": data.form,
         "seed": args.seed,
-        "views of a picture in an epoch": loaders.train_sampler.repeats,
-        "mirrored": source.mirrors,
+        "views of a picture in an epoch": data.train_sampler.repeats,  # type: ignore[union-attr]
+        "mirrored": data.mirrors,
         "input": _of_training(student_inputs),
         "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
     }
-    if mixes:  # partners come from the batch
-        facts["mixing"]["processes"] = processes.world_size
-    facts |= {name: getattr(args, name) for name in TRANSFORM}
-    facts["version of our pixels"] = image_ops.VERSION
-    return facts | {f"version of {name}": _version(name) for name in LIBRARIES}
+    if mixes:  # an image is mixed with another one of its batch
+        found["mixing"]["processes"] = processes.world_size
+    found |= {name: getattr(args, name) for name in TRANSFORM}
+    found["version of our pixels"] = image_ops.VERSION
+    return found | {f"version of {name}": _version(name) for name in LIBRARIES}
 
 
 def _of_training(inputs: InputConfig) -> dict[str, Any]:
-    """Return what of `inputs` reaches a training image, as plain values."""
+    """Return the settings of `inputs` that change a training image, as plain values."""
     found = {"size": list(inputs.input_size), "mean": list(inputs.mean), "std": list(inputs.std)}
     return found | ({"interpolation": inputs.interpolation} if inputs.is_small else {})

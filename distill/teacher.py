@@ -174,6 +174,11 @@ class Teacher(nn.Module):
     def members(self) -> "tuple[Teacher]":
         return (self,)
 
+    @property
+    def precision(self) -> torch.dtype:
+        """The type in which the network computes."""
+        return self.amp_dtype or torch.float32
+
     def logits_only(self) -> "LogitsOnly | None":
         return LogitsOnly(self) if self.classifies else None
 
@@ -219,6 +224,11 @@ class Teachers(nn.Module):
     def describe(self) -> str:
         shares = zip(self.members, self.weights)
         return "; ".join(f"{member.describe()}, share {share:.2f}" for member, share in shares)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The type in which the networks compute."""
+        return self.members[0].precision
 
     def logits_only(self) -> "LogitsOnly | None":
         return LogitsOnly(self) if any(member.classifies for member in self.members) else None

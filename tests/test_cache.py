@@ -1,4 +1,4 @@
-"""The cached teacher: what is replayed is what was said, and nothing else is accepted."""
+"""Cached teacher logits: what is read equals what was written; anything else is refused."""
 
 import json
 import os
@@ -15,9 +15,10 @@ import models
 from base.distributed import Processes
 from base.errors import UserError, differences
 from data import image_ops
+from data.samplers import BatchKey
 from distill import cache_store, cached_teacher
 from distill import teacher as teacher_module
-from distill.cached_teacher import VIEWS, _pick_views, build_facts
+from distill.cached_teacher import CYCLE, _cycle_epochs, build_cache_fingerprint
 from options import QUICK_START, get_args_parser, read_recipe
 from tools import prepare_data
 
@@ -28,7 +29,7 @@ def store(
     folder: Path, keep: str | int = "all", may_create: bool = True, **facts
 ) -> cache_store.Store:
     return cache_store.Store(
-        folder, rows=12, num_classes=5, keep=keep, facts=FACTS | facts, may_create=may_create
+        folder, rows=12, num_classes=5, keep=keep, fingerprint=FACTS | facts, may_create=may_create
     )
 
 
@@ -44,7 +45,7 @@ def test_all_logits_come_back_bit_for_bit_and_only_what_was_written_is_done(tmp_
     assert again.missing(2, 3) == 4, "of the rows 0 to 2 and 6 to 8, 2 and 7 are there"
 
 
-def test_a_torn_row_counts_as_missing(tmp_path: Path) -> None:
+def test_a_damaged_row_is_not_done(tmp_path: Path) -> None:
     kept = store(tmp_path, keep=2)
     kept.write(np.arange(4), torch.randn(4, 5))
     path = tmp_path / "log_probabilities.f16"
@@ -54,7 +55,7 @@ def test_a_torn_row_counts_as_missing(tmp_path: Path) -> None:
     assert store(tmp_path, keep=2).done(np.arange(5)).tolist() == [True, True, False, True, False]
 
 
-def test_top_k_keeps_the_likeliest_and_spreads_the_rest(tmp_path: Path) -> None:
+def test_top_k_stores_the_most_likely_classes_and_spreads_the_rest(tmp_path: Path) -> None:
     logits = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.0]])
     kept = store(tmp_path, keep=2)
     kept.write(np.array([0]), logits)
@@ -75,13 +76,13 @@ def test_hard_labels_take_two_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", ["all", 3, "hard"])
-def test_the_size_is_as_told_to_the_byte(keep: str | int, tmp_path: Path) -> None:
+def test_the_stated_size_is_exact(keep: str | int, tmp_path: Path) -> None:
     kept = store(tmp_path, keep=keep)
     files = [path for path in tmp_path.iterdir() if path.name != "manifest.json"]
     assert sum(path.stat().st_size for path in files) == kept.size()
 
 
-def test_other_facts_are_refused_naming_each_with_both_values(tmp_path: Path) -> None:
+def test_another_fingerprint_is_refused_naming_each_entry_with_both_values(tmp_path: Path) -> None:
     store(tmp_path)
     with pytest.raises(UserError, match="seed was 0 and is 1") as caught:
         store(tmp_path, seed=1, mixing={"mixup": 0.5})
@@ -89,7 +90,7 @@ def test_other_facts_are_refused_naming_each_with_both_values(tmp_path: Path) ->
     assert "teacher" not in str(caught.value).split("refused")[1]
 
 
-def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no cache there"):
         store(tmp_path, may_create=False)
     (tmp_path / "holiday.jpg").touch()
@@ -104,11 +105,11 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not readable"):
         store(whole)
     (whole / "manifest.json").write_text('{"format": 2}')
-    with pytest.raises(UserError, match="of format 2, this program has 3"):
+    with pytest.raises(UserError, match="of format 2, this program reads 3 and 4"):
         store(whole)
 
 
-def test_a_cache_whose_making_was_cut_short_is_made_again(tmp_path: Path) -> None:
+def test_a_cache_whose_creation_was_interrupted_is_created_again(tmp_path: Path) -> None:
     (tmp_path / "logits.f32").write_bytes(b"half")
     assert store(tmp_path).missing() == 12
 
@@ -136,18 +137,110 @@ SAID = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.0], [0.5, 0.0, 4.0, 1.0, 4.0004]])
         ("hard", {(1, 2): 4.1}, [True, False]),
     ],
 )
-def test_verifying_looks_at_all_that_is_kept(
+def test_verify_compares_everything_that_is_stored(
     keep: str | int, changes: dict, agrees: list[bool], tmp_path: Path
 ) -> None:
     kept, rows, now = store(tmp_path, keep=keep), np.array([3, 8]), SAID.clone()
     kept.write(rows, SAID)
-    assert kept.agrees(rows, SAID).tolist() == [True, True]
+    assert kept.agrees(rows, SAID, torch.float32).tolist() == [True, True]
     for place, value in changes.items():
         now[place] = value
-    assert kept.agrees(rows, now).tolist() == agrees
+    assert kept.agrees(rows, now, torch.float32).tolist() == agrees
 
 
-def test_an_answer_that_is_no_number_is_not_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", ["all", 2, "hard"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_one_unit_in_the_last_place_apart_agree_in_their_own_type(
+    dtype: torch.dtype, keep: str | int, tmp_path: Path
+) -> None:
+    rows, logits = np.array([3, 8]), (9 * SAID).to(dtype)
+    apart = (logits.view(torch.int16) + 1).view(dtype)
+    kept = store(tmp_path, keep=keep)
+    kept.write(rows, logits)
+    assert not torch.equal(apart, logits)
+    assert kept.agrees(rows, apart, dtype).tolist() == [True, True]
+    wrong = apart.clone()
+    wrong[0, 2] += 0.1 * wrong[0].abs().max()  # no longer the second of its row
+    assert kept.agrees(rows, wrong, dtype).tolist() == [keep == "hard", True]
+    if keep == "all" and dtype == torch.bfloat16:
+        assert not kept.agrees(rows, apart, torch.float32).any()
+
+
+def test_a_manifest_records_where_it_was_written_and_is_read_anywhere(tmp_path: Path) -> None:
+    def opened(device: str) -> cache_store.Store:
+        return cache_store.Store(
+            tmp_path,
+            rows=12,
+            num_classes=5,
+            keep="all",
+            fingerprint=FACTS,
+            may_create=True,
+            written_on={"device": device, "dtype": "bfloat16"},
+        )
+
+    opened("NVIDIA H100")
+    recorded = json.loads((tmp_path / "manifest.json").read_text())["written on"]
+    assert recorded == {"device": "NVIDIA H100", "dtype": "bfloat16"}
+    assert opened("Tesla T4").written_on == "NVIDIA H100 in bfloat16"
+
+
+@pytest.mark.parametrize("suffix", ["", " by oneDNN"])
+def test_a_cache_of_format_3_still_opens(suffix: str, tmp_path: Path) -> None:
+    """The manifest as it was written before devices were recorded, with its CPU's kernels."""
+    precision = {"teacher precision": "float32 on cpu"}
+    store(tmp_path, **precision).write(np.array([2]), SAID[:1])
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"format": 3}
+    del manifest["written on"]
+    manifest["teacher precision"] += suffix
+    path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    again = store(tmp_path, **precision)
+    assert again.read(np.array([2])).equal(SAID[:1]) and "unrecorded" in again.written_on
+    with pytest.raises(UserError, match="teacher precision was 'float32 on cpu' and is 'torch"):
+        store(tmp_path, **{"teacher precision": "torch.bfloat16 on cpu"})
+
+
+class Network:
+    """A network of a cached teacher: returns stated logits, and counts its calls."""
+
+    precision = torch.float32
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, images: torch.Tensor, key: BatchKey) -> torch.Tensor:
+        self.calls += 1
+        return SAID
+
+
+def cached(folder: Path, **options) -> cached_teacher.CachedTeacher:
+    sizes = {"epoch_rows": 4, "needed": 4, "batch_size": 2, "rank": 0, "world_size": 1}
+    return cached_teacher.CachedTeacher(store(folder), **sizes, **options)
+
+
+def test_a_damaged_row_of_a_complete_cache_is_recomputed_or_named(tmp_path: Path) -> None:
+    images, network = torch.zeros(2, 3, 4, 4), Network()
+    for row in range(0, 12, 2):
+        store(tmp_path).write(np.array([row, row + 1]), SAID)
+    logits = np.memmap(tmp_path / "logits.f32", dtype="<f4", mode="r+", shape=(12, 5))
+    logits[7] += 1  # epoch 1, batch 1, second image
+    key = BatchKey(1, 1)
+    words = "cache.*: 1 damaged in batch 1 of epoch 1; compute them with .*-mode write"
+    for options in ({"network": None}, {"network": network, "verify": True}):
+        with pytest.raises(UserError, match=words):
+            cached(tmp_path, **options)(images, key)
+    teacher = cached(tmp_path, network=None, build_network=lambda: network)
+    assert teacher(images, BatchKey(1, 0)).equal(SAID) and network.calls == 0
+    assert teacher(images, key).equal(SAID) and network.calls == 1
+    assert cached(tmp_path, network=None)(images, key).equal(SAID), "the row is on disk again"
+
+
+def test_cached_logits_without_the_key_of_a_batch_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="BatchKey"):
+        cached(tmp_path, network=None)(torch.zeros(2, 3, 4, 4))
+
+
+def test_logits_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     kept, logits = store(tmp_path, keep="hard"), torch.randn(2, 5)
     logits[1, 3] = float("nan")
     with pytest.raises(UserError, match="not finite"):
@@ -155,12 +248,12 @@ def test_an_answer_that_is_no_number_is_not_kept(tmp_path: Path) -> None:
     assert kept.missing() == 12
 
 
-def test_files_that_cannot_be_written_are_read_and_no_more(tmp_path: Path, monkeypatch) -> None:
+def test_read_only_files_can_be_read(tmp_path: Path, monkeypatch) -> None:
     store(tmp_path).write(np.array([2]), SAID[:1])
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     kept = store(tmp_path)
     assert kept.read(np.array([2])).equal(SAID[:1])
-    with pytest.raises(UserError, match="2 rows are missing, and the files cannot be written"):
+    with pytest.raises(UserError, match="missing or damaged, and the files cannot be written"):
         kept.write(np.array([0, 1]), SAID)
 
 
@@ -170,7 +263,7 @@ def _make_and_write(folder: Path, row: int) -> None:
     store(folder).write(np.array([row]), SAID[:1])
 
 
-def test_runs_that_begin_together_make_one_cache_and_lose_no_row(tmp_path: Path) -> None:
+def test_runs_that_start_together_create_one_cache_and_lose_no_row(tmp_path: Path) -> None:
     fork = torch.multiprocessing.get_context("fork")
     runs = [fork.Process(target=_make_and_write, args=(tmp_path / "new", row)) for row in range(4)]
     for run in runs:
@@ -225,7 +318,7 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     assert log(tmp_path / "live") == log(tmp_path / "first") == log(tmp_path / "second")
     assert log(tmp_path / "live") == log(tmp_path / "third")
     shorter = run("fourth", *kept[:2], "--epochs", "1")
-    assert "2 epochs of views" in shorter, "as many as there are, whatever the run has"
+    assert "a cycle of 2 epochs" in shorter, "as many as there are, whatever the run has"
     run("fifth", *kept[:2], "--epochs", "3", "--teacher-cache-mode", "read")
     monkeypatch.undo()
     longer = [*RUN, "--epochs", "3", "--output_dir", str(tmp_path / "fifth"), "--resume", "auto"]
@@ -233,19 +326,19 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("mode", ["auto", "write", "read", "verify"])
-def test_a_cache_of_other_epochs_is_taken_as_it_is_or_refused_with_a_way_out(
+def test_a_cache_with_another_number_of_epochs_is_accepted_or_refused_with_advice(
     mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _pick_views(tmp_path / "new", mode, epochs=7) == 7
-    store(tmp_path, **{VIEWS: 4})
+    assert _cycle_epochs(tmp_path / "new", mode, epochs=7) == 7
+    store(tmp_path, **{CYCLE: 4})
     caplog.set_level("INFO")
-    assert _pick_views(tmp_path, mode, epochs=3) == 4 and not caplog.text
+    assert _cycle_epochs(tmp_path, mode, epochs=3) == 4 and not caplog.text
     if mode in ("auto", "write"):
-        with pytest.raises(UserError, match="has 4 .* --epochs is 5; .*--teacher-cache-views 4"):
-            _pick_views(tmp_path, mode, epochs=5)
+        with pytest.raises(UserError, match="holds 4 .* --epochs is 5; .*--teacher-cache-views 4"):
+            _cycle_epochs(tmp_path, mode, epochs=5)
     else:
-        assert _pick_views(tmp_path, mode, epochs=5) == 4
-        assert ("come again in these 5 epochs" in caplog.text) == (mode == "read")
+        assert _cycle_epochs(tmp_path, mode, epochs=5) == 4
+        assert ("repeat in the 5 epochs" in caplog.text) == (mode == "read")
 
 
 # Every flag of data, augmentation and input: a value by which the facts must differ, or why it
@@ -322,10 +415,10 @@ def facts(*flags: str) -> dict:
     inputs = models.build_input_config(args)
     place = Processes(0, 0, 1, torch.device("cpu"), "single")
     loaders = datasets.build_loaders(args, inputs, place)
-    return build_facts(args, loaders, inputs, place, None)
+    return build_cache_fingerprint(args, loaders, inputs, place, None)
 
 
-def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
+def test_every_flag_that_changes_training_images_is_in_the_fingerprint(
     image_folder: Path, tmp_path: Path
 ) -> None:
     groups = {group.title: group for group in get_args_parser()._action_groups}
@@ -352,13 +445,15 @@ def test_every_flag_that_reaches_a_pixel_is_among_the_facts(
 @pytest.mark.parametrize(
     "change", [(image_ops, "VERSION", 0), (cached_teacher, "version", lambda name: 9)]
 )
-def test_another_version_is_another_fact(change: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_changes_the_fingerprint(
+    change: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = facts()
     monkeypatch.setattr(*change)
     assert facts() != ours
 
 
-def test_data_that_are_never_mirrored_or_otherwise_kept_are_other_facts(
+def test_the_fingerprint_holds_mirroring_and_the_form_of_the_data(
     image_folder: Path, tmp_path: Path
 ) -> None:
     target = str(tmp_path / "prepared")
@@ -373,7 +468,7 @@ def test_data_that_are_never_mirrored_or_otherwise_kept_are_other_facts(
     assert list(differences(kept, again)) == ["mirrored was True and is False"]
 
 
-def test_a_teacher_in_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
+def test_a_teacher_in_a_folder_is_identified_by_its_files(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"one")
     ours = facts("--teacher-model", f"local-dir:{tmp_path}", "--teacher-path", "")
     (tmp_path / "model.safetensors").write_bytes(b"two")
@@ -383,10 +478,12 @@ def test_a_teacher_in_a_folder_is_known_by_its_files(tmp_path: Path) -> None:
         facts("--teacher-model", f"local-dir:{tmp_path}/none", "--teacher-path", "")
 
 
-def test_a_cache_of_the_mean_is_not_taken_for_teachers_apart(run_inside, tmp_path: Path) -> None:
+def test_a_cache_is_refused_with_separate_logits_of_several_teachers(
+    run_inside, tmp_path: Path
+) -> None:
     two = ["--teacher-model", "resnet_pico", "--teacher-path", ""] * 2
     result = run_inside(*RUN, *two, "--teacher-logits", "apart", "--teacher-cache", str(tmp_path))
-    assert result.returncode == 2 and "keeps the mean of several teachers" in result.stderr
+    assert result.returncode == 2 and "stores the mean of several teachers" in result.stderr
 
 
 def _live_written_and_read(rank: int, folder: str) -> None:
@@ -414,7 +511,7 @@ def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(tmp_path
 
 
 @pytest.mark.slow
-def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_path: Path) -> None:
+def test_a_cache_is_filled_in_parts_and_verify_finds_wrong_rows(run_inside, tmp_path: Path) -> None:
     kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]
     incomplete = run_inside(*kept, "--teacher-cache-mode", "write", "--on-bad-image", "skip")
     assert incomplete.returncode == 0, incomplete.stderr
@@ -430,14 +527,20 @@ def test_a_cache_is_filled_in_parts_verified_and_found_wrong(run_inside, tmp_pat
     logits = np.memmap(tmp_path / "cache" / "logits.f32", dtype="<f4", mode="r+", shape=(1536, 10))
     logits[700] += 1
     torn = run_inside(*kept, "--teacher-cache-mode", "verify")
-    assert torn.returncode == 2 and "1 missing or damaged in batch 5" in torn.stderr
+    assert (
+        torn.returncode == 2
+        and "cache: 1 damaged in batch 5 of epoch 0; compute them" in torn.stderr
+    )
     assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
     assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0, "mended"
+    logits[700] += 1
+    trained = run_inside(*kept, "--teacher-cache-mode", "auto")
+    assert trained.returncode == 0 and "damaged rows in batch 5 of epoch 0" in trained.stderr
     logits[700] += 1
     marks = np.memmap(done, dtype="<u4", mode="r+")
     marks[700] = zlib.crc32(logits[700]) % (2**32 - 1) + 1
     wrong = run_inside(*kept, "--teacher-cache-mode", "verify")
-    assert wrong.returncode == 2 and "not what the teacher says" in wrong.stderr
+    assert wrong.returncode == 2 and "differ from the teacher's logits" in wrong.stderr
 
 
 @pytest.mark.slow

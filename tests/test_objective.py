@@ -354,6 +354,12 @@ def test_probability_shift_swaps_the_top_class_with_the_true_one(tmp_path: Path)
         objective.shift_probability(logits, F.one_hot(torch.tensor([2, 1])).float())
 
 
+@pytest.mark.parametrize("flags", [["--cosub", "--distillation-type", "none"], []])
+def test_every_objective_is_told_the_number_of_the_update(flags: list[str]) -> None:
+    _, _, criterion, _ = build(*flags)
+    criterion.at_update(3)
+
+
 @pytest.mark.parametrize("standardize", [False, True])
 def test_dist_and_standardised_logits_are_asked_for_by_flags(standardize: bool) -> None:
     flags = ["--distillation-type", "soft", "--kd-loss-type", "dist", "--distillation-tau", "2"]

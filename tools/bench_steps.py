@@ -270,7 +270,7 @@ class Ours:
             num_classes=CLASSES,
             keep="all",
             may_create=network is not None,
-            facts={"rows": rows, "classes": CLASSES, "precision": str(self.amp_dtype)},
+            fingerprint={"rows": rows, "classes": CLASSES, "precision": str(self.amp_dtype)},
         )
         return CachedTeacher(
             store,
