@@ -6,7 +6,7 @@ import numbers
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from data.device_augment import Recorded
 from data.folders import some
 from data.image_ops import UNREADABLE, to_rgb
 from data.image_source import Shards, Source
+from data.labels import ModelClasses, map_labels
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from data.sources import Part, open_source
 from data.transforms import InputConfig, Transform, build_transform
@@ -47,9 +48,9 @@ class ImageDataset(Dataset):
     def __init__(
         self, source: Source, transform: Transform, num_classes: int, bad_images: str = "fail"
     ) -> None:
-        self.source, self.transform, self.num_classes = source, transform, num_classes
-        self.bad_images = bad_images
-        self.classes = source.classes
+        self.source, self.transform, self.bad_images = source, transform, bad_images
+        self.num_classes, self.classes = num_classes, source.classes
+        self.outputs: tuple[int, ...] | None = None  # of the model, for each class of the source
         self.description = f"{len(source)} {source.what}, {num_classes} classes"
         marks = len(source) if bad_images != "fail" else 0
         self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of an image come in a row
@@ -69,7 +70,7 @@ class ImageDataset(Dataset):
                 if self.bad_images == "leave out":
                     return None
                 continue
-            return self.transform(image), check_label(label, self.num_classes)
+            return self.transform(image), output_of(label, self.outputs, self.num_classes)
         raise UserError(
             f"{tries} images in a row cannot be read, from {self.source.name(index)} on; "
             "is the disk still there?"
@@ -101,6 +102,13 @@ class ImageDataset(Dataset):
             _logger.warning("image %s cannot be read: %s; skipped", name, reason)
 
 
+def output_of(label: Any, outputs: Sequence[int] | None, num_classes: int) -> int:
+    """Return the model's output for the label of an image. outputs: of each class, or None."""
+    if outputs is None:
+        return check_label(label, num_classes)
+    return outputs[check_label(label, len(outputs))]
+
+
 def check_label(label: Any, num_classes: int) -> int:
     """Return the label as an int. Raises UserError if it is none of the `num_classes` classes."""
     if not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
@@ -122,6 +130,7 @@ class Stream(IterableDataset):
     def __init__(self, shards: Shards, transform: Transform, num_classes: int) -> None:
         self.source, self.dataset, self.classes = shards, shards.dataset, shards.classes
         self.transform, self.num_classes = transform, num_classes
+        self.outputs: tuple[int, ...] | None = None
         self.description = (
             f"{len(self.dataset)} images streamed from {shards.what}, {num_classes} classes"
         )
@@ -131,7 +140,8 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         for image, label in self.dataset:
-            yield self.transform(to_rgb(image)), check_label(label, self.num_classes)
+            label = output_of(label, self.outputs, self.num_classes)
+            yield self.transform(to_rgb(image)), label
 
     def set_epoch(self, epoch: int) -> None:
         self.dataset.set_epoch(epoch)
@@ -192,10 +202,11 @@ def count_classes(classes: list[str] | None, wanted: int | None, what: str) -> i
 
 @dataclass(frozen=True)
 class Loaders:
-    """The batches of a run. `train` and `train_sampler` are None where nothing trains.
+    """The batches of a run. `train` and `train_sampler` are None if nothing trains.
 
-    Batches are images (B, 3, H, W) float32 and labels (B,) int64. The train sampler is None for
-    streamed data too.
+    Batches are images (B, 3, H, W) float32 and labels (B,) int64, which number the outputs of the
+    model. num_classes: its outputs; classes: their names, in order. present: the outputs with
+    evaluation images, or None if all have some. The train sampler is None for streamed data too.
     """
 
     train: DataLoader | None
@@ -204,6 +215,7 @@ class Loaders:
     classes: list[str] | None
     train_sampler: TrainSampler | None
     data: tuple[ImageDataset | Stream, ...]
+    present: list[int] | None = None
 
     def set_epoch(self, epoch: int, done: int = 0) -> None:
         """Choose the order and the views of the next pass over `train`, from batch `done` on."""
@@ -221,7 +233,7 @@ class Loaders:
         """
         digest, parts = hashlib.sha256(), self.data[:1] if of_train else self.data
         for data in parts:
-            digest.update(repr((len(data), data.num_classes, data.classes)).encode())
+            digest.update(repr((len(data), data.num_classes, data.source.classes)).encode())
             digest.update(data.source.identity())
         counts = " + ".join(str(len(data)) for data in parts)
         return f"{counts} pictures, {digest.hexdigest()[:12]}"
@@ -289,9 +301,16 @@ def collate_present(samples: list[Any]) -> Any:
     return default_collate(present) if present else None
 
 
-def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) -> Loaders:
+def build_loaders(
+    args: Namespace,
+    inputs: InputConfig,
+    processes: Processes,
+    trained: ModelClasses | None = None,
+) -> Loaders:
     """Return the loaders of a run; with args.eval the train data is not touched.
 
+    trained: the outputs of the weights that the run starts from, if it keeps their head. The
+    labels then number these outputs; without, the classes of the data in their reader's order.
     Training drops the last, smaller batch; evaluation is exact, with batches 1.5 times as large.
     Every image's randomness depends on (seed, view, index) alone, whatever the workers.
     Raises UserError, before any image is read, for missing or empty folders, class lists that
@@ -312,16 +331,24 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
     train_data = train = sampler = None
     if not args.eval:
         train_data, _ = build_dataset(True, args, inputs)
-    val_data, num_classes = build_dataset(False, args, inputs)
-    if processes.rank == 0:
-        for data in filter(None, (train_data, val_data)):
-            if data.source.skipped:
-                _logger.warning("%s: skipped %s", data.source.what, data.source.skipped)
+        check_has_classes(train_data)
+    val_data, _ = build_dataset(False, args, inputs)
     if len(val_data) == 0:
         raise UserError(f"the evaluation data is empty: {val_data.description}")
+    data = (train_data, val_data) if train_data is not None else (val_data,)
+    notes = [f"{x.source.what}: skipped {x.source.skipped}" for x in data if x.source.skipped]
+    if trained is not None:
+        notes += number_labels(data, trained, args.nb_classes)
+    elif train_data is not None and train_data.classes and val_data.classes:
+        names, origin = tuple(train_data.classes), "the training data"
+        own = ModelClasses(train_data.num_classes, names, origin)
+        notes += number_labels([val_data], own, args.nb_classes)
+    present = present_outputs(val_data)
+    notes += missing_classes(val_data, present)
+    if processes.rank == 0:
+        for note in notes:
+            _logger.warning("%s", note)
     if train_data is not None:
-        check_has_classes(train_data)
-        check_same_classes(train_data.classes, val_data.classes)
         if isinstance(train_data, ImageDataset):
             sampler = TrainSampler(
                 len(train_data),
@@ -351,8 +378,8 @@ def build_loaders(args: Namespace, inputs: InputConfig, processes: Processes) ->
         batch_size=int(1.5 * args.batch_size),
         is_train=False,
     )
-    data = (train_data, val_data) if train_data is not None else (val_data,)
-    return Loaders(train, val, num_classes, val_data.classes, sampler, data)
+    num_classes, classes = val_data.num_classes, val_data.classes
+    return Loaders(train, val, num_classes, classes, sampler, data, present)
 
 
 def _build_loader(
@@ -403,20 +430,50 @@ def check_has_classes(data: ImageDataset | Stream) -> None:
         )
 
 
-def check_same_classes(train: list[str] | None, val: list[str] | None) -> None:
-    """Raise UserError, naming the first classes that differ, unless both lists are the same."""
-    if train is None or val is None or train == val:
-        return
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    parts = [
-        f"{len(only)} only in {where} ({some(only)})"
-        for only, where in ((only_train, "train"), (only_val, "evaluation"))
-        if only
+def number_labels(
+    data: Sequence[ImageDataset | Stream], model: ModelClasses, nb_classes: int | None
+) -> list[str]:
+    """Let the labels of `data` number the outputs of `model`; return what to print.
+
+    Raises UserError for classes that the model does not have.
+    """
+    if nb_classes is not None and nb_classes != model.count:
+        raise UserError(
+            f"--nb-classes {nb_classes}: {model.origin} has {model.count} outputs; leave it out"
+        )
+    notes = []
+    for part in data:
+        names = part.source.classes
+        count = len(names) if names else model.count
+        found = map_labels(names, count, part.source.what, model, given=nb_classes)
+        part.outputs, part.num_classes = found.outputs, model.count
+        part.classes = list(model.names) if model.names else names
+        notes += [found.note] if found.note and found.note not in notes else []
+    return notes
+
+
+def present_outputs(data: ImageDataset | Stream) -> list[int] | None:
+    """Return the model's outputs that have images, or None if all have or it is not known."""
+    used = data.source.used_classes()
+    if used is None:
+        used = None if data.source.classes is None else range(len(data.source.classes))
+    if used is None:
+        return None
+    present = sorted(used if data.outputs is None else {data.outputs[label] for label in used})
+    return present if len(present) < data.num_classes else None
+
+
+def missing_classes(data: ImageDataset | Stream, present: Sequence[int] | None) -> list[str]:
+    """Return the line that lists the classes without evaluation images, if there are any."""
+    if present is None or data.classes is None:
+        return []
+    missing = [name for output, name in enumerate(data.classes) if output not in set(present)]
+    if not missing:
+        return []
+    return [
+        f"{data.source.what}: no images of {len(missing)} of the model's {data.num_classes} "
+        f"classes ({some(missing)})"
     ]
-    raise UserError(
-        f"train data has {len(train)} classes, evaluation data {len(val)}: "
-        f"{'; '.join(parts) or 'the order differs'}; they must be the same"
-    )
 
 
 def cores_here() -> int:

@@ -5,7 +5,7 @@ interface. All randomness of a step follows from (seed, epoch, micro-step, rank)
 draws the same numbers as an uninterrupted one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -186,6 +186,7 @@ def evaluate(
     header: str = "Test:",
     log_interval: int = 50,
     interrupt: Interrupt | None = None,
+    present: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Return {"loss", "acc1", "acc5", "count"} of `model` over `data_loader`, in all processes.
 
@@ -193,10 +194,12 @@ def evaluate(
     classes acc5 counts all of them). Each process may bring any number of images, none included:
     sums and counts are added up, so no image is counted twice.
     interrupt: a stop signal in any process ends the evaluation in all of them.
+    present: the outputs that have images; adds "acc1_present", of the largest of these logits.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1, top-5
+    among = torch.tensor(present, device=device) if present is not None else None
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # of _scores
     count = stopped = 0
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     share = " (own share)" * (distributed.world_size() > 1)  # of the printed line; the end has all
@@ -204,7 +207,7 @@ def evaluate(
         images, labels = to_device(images, device), to_device(labels, device)
         with autocast(device, amp_dtype):
             logits = model(images)
-        sums += _scores(logits, labels)
+        sums += _scores(logits, labels, among)
         count += len(labels)
         if progress.due(step):
             loss, acc1 = (sums[:2] / count).tolist()
@@ -214,7 +217,7 @@ def evaluate(
             break
     model.train(was_training)
     totals = torch.cat([sums, torch.tensor([count, stopped], dtype=sums.dtype, device=device)])
-    loss, top1, top5, count, stopped = distributed.all_reduce_sum(totals).tolist()
+    loss, top1, top5, top1_present, count, stopped = distributed.all_reduce_sum(totals).tolist()
     if stopped and interrupt is not None:
         interrupt.stop()
     if count == 0:
@@ -222,16 +225,21 @@ def evaluate(
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     if distributed.is_main():
         print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats), flush=True)
+    if present is not None:
+        stats["acc1_present"] = 100 * top1_present / count
     return stats | {"count": int(count)}
 
 
-def _scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Return a batch's summed cross entropy and its top-1 and top-5 hits, (3,) float64.
+def _scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor, among: Tensor | None) -> Tensor:
+    """Return a batch's summed cross entropy, and its top-1, top-5 and top-1 `among` hits, (4,).
 
-    logits: (B,C), or those of two heads, whose mean counts.
+    logits: (B, C), or those of two heads, which are averaged. among: the outputs that the last
+    number is restricted to, (K,), or None for all.
     """
     if isinstance(logits, tuple):
         logits = sum(logits) / len(logits)
     logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([loss, *accuracy(logits, labels, topk=(1, 5))]).double()
+    top1, top5 = accuracy(logits, labels, topk=(1, 5))
+    hits = top1 if among is None else (among[logits[:, among].argmax(dim=1)] == labels).sum()
+    return torch.stack([loss.double(), top1.double(), top5.double(), hits.double()])

@@ -27,6 +27,7 @@ from training import metrics, recipe, setup
 from training.exit_codes import exit_code_of
 from training.setup import Runtime, Training
 from training.step_config import Hooks
+from training.trained_classes import build_trained_classes
 
 
 def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) -> None:
@@ -37,7 +38,8 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         print_once(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return
     setup.print_notes(notes, about)
-    loaders = datasets.build_loaders(args, runtime.inputs, runtime.processes)
+    trained = build_trained_classes(args)
+    loaders = datasets.build_loaders(args, runtime.inputs, runtime.processes, trained)
     student = setup.build_student(args, loaders, runtime)
     if args.eval:
         evaluation.build_file_results(args, student, loaders, runtime)

@@ -27,6 +27,7 @@ from distill import cache_store
 from distill.teacher import build_sources, input_of
 from training import optim
 from training.metrics import clock
+from training.trained_classes import build_trained_classes
 
 # What --data-set names, training images and classes: counted with where the data is not there.
 EXTENTS = {
@@ -128,7 +129,7 @@ def _build_extent(args: Namespace, processes: Processes, inputs: InputConfig) ->
     Raises UserError for data that is there and cannot be used.
     """
     try:
-        loaders = datasets.build_loaders(args, inputs, processes)
+        loaders = datasets.build_loaders(args, inputs, processes, build_trained_classes(args))
     except UserError as error:
         is_named_alone = not args.data_path and "/" in str(args.data_set)  # tfds/NAME
         if not is_named_alone and (not args.data_path or Path(args.data_path).exists()):

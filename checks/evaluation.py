@@ -3,6 +3,7 @@
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import engine
 import models
@@ -29,7 +30,7 @@ def build_file_results(
     path = resolve(args.resume, Path(args.output_dir)) or args.finetune
     if args.resume and not path:
         raise UserError(f"--resume {args.resume}: {args.output_dir} has no checkpoint to evaluate")
-    options = {"amp_dtype": runtime.amp_dtype}
+    options: dict[str, Any] = {"amp_dtype": runtime.amp_dtype, "present": loaders.present}
     if not path:
         what = "published weights" if args.pretrained else "random weights (no --resume)"
         if args.pretrained and args.model.startswith("local-dir:"):
@@ -52,6 +53,9 @@ def print_accuracy(stats: dict[str, float], published: Released | None = None) -
     """Print the accuracy, and the published one of the file if there is one."""
     line = f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%"
     print_once(None, line)
+    if "acc1_present" in stats:
+        among = f"Accuracy among the classes that have images: {stats['acc1_present']:.1f}%"
+        print_once(None, among)
     if published is not None and (note := published.beside(stats["acc1"], int(stats["count"]))):
         print_once("published", note)
 

@@ -1,7 +1,7 @@
 """Find the images of a folder that has one subfolder for every class."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from timm.utils.misc import natural_key
@@ -165,6 +165,6 @@ def _has_files(folder: str) -> bool:
     return False
 
 
-def some(names: list[str], limit: int = 3) -> str:
+def some(names: Sequence[str], limit: int = 3) -> str:
     """Return the first names, printable, and dots if there are more."""
     return ", ".join(map(printable, names[:limit])) + (", ..." if len(names) > limit else "")

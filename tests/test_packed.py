@@ -340,6 +340,17 @@ def test_bad_images_end_the_preparation_or_are_left_out(
     assert rows["label"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_labels_of_every_split_number_the_classes_of_the_first(
+    folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(folder, tmp_path / "source")
+    classes = sorted(path.name for path in (source / "train").iterdir())
+    shutil.rmtree(source / "val" / classes[0])
+    made = prepare(source, tmp_path / "made")
+    val = Prepared(made, "val")
+    assert val.classes == classes and set(val.used_classes()) == set(range(1, len(classes)))
+
+
 def test_digits_keep_their_splits_and_are_never_mirrored(tmp_path: Path) -> None:
     made = prepare("", tmp_path / "out", "--data-set", "DIGITS", "--splits", "train")
     small = InputConfig((8, 8), INPUTS.mean, INPUTS.std)

@@ -20,7 +20,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ import datasets  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.flag_table import INAT_CATEGORIES  # noqa: E402
 from data import folders, image_ops, image_source, packed, sources  # noqa: E402
+from data.labels import ModelClasses, map_labels  # noqa: E402
 from training.metrics import clock  # noqa: E402
 
 _logger = logging.getLogger("prepare_data")
@@ -110,8 +111,8 @@ def entries(
         yield place, *packed.encode(image_ops.to_rgb(image), *how), int(label)
 
 
-def open_all(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the source of each split. Raises UserError where their classes differ."""
+def open_all(args: argparse.Namespace) -> dict[str, image_source.Source]:
+    """Return the source of each split, and print which files of it are not used."""
     opened = {}
     for split in args.splits:
         part = sources.Part(
@@ -123,13 +124,30 @@ def open_all(args: argparse.Namespace) -> dict[str, Any]:
         opened[split] = sources.open_source(args.data_set, args.source, part)
         if opened[split].skipped:
             print(f"{split}: skipped {opened[split].skipped}")
-    first, *others = opened.values()
-    for other in others:
-        datasets.check_same_classes(first.classes, other.classes)
     return opened
 
 
-def plan_of(opened: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def stored_labels(opened: Mapping[str, image_source.Source]) -> dict[str, Sequence[int] | None]:
+    """Return for each split the stored label of each of its classes; None stores them as read.
+
+    The first split's classes are stored, and others are matched with them by name. Raises
+    UserError for a class that the first split does not have.
+    """
+    first, *_ = opened
+    names = opened[first].classes
+    found: dict[str, Sequence[int] | None] = {}
+    for split, source in opened.items():
+        found[split] = None
+        if names is not None and source.classes is not None:
+            model = ModelClasses(len(names), tuple(names), f"the {first} part")
+            count = len(source.classes)
+            found[split] = map_labels(
+                source.classes, count, source.what, model, given=len(names)
+            ).outputs
+    return found
+
+
+def plan_of(opened: Mapping[str, image_source.Source], args: argparse.Namespace) -> dict[str, Any]:
     """Return all that determines the bytes of the prepared data set."""
     found = {}
     for split, source in opened.items():
@@ -151,40 +169,50 @@ def prepare(args: argparse.Namespace) -> None:
     """Write the prepared data set, or what is missing of it."""
     folder = Path(args.target)
     opened = open_all(args)
+    labels = stored_labels(opened)
     plan = plan_of(opened, args)
     if packed.begin(folder, plan):
         print(f"{folder}: complete already")
         return
-    facts = {}
-    for split, source in opened.items():
-        writer = packed.Writer(folder, split)
-        total = len(source)
-        if writer.next_place:
-            print(f"{split}: goes on after {writer.next_place} of {total}")
-        bar = Bar(split, total, writer.next_place)
-        for place, *entry in entries(source, writer.next_place, args):
-            if len(entry) == 1:
-                if args.on_bad_image == "fail":
-                    raise UserError(
-                        f"image {entry[0]}; mend or remove it, or use --on-bad-image skip"
-                    )
-                _logger.warning("image %s; left out", entry[0])
-                continue
-            data, height, width, label = entry
-            if source.classes is not None:
-                datasets.check_label(label, len(source.classes))
-            writer.append(data, height, width, label, place)
-            bar.show(place + 1)
-        facts[split] = writer.close()
-        bar.close()
-        if not facts[split]["pictures"]:
-            raise UserError(f"{args.source}: no image for {split}")
-        print(f"{split}: {facts[split]['pictures']} images, {facts[split]['bytes'] / 1e9:.3f} GB")
-    classes = next(iter(opened.values())).classes
-    mirrors = next(iter(opened.values())).mirrors
-    manifest = {"plan": plan, "kind": args.format, "classes": classes, "flips": mirrors}
-    packed.finish(folder, manifest | {"splits": facts})
+    splits = {
+        split: write_split(folder, split, source, labels[split], args)
+        for split, source in opened.items()
+    }
+    first = next(iter(opened.values()))
+    manifest = {"plan": plan, "kind": args.format, "classes": first.classes, "flips": first.mirrors}
+    packed.finish(folder, manifest | {"splits": splits})
     print(f"ready: --data-set PREPARED --data-path {folder}")
+
+
+def write_split(
+    folder: Path,
+    split: str,
+    source: image_source.Source,
+    labels: Sequence[int] | None,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Write the images of a split that are missing; return what the manifest holds about it."""
+    writer, total = packed.Writer(folder, split), len(source)
+    if writer.next_place:
+        print(f"{split}: goes on after {writer.next_place} of {total}")
+    bar = Bar(split, total, writer.next_place)
+    for place, *entry in entries(source, writer.next_place, args):
+        if len(entry) == 1:
+            if args.on_bad_image == "fail":
+                raise UserError(f"image {entry[0]}; mend or remove it, or use --on-bad-image skip")
+            _logger.warning("image %s; left out", entry[0])
+            continue
+        data, height, width, label = entry
+        if labels is not None:
+            label = labels[datasets.check_label(label, len(labels))]
+        writer.append(data, height, width, label, place)
+        bar.show(place + 1)
+    facts = writer.close()
+    bar.close()
+    if not facts["pictures"]:
+        raise UserError(f"{args.source}: no image for {split}")
+    print(f"{split}: {facts['pictures']} images, {facts['bytes'] / 1e9:.3f} GB")
+    return facts
 
 
 class Bar:

@@ -1,0 +1,180 @@
+"""Classes are matched by name: for every entry point, the accuracy worked out by hand."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+
+import models
+from base.errors import UserError
+from data.labels import ModelClasses, imagenet_names, map_labels
+from data.transforms import InputConfig, eval_transform
+from models.class_names import classes_of_file, classes_of_published
+
+MODEL = "resnet_pico"
+ABC = ModelClasses(3, ("a", "b", "c"), "m.pth")
+SYNSETS = ImageNetInfo().label_names()
+
+
+def outputs(names: list[str] | None, model: ModelClasses, given: int | None = None) -> tuple:
+    count = len(names) if names else model.count
+    return map_labels(names, count, "the data", model, given=given).outputs
+
+
+def test_names_are_matched_whatever_their_order_and_number() -> None:
+    assert outputs(["a", "b", "c"], ABC) == (0, 1, 2)
+    assert outputs(["c", "a"], ABC) == (2, 0)
+    assert map_labels(["c"], 1, "the data", ABC, given=None).note == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "zbird"], "the data: not a class of m.pth: zbird; it has 3 classes"),
+        (["A", "b"], r"not a class of m.pth: A \(did you mean a\?\)"),
+        (["x\x1b[1m", "y"], r"not a class of m.pth: x\\x1b\[1m, y"),
+    ],
+)
+def test_names_that_the_model_does_not_have_are_named(names: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        outputs(names, ABC)
+
+
+def test_without_names_on_one_side_positions_count_and_a_line_says_so() -> None:
+    nameless = ModelClasses(3, None, "m.pth")
+    found = map_labels(["x", "y", "z"], 3, "the data", nameless, given=None)
+    assert found.outputs == (0, 1, 2)
+    assert "m.pth: stores no class names" in found.note and "(x, y, z)" in found.note
+    found = map_labels(None, 3, "the data", ABC, given=None)
+    assert found.outputs == (0, 1, 2) and "the data: has no class names" in found.note
+    twice = ["crane", "crane", "x"]  # names that tell nothing apart
+    assert "no class names" in map_labels(twice, 3, "the data", ABC, given=None).note
+
+
+def test_without_names_the_numbers_of_classes_must_be_the_same() -> None:
+    nameless = ModelClasses(3, None, "m.pth")
+    with pytest.raises(UserError, match="2 classes, m.pth has 3, .* give --nb-classes 3"):
+        outputs(["x", "y"], nameless)
+    assert outputs(["x", "y"], nameless, given=3) == (0, 1)
+    with pytest.raises(UserError, match="4 classes, m.pth has 3"):
+        outputs(["w", "x", "y", "z"], nameless)
+
+
+def test_imagenet_weights_know_synsets_and_folders_named_by_number() -> None:
+    published = classes_of_published("deit_tiny_patch16_224", 1000)
+    assert published.names == tuple(SYNSETS) and published.numbered
+    assert outputs([SYNSETS[7], SYNSETS[999], SYNSETS[3]], published) == (7, 999, 3)
+    assert outputs(["1", "10", "2"], published) == (1, 10, 2)
+    with pytest.raises(UserError, match="cat"):
+        outputs(["cat", "dog"], published)
+
+
+def test_folder_names_are_no_numbers_for_other_models() -> None:
+    ours = ModelClasses(3, ("1", "10", "2"), "m.pth")
+    assert outputs(["1", "2", "10"], ours) == (0, 2, 1)
+    nameless = ModelClasses(1000, None, "m.pth")
+    assert outputs(["1", "2", "10"], nameless, given=1000) == (0, 1, 2)
+
+
+def test_a_file_without_names_and_with_imagenets_outputs_is_matched_by_synset() -> None:
+    found = map_labels(SYNSETS[5:7], 2, "the data", ModelClasses(1000, None, "m"), given=None)
+    assert found.outputs == (5, 6) and "taken as ImageNet's" in found.note
+
+
+def test_other_sets_of_published_weights_have_their_names() -> None:
+    assert len(imagenet_names(21843)) == 21843 and imagenet_names(17) is None
+    assert classes_of_published("vit_base_patch16_224.augreg_in21k", 21843).names[0] == "n00004475"
+
+
+# ---- programs ----
+
+
+def network(count: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(MODEL, num_classes=count).eval()
+
+
+def logits_of(folder: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the logits of the images of each class folder, worked out without our loaders."""
+    config = models.data_config(MODEL)
+    inputs = InputConfig((32, 32), config["mean"], config["std"], config["interpolation"])
+    prepare = eval_transform(inputs)
+    found = {}
+    for place in sorted(folder.iterdir()):
+        images = [prepare(Image.open(path).convert("RGB")) for path in sorted(place.iterdir())]
+        with torch.no_grad():
+            found[place.name] = model(torch.stack(images))
+    return found
+
+
+@pytest.fixture(scope="module")
+def case(image_folder: Path, tmp_path_factory) -> tuple[Path, Path, float, float]:
+    """A checkpoint of the classes two, zero, one; data of one and two; both accuracies in %."""
+    folder = tmp_path_factory.mktemp("labels")
+    names, model = ["two", "zero", "one"], network(3)
+    logits = logits_of(image_folder / "val", model)
+    with torch.no_grad():  # so that all three classes are predicted
+        model.get_classifier().bias -= torch.cat(list(logits.values())).mean(0)
+    logits = logits_of(image_folder / "val", model)
+    right = right_among = count = 0
+    for name, values in logits.items():
+        right += int((values.argmax(1) == names.index(name)).sum())
+        right_among += int((values[:, [0, 2]].argmax(1) == ["two", "one"].index(name)).sum())
+        count += len(values)
+    torch.save({"model": model.state_dict(), "classes": names}, folder / "named.pth")
+    torch.save({"model": model.state_dict()}, folder / "nameless.pth")
+    export = folder / "export"
+    export.mkdir()
+    save_file(model.state_dict(), export / "model.safetensors")
+    (export / "config.json").write_text(json.dumps({"label_names": names, "num_classes": 3}))
+    return image_folder, folder, 100 * right / count, 100 * right_among / count
+
+
+@pytest.mark.parametrize("file", ["named.pth", "export/model.safetensors"])
+@pytest.mark.parametrize("reader", ["IMNET", "folder/"])
+@pytest.mark.parametrize("flag", ["--resume", "--finetune"])
+def test_eval_matches_the_names_of_a_file(case, run_inside, flag, reader, file) -> None:
+    data, folder, acc1, among = case
+    flags = ["--data-path", str(data), "--data-set", reader, "--num-workers", "0"]
+    found = run_inside("--eval", "--model", MODEL, flag, str(folder / file), *flags)
+    assert found.returncode == 0, found.stderr
+    assert f"* Acc@1 {acc1:.3f}" in found.stdout
+    assert f"Accuracy among the classes that have images: {among:.1f}%" in found.stdout
+    assert 0 < acc1 < 100 and acc1 != among
+
+
+def test_eval_refuses_a_class_that_the_file_does_not_have(case, run_inside, tmp_path) -> None:
+    data, folder, *_ = case
+    root = shutil.copytree(data, tmp_path / "root")
+    (root / "val" / "one").rename(root / "val" / "zone")
+    file = str(folder / "named.pth")
+    found = run_inside("--eval", "--model", MODEL, "--resume", file, "--data-path", str(root))
+    assert found.returncode == 2
+    assert "not a class of" in found.stderr and "zone (did you mean one?)" in found.stderr
+
+
+def test_eval_of_a_file_without_names_says_that_positions_count(case, run_inside, caplog) -> None:
+    data, folder, *_ = case
+    file = ["--resume", str(folder / "nameless.pth"), "--num-workers", "0"]
+    flags = ["--eval", "--model", MODEL, "--data-path", str(data), *file]
+    refused = run_inside(*flags)
+    assert refused.returncode == 2 and "give --nb-classes 3" in refused.stderr
+    found = run_inside(*flags, "--nb-classes", "3")
+    assert found.returncode == 0, found.stderr
+    assert "stores no class names; its outputs are taken in the order" in found.stderr
+
+
+def test_a_file_names_its_classes_and_an_unreadable_config_is_one_line(case) -> None:
+    _, folder, *_ = case
+    path = str(folder / "named.pth")
+    assert classes_of_file(path, MODEL) == ModelClasses(3, ("two", "zero", "one"), path)
+    bad = shutil.copytree(folder / "export", folder / "bad")
+    (bad / "config.json").write_bytes(b"\xff{")
+    with pytest.raises(UserError, match="config.json: not readable as JSON"):
+        classes_of_file(str(bad / "model.safetensors"), MODEL)
