@@ -27,7 +27,8 @@ from base.errors import EXIT_STOPPED, Stopped, UserError
 from losses import DistillationLoss
 from models.features import Observed, Tap
 from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
-from training.checkpointer import Checkpointer, compatible, is_auto
+from training.checkpointer import Checkpointer, is_auto
+from training.optim import compatible
 from training.state import EpochState
 from training.step_config import Hooks, StepConfig
 

@@ -6,7 +6,6 @@ scaler and average, the place in the epoch with the sums of its means, and its s
 
 import dataclasses
 import logging
-import math
 import os
 import re
 import reprlib
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from base import distributed, files, flag_table, flags, safe_load
 from base.errors import CorruptFile, Stopped, UserError
+from training.optim import load_optimizer_state
 
 _logger = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # free because the images themselves are compared, --teacher-path because the file's hash
 # is; --epochs, because training on is common.
 MAY_CHANGE = frozenset(flag_table.with_fact(flags.MAY_CHANGE))
-# Optimizer state with the shape of its parameter
-SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum"}
 
 
 class Stateful(Protocol):
@@ -300,8 +298,9 @@ class Checkpointer:
                     if name in WEIGHTS:
                         safe_load.check_numbers(saved[name], part.state_dict(), same_type=True)
                     if name == "optimizer":
-                        check_optimizer_state(saved[name], part)
-                    part.load_state_dict(saved[name])
+                        load_optimizer_state(part, saved[name])
+                    else:
+                        part.load_state_dict(saved[name])
                 elif hasattr(part, "refresh"):  # the average begins with the weights
                     part.refresh(self.parts["model"])
                 elif name not in ("lr_scheduler", "scaler"):
@@ -453,39 +452,6 @@ def differ(one: Any, other: Any) -> bool:
         return bool(one != other)
     except (RuntimeError, TypeError, ValueError):
         return True
-
-
-def compatible(found: Any, ours: Any) -> bool:
-    """Return whether a setting of an optimizer can stand for ours: switches, numbers, pairs."""
-    if ours is None or isinstance(ours, bool):
-        return found is None or isinstance(found, bool)  # which older torch did not have
-    if isinstance(ours, int | float):
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        return number and math.isfinite(found)
-    if isinstance(ours, list | tuple):
-        pair = isinstance(found, list | tuple) and len(found) == len(ours)
-        return pair and all(compatible(x, y) for x, y in zip(found, ours))
-    return isinstance(found, type(ours))
-
-
-def check_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> None:
-    """Raise ValueError for what torch takes in without a look, and would stumble over later."""
-    groups, ours = saved["param_groups"], optimizer.param_groups
-    shapes = [parameter.shape for group in ours for parameter in group["params"]]
-    for group, our in zip(groups, ours):
-        for key, value in our.items():
-            if key != "params" and not compatible(group.get(key), value):
-                raise ValueError(f"{key} of a parameter group is {reprlib.repr(group.get(key))}")
-    states = saved["state"].items()
-    keys = {frozenset(state) for _, state in states}
-    if len(keys) > 1:
-        raise ValueError("state is missing for some parameters")
-    for index, state in states:
-        for key, value in state.items():
-            if key in SHAPED and value is not None and value.shape != shapes[index]:
-                raise ValueError(f"{key} of parameter {index} has shape {tuple(value.shape)}")
-            if isinstance(value, Tensor) and bool(value.isnan().any()):
-                raise ValueError(f"{key} of parameter {index} holds values that are no numbers")
 
 
 def build_checkpointer(

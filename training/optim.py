@@ -1,28 +1,33 @@
-"""How weights move: parameter groups, learning rate, its schedule, and the moving average.
+"""Optimizer, learning-rate schedule, and the moving average of the weights (EMA).
 
-timm's optimizers and schedulers underneath. Schedules are functions of the global step (updates
-since the beginning), so that a resumed run goes on where the other stopped.
+Optimizers and schedulers are timm's. A schedule is a function of the global step (updates since
+the run began), so that a resumed run continues exactly.
 """
 
 import copy
+import inspect
 import logging
+import math
+import reprlib
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import Adahessian, Lookahead, create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from base.errors import UserError
 from models import Student
+from training.optimizer_step import SkipOnDevice
 
 _logger = logging.getLogger(__name__)
 REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this many images
 RENAMED = {"fusedlamb": "lamb", "fusedadam": "adam", "fusedadamw": "adamw"}  # apex's
+IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # same update, other kernels
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,9 @@ def build_optimizer(
         options["betas"] = tuple(args.opt_betas)
     if args.opt_eps is not None:
         options["eps"] = args.opt_eps
-    first = next(student.parameters())
-    if name.lower() in ("adam", "adamw") and first.device.type in ("cpu", "cuda"):
-        # One kernel: 3 times as fast as the default on a CPU, where foreach is slower than that;
-        # on a GPU it can skip a bad update without a sync.
-        options["fused"] = True
-    options |= args.opt_kwargs
+    device = next(student.parameters()).device
     try:
+        options = options | default_options(name, device, args.momentum) | args.opt_kwargs
         optimizer = create_optimizer_v2(
             student.network,
             opt=name,
@@ -115,7 +116,12 @@ def build_optimizer(
         )
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--opt {args.opt}: timm cannot make it ({reason})") from error
+        raise UserError(f"--opt {args.opt}: timm cannot create it ({reason})") from error
+    if isinstance(optimizer, Adahessian):
+        raise UserError(
+            f"--opt {args.opt}: needs second derivatives of the loss, which are not computed here; "
+            "use --opt adamw or lamb"
+        )
     for name, projection in student.projections.items():
         own = projection.optimizer_options
         if unknown := set(own) - set(optimizer.defaults):
@@ -127,14 +133,129 @@ def build_optimizer(
             raise UserError(f"match {name}: proj: {dict(own)}; rates must not be below 0")
         group = {"params": list(projection.parameters()), "weight_decay": args.weight_decay}
         optimizer.add_param_group(group | own)  # a rate of its own is taken as it is
+    if device.type == "cuda" and optimizer.defaults.get("foreach"):
+        SkipOnDevice(optimizer)
     return optimizer, lr
+
+
+def default_options(name: str, device: torch.device, momentum: float) -> dict[str, Any]:
+    """Return the options of timm's optimizer `name` that depend on the device and the momentum.
+
+    adam and adamw are fused: three times as fast as the default on a CPU. On a GPU all others are
+    multi-tensor where they can be.
+    """
+    if name.lower() in ("adam", "adamw") and device.type in ("cpu", "cuda"):
+        return {"fused": True}
+    if "_" in name:  # timm's lookahead_NAME, which has no class of its own
+        return {}
+    known = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    options = {}
+    if "nesterov" in known and momentum == 0:
+        options["nesterov"] = False  # timm's default, which needs a momentum
+    if "foreach" in known and device.type == "cuda":
+        options["foreach"] = True
+    return options
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Load a saved state. The implementation (fused, foreach, ...) stays that of `optimizer`.
+
+    Raises ValueError if the state is not one of this optimizer with these parameters.
+    """
+    groups = []
+    for group, own in zip(saved["param_groups"], optimizer.param_groups):
+        kernels = {key: own[key] for key in IMPLEMENTATION if key in own}
+        groups.append({k: v for k, v in group.items() if k not in IMPLEMENTATION} | kernels)
+        for key, value in own.items():
+            if key != "params" and not compatible(groups[-1].get(key), value):
+                found = reprlib.repr(groups[-1].get(key))
+                raise ValueError(f"{key} of a parameter group is {found}")
+    groups += saved["param_groups"][len(groups) :]  # torch raises the error about their number
+    _check_state(saved["state"], optimizer)
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def _check_state(saved: Mapping[Any, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where the state of a parameter has other keys, shapes, or NaN."""
+    if not saved or isinstance(optimizer, Lookahead):  # whose state grows later
+        return
+    expected = expected_state(optimizer)
+    for index, state in saved.items():
+        if not state:  # a parameter that has not been updated
+            continue
+        if index not in expected:
+            raise ValueError(f"it has a state of parameter {index}, this optimizer has none")
+        found = {key: _outline(value) for key, value in state.items()}
+        for key in sorted({*found, *expected[index]}, key=str):
+            is_, should = found.get(key, "missing"), expected[index].get(key, "unknown")
+            if is_ != should:
+                raise ValueError(f"{key} of parameter {index} is {is_}, not {should}")
+        for key, value in state.items():
+            if isinstance(value, Tensor) and bool(value.isnan().any()):
+                raise ValueError(f"{key} of parameter {index} contains NaN")
+
+
+def expected_state(optimizer: torch.optim.Optimizer) -> dict[Any, dict[Any, Any]]:
+    """Return the keys of each parameter's state after an update, with an outline of each value.
+
+    A copy of the optimizer makes an update of zeros: on the meta device, which computes nothing,
+    or on the CPU if the update needs values.
+    """
+    try:
+        state = _state_of_copy(optimizer, "meta")
+    except RuntimeError:
+        state = _state_of_copy(optimizer, "cpu")
+    return {
+        index: {key: _outline(value) for key, value in values.items()}
+        for index, values in state.items()
+    }
+
+
+def _state_of_copy(optimizer: torch.optim.Optimizer, device: str) -> dict[Any, dict[Any, Any]]:
+    other = copy.copy(optimizer)
+    other.state, other.param_groups = type(optimizer.state)(dict), []
+    for group in optimizer.param_groups:
+        parameters = []
+        for parameter in group["params"]:
+            zeros = nn.Parameter(torch.zeros_like(parameter, device=device))
+            zeros.grad = torch.zeros_like(zeros)
+            parameters.append(zeros)
+        options = copy.deepcopy({k: v for k, v in group.items() if k != "params"})
+        options |= {key: False for key in IMPLEMENTATION if key in options}
+        other.param_groups.append(options | {"params": parameters})
+    other.step()
+    return other.state_dict()["state"]
+
+
+def _outline(value: Any) -> str:
+    """Return the shape of a tensor, or "a number", or those of a sequence."""
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0):
+        return "a number"
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_outline(item) for item in value)}]"
+    return type(value).__name__
+
+
+def compatible(found: Any, own: Any) -> bool:
+    """Return whether an option of a saved optimizer can replace ours: switches, numbers, pairs."""
+    if own is None or isinstance(own, bool):
+        return found is None or isinstance(found, bool)  # which older torch did not have
+    if isinstance(own, int | float):
+        is_number = isinstance(found, int | float) and not isinstance(found, bool)
+        return is_number and math.isfinite(found)
+    if isinstance(own, list | tuple):
+        same = isinstance(found, list | tuple) and len(found) == len(own)
+        return same and all(compatible(x, y) for x, y in zip(found, own))
+    return isinstance(found, type(own))
 
 
 class Schedule:
     """timm's learning-rate scheduler, stepped from the global step or the epoch.
 
-    A plateau scheduler is the one that looks back: it hears each epoch's accuracy. follower: is
-    told the global step too, such as the weights of a loss.
+    on_step: is also called with the global step, for example to set the weights of a loss. A
+    plateau scheduler has a state of its own: it depends on the accuracy of every epoch.
     """
 
     def __init__(
@@ -153,7 +274,7 @@ class Schedule:
             self.scheduler.step(epoch)
 
     def end_epoch(self, epoch: int, acc1: float) -> None:
-        """Tell a plateau scheduler the accuracy (percent) after `epoch`."""
+        """Step a plateau scheduler with the accuracy (percent) after `epoch`."""
         if self._is_plateau:
             self.scheduler.step(epoch + 1, acc1)
 
@@ -161,12 +282,14 @@ class Schedule:
         state = self.scheduler.state_dict()
         if self._is_plateau:
             state["plateau"] = self.scheduler.lr_scheduler.state_dict()
+            state["restore_lr"] = self.scheduler.restore_lr  # the rates without noise
         return {k: v for k, v in state.items() if k != "optimizer"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take a plateau's memory; the others have none, and follow the flags of today."""
+        """Load the state of a plateau scheduler; all others follow the flags of this run."""
         if self._is_plateau and "plateau" in state:
             self.scheduler.lr_scheduler.load_state_dict(state["plateau"])
+            self.scheduler.restore_lr = state.get("restore_lr")
 
 
 def build_schedule(
@@ -204,9 +327,9 @@ def build_schedule(
         )
     except (AssertionError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--sched {args.sched}: timm cannot make it ({reason})") from error
+        raise UserError(f"--sched {args.sched}: timm cannot create it ({reason})") from error
     if scheduler is None:
-        raise UserError(f"--sched {args.sched}: unknown to timm; cosine, step, plateau, ...")
+        raise UserError(f"--sched {args.sched}: timm has no schedule of it; use --sched constant")
     return Schedule(scheduler, on_updates=on_updates, on_step=on_step)
 
 
