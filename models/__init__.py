@@ -25,6 +25,7 @@ from models.loading import (
 from models.student import Student, both_logits, has_distillation_head
 
 __all__ = [
+    "SOURCES",
     "DistilledVisionTransformer",
     "FinetuneReport",
     "Student",

@@ -209,6 +209,26 @@ def published(name: str, source: str = "") -> Released | None:
     return next((found for found in RELEASED.values() if found.file == file), None)
 
 
+def plain_timm(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the architecture and arguments with which timm alone builds a model of this name.
+
+    Its state dict and logits are the same. `resnet_pico` has no such architecture and is returned
+    as it is: no ResNet of timm leaves out the pooling of its stem.
+    """
+    architecture = name.partition(".")[0]
+    vit = VITS.get(architecture)
+    if vit is None or vit.file:
+        found = find(architecture)
+        return (found.timm if found else name).partition(".")[0], {}
+    kind = "distilled_" if "distilled" in architecture else ""
+    return f"deit_tiny_{kind}patch16_224", {
+        "patch_size": vit.patch,
+        "embed_dim": vit.width,
+        "depth": vit.depth,
+        "num_heads": vit.heads,
+    }
+
+
 def table(pattern: str = "*") -> str:
     """Return the released checkpoints whose name matches `pattern`, one a line, for people.
 
@@ -296,7 +316,7 @@ default_cfgs = generate_default_cfgs(
         if name.partition(".")[0] in NETWORKS
     }
 )
-__all__ = ["NETWORKS", "RELEASED", "Released", "find", "published", "table"]  # timm adds its names
+__all__ = ["NETWORKS", "RELEASED", "Released", "find", "plain_timm", "published", "table"]
 
 
 def _factory(name: str) -> Callable[..., nn.Module]:

@@ -1,17 +1,23 @@
-"""Exports: each format answers as the student does, and one that does not is not written."""
+"""Exports: each format returns the student's logits, and one that does not is not written."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import models
 from base import files
+from models.deit import VITS
+from models.released import NETWORKS
 from tools import export
 
 NAME = "deit_tiny_distilled_patch16_224"
@@ -19,7 +25,7 @@ NAME = "deit_tiny_distilled_patch16_224"
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
-    """A run's folder with a checkpoint of a distilled student, as main.py leaves it."""
+    """A run's folder with a checkpoint of a distilled student, as main.py writes it."""
     torch.manual_seed(0)
     network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7)
     settings = {
@@ -58,7 +64,7 @@ def card_of(folder: Path, *flags: str) -> str:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "torch_export", "onnx"])
-def test_each_format_answers_as_the_student(
+def test_each_format_returns_the_students_logits(
     form: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "out"
@@ -80,7 +86,7 @@ def test_each_format_answers_as_the_student(
         assert set(load_file(out / "model.safetensors")) == set(network.state_dict())
 
 
-def test_an_export_answers_with_the_mean_of_both_heads(run_folder: Path, tmp_path: Path) -> None:
+def test_an_export_returns_the_mean_of_both_heads(run_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert export.main([str(run_folder), str(out), "--formats", "torch_export"]) == 0
     network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7).eval()
@@ -93,35 +99,187 @@ def test_an_export_answers_with_the_mean_of_both_heads(run_folder: Path, tmp_pat
     assert float((cls - dist).abs().max()) > 1e-3
 
 
-def test_plain_timm_loads_an_exported_student(tmp_path: Path) -> None:
-    for name in (NAME, "deit_small_patch16_LS", "resmlp_12"):
-        folder = tmp_path / name
-        folder.mkdir()
-        network = models.create_model(name, num_classes=7, img_size=(64, 96)).eval()
-        settings = {"model": name, "input_size": [64, 96]}
-        torch.save({"model": network.state_dict(), "args": settings}, folder / "checkpoint.pth")
-        assert export.main([str(folder), str(folder / "out"), "--formats", "safetensors"]) == 0
-        images = torch.randn(2, 3, 64, 96)
-        with torch.no_grad():
-            torch.save((images, network(images)), folder / "answer.pt")
-    program = (
-        "import timm, torch, sys\n"
-        "for name in sys.argv[1:]:\n"
-        "    images, wanted = torch.load(f'{name}/answer.pt')\n"
-        "    network = timm.create_model(f'local-dir:{name}/out', pretrained=True).eval()\n"
-        "    assert type(network).__module__.startswith('timm')\n"
-        "    torch.testing.assert_close(network(images), wanted, rtol=0, atol=1e-5)\n"
-    )
+SMALL = [
+    "deit_pico_patch8_32",
+    "deit_pico_distilled_patch4_32",
+    "resnet_pico",
+    NAME,
+    "deit_small_patch16_LS",
+    "cait_XXS24_224",
+    "resmlp_12",
+]
+
+
+def run_outside(program: str, folder: Path, *argv: str) -> str:
+    """Return what a program prints that finds no module of this repository."""
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", program, NAME, "deit_small_patch16_LS", "resmlp_12"],
-        cwd=tmp_path,
+        [sys.executable, "-c", program, *argv],
+        cwd=folder,
+        env=environ,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_an_export_that_answers_otherwise_is_not_kept(
+def test_the_lines_of_the_card_load_an_export_outside_the_repository(tmp_path: Path) -> None:
+    for name in SMALL:
+        folder = tmp_path / name
+        size = (32, 48) if "pico" in name else (64, 96)
+        torch.manual_seed(0)
+        network = models.create_model(name, num_classes=7, img_size=size).eval()
+        folder.mkdir()
+        settings = {"model": name, "input_size": list(size), "eval_crop_ratio": 1.0}
+        torch.save({"model": network.state_dict(), "args": settings}, folder / "checkpoint.pth")
+        assert export.main([str(folder), str(folder / "out"), "--formats", "safetensors"]) == 0
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            torch.save((images, network(images)), folder / "out" / "expected.pt")
+        code = (folder / "out" / "README.md").read_text().partition("```python\n")[2]
+        (folder / "out" / "lines.py").write_text(code.partition("```")[0])
+    program = (
+        "import os, pathlib, sys, torch\n"
+        "for name in sys.argv[1:]:\n"
+        "    os.chdir(name + '/out')\n"
+        "    found = {}\n"
+        "    exec(pathlib.Path('lines.py').read_text(), found)\n"
+        "    assert found['probabilities'].shape == (1, 7)\n"
+        "    images, expected = torch.load('expected.pt')\n"
+        "    assert type(found['network']).__module__.startswith('timm')\n"
+        "    assert found['transform'](found['image']).shape == images.shape[1:]\n"
+        "    torch.testing.assert_close(found['network'](images), expected, rtol=0, atol=1e-5)\n"
+        "    os.chdir('../..')\n"
+        "assert not {'models', 'tools', 'options'} & set(sys.modules)\n"
+    )
+    run_outside(program, tmp_path, *SMALL)
+
+
+def test_plain_timm_builds_every_registered_model_with_the_same_tensors(tmp_path: Path) -> None:
+    names = [*VITS, *NETWORKS]
+    wanted = {}
+    for name in names:
+        timms, options = models.released.plain_timm(name)
+        if not options:  # for speed
+            options = {"num_blocks" if "resmlp" in name else "depth": 2}
+        with torch.device("meta"):
+            network = timm.create_model(name, num_classes=7, img_size=64, **options)
+        shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
+        wanted[name] = [timms, options, shapes]
+    (tmp_path / "wanted.json").write_text(json.dumps(wanted))
+    program = (
+        "import json, timm, torch\n"
+        "for name, (timms, options, shapes) in json.load(open('wanted.json')).items():\n"
+        "    with torch.device('meta'):\n"
+        "        network = timm.create_model(timms, num_classes=7, img_size=64, **options)\n"
+        "    found = {key: list(value.shape) for key, value in network.state_dict().items()}\n"
+        "    assert found == shapes, name\n"
+    )
+    run_outside(program, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["torch_export", "onnx"])
+def test_the_lines_for_the_other_formats_run_too(form: str, run_folder: Path) -> None:
+    out = run_folder.with_name("out")
+    assert export.main([str(run_folder), str(out), "--formats", form]) == 0
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "7" in run_outside(code, out)
+
+
+def test_the_card_has_the_hubs_front_matter_with_both_licences(run_folder: Path) -> None:
+    text = card_of(run_folder, "--license", "mit", "--data-license", "cc-by-4.0")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["license"] == "mit" and front["data_license"] == "cc-by-4.0"
+    assert front["library_name"] == "timm" and front["pipeline_tag"] == "image-classification"
+    assert "| licence of the weights | mit |" in text
+    assert "| licence of the training data | cc-by-4.0 |" in text
+    assert "| licence of the weights | unknown |" in card_of(run_folder)
+
+
+def test_names_with_markup_and_control_characters_are_escaped_on_the_card(run_folder: Path) -> None:
+    change(run_folder, classes=["<b>a</b>", "x|y", "e\x1b[2J", *"defg"])
+    text = card_of(run_folder)
+    assert r"\<b\>a\</b\>" in text and r"x\|y" in text and "\x1b" not in text
+
+
+class Hub:
+    """A stand-in for huggingface_hub.HfApi that records its calls."""
+
+    calls: list[tuple] = []
+
+    def create_repo(self, name: str, **options: object) -> None:
+        self.calls.append((name, options))
+
+    def upload_folder(self, **options: object) -> None:
+        self.calls.append(("upload", options))
+
+
+def test_a_push_to_the_hub_prints_its_files_and_uploads_when_confirmed(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "calls", [])
+    flags = [str(run_folder), str(tmp_path / "out"), "--formats", "safetensors"]
+    flags += ["--push-to-hub", "someone/digits"]
+    assert export.main(flags) == 0
+    printed = capsys.readouterr().out
+    for name in ("README.md (", "config.json (", "model.safetensors ("):
+        assert name in printed
+    assert "someone/digits" in printed and "nothing was uploaded" in printed and not Hub.calls
+    (tmp_path / "out" / "private.txt").write_text("not part of the export")
+    assert export.main([*flags, "--yes"]) == 0
+    (name, created), (_, uploaded) = Hub.calls
+    assert name == "someone/digits" and created["private"] is True
+    assert uploaded["allow_patterns"] == ["README.md", "config.json", "model.safetensors"]
+    assert "hf-hub:someone/digits" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_hub_that_refuses_is_one_line(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    class Refuses(Hub):
+        def create_repo(self, name: str, **options: object) -> None:
+            raise OSError("401 Client Error:\n no token")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Refuses)
+    flags = ["--formats", "safetensors", "--push-to-hub", "a/b", "--yes"]
+    assert export.main([str(run_folder), str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "nothing was uploaded (401 Client Error: no token)" in error
+    assert export.main([str(run_folder), str(tmp_path / "x.safetensors"), *flags[2:]]) == 2
+    assert "give a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["taken", "taken/below", "/dev/full/x.safetensors"])
+def test_a_path_that_cannot_be_written_is_one_line(
+    out: str, run_folder: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "taken").write_text("a file")
+    path = tmp_path / out
+    assert export.main([str(run_folder), str(path), "--formats", "safetensors"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"error: {path}: cannot be written (" in error
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["onnx", "safetensors", "torch_export"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    name: str, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def full(student, folder):  # type: ignore[no-untyped-def]
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError("unexpected pos 64 vs 0") from error  # as torch does
+
+    monkeypatch.setitem(export.FORMATS, name, full)
+    assert export.main([str(run_folder), str(tmp_path / "out"), "--formats", name]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_export_with_other_logits_is_not_kept(
     run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     real = torch.export.load
@@ -164,7 +322,7 @@ def test_without_onnx_a_line_says_what_to_install(
     assert needs in capsys.readouterr().err
 
 
-def test_a_card_tells_recipe_data_and_what_distils(run_folder: Path) -> None:
+def test_a_card_has_recipe_data_and_distillation(run_folder: Path) -> None:
     settings = {
         "recipe": "deit_tiny_token",
         "lr": 5e-4,
@@ -211,7 +369,7 @@ def test_the_teachers_hash_is_the_one_the_checkpoint_has(run_folder: Path, tmp_p
     now = files.hash_of(teacher)
     card = card_of(run_folder)
     assert f"| sha256 of the teacher | {was} |" in card
-    assert f"| note | the file now there is another: sha256 {now} |" in card
+    assert f"| note | the file has changed since: its sha256 is {now} |" in card
     change(run_folder, facts={})  # as of DeiT
     assert f"| sha256 of the teacher's file today | {now} |" in card_of(run_folder)
 

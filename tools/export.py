@@ -1,14 +1,16 @@
-"""Take the student out of a run, in formats that others read, each one loaded back and compared.
+"""Export the student of a run in formats that other programs read; each file is verified.
 
     python tools/export.py runs/student exported
     python tools/export.py runs/student exported --formats onnx
+    python tools/export.py runs/student exported --push-to-hub user/name --license apache-2.0
     python tools/export.py runs/teacher/checkpoint.pth teacher.safetensors --half
 
 A folder gets `model.safetensors` with `config.json` (timm: `local-dir:exported`), `model.onnx`,
-`model.pt2` (torch.export) and a card, README.md. They hold the student alone, no teacher and no
-projection, and answer with the mean of both heads where it has two. A name that ends in
+`model.pt2` (torch.export) and a model card, README.md. They hold the student alone, without teacher
+and projections, and return the mean of both heads where it has two. A name that ends in
 .safetensors gets the weights alone; they load with --resume (--eval), --finetune, --teacher-path.
 With --half the weights are rounded to float16, and .safetensors files store them so.
+--push-to-hub prints what it would upload, and uploads after a "y" or with --yes.
 """
 
 import argparse
@@ -23,9 +25,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -38,17 +42,18 @@ from base import files, safe_load  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from data.transforms import InputConfig  # noqa: E402
 from models.loading import RAW_KEYS, read_weights, weight_keys  # noqa: E402
-from tools.export_card import Rows, card, history, settings_of  # noqa: E402
+from tools.export_card import Card, Rows, history, settings_of  # noqa: E402
 
 TOLERANCE = 1e-5  # largest difference of logits (of their size, where that is above 1)
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # packages that requirements.txt lacks
+UNKNOWN = "unknown"  # the Hub's word for a licence that nobody has stated
 
 
 @dataclass(frozen=True)
 class Student:
     """What is exported: the network in evaluation mode, its name, its input, and its history.
 
-    half: its weights are whole float16 numbers. classes: their names, None where not known.
+    half: its weights are rounded to float16. classes: their names, None where not known.
     """
 
     network: nn.Module
@@ -59,17 +64,17 @@ class Student:
     half: bool = False
 
     def describe(self) -> str:
-        """Return sizes, normalisation and what answers, in two sentences."""
+        """Return size, input and output of the network, in three sentences."""
         inputs, network = self.inputs, self.network
         count = sum(p.numel() for p in network.parameters()) / 1e6
         both = models.has_distillation_head(network)
-        answer = "the mean of its class and its distillation head" if both else "its class head"
+        heads = "the mean of its class and its distillation head" if both else "its class head"
         rounded = ", rounded to float16 after they were evaluated" * self.half
         return (
             f"{count:.2f} M parameters{rounded}, {network.num_classes} classes. Input "
             f"{'x'.join(map(str, inputs.input_size))} pixels, mean {inputs.mean}, std "
-            f"{inputs.std}, {inputs.interpolation}, crop {inputs.crop_ratio}. Its answer is "
-            f"{answer}."
+            f"{inputs.std}, {inputs.interpolation}, crop {inputs.crop_ratio}. It returns the "
+            f"logits of {heads}."
         )
 
     def examples(self, count: int) -> Tensor:
@@ -82,32 +87,72 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         if args.out.suffix == ".safetensors":
-            _export_weights(args.source, args.out, args.key, args.half)
+            if args.push_to_hub:
+                raise UserError(f"--push-to-hub: {args.out} is one file; give a folder")
+            with _writing(args.out):
+                _export_weights(args.source, args.out, args.key, args.half)
             return 0
         with safe_load.in_one_line(f"{args.source}: damaged, or of another version"):
             student = build_student(args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
-        wanted = [name for name in args.formats or FORMATS if name not in left_out]
-        with tempfile.TemporaryDirectory(dir=args.out) as partial:  # all of it or nothing
-            done = [FORMATS[name](student, Path(partial)) for name in wanted]
-            about = card(student.name, student.describe(), student.rows, student.classes, done)
-            (Path(partial) / "README.md").write_text(about)
-            old = {path.name for path in args.out.glob("model.*")} - set(os.listdir(partial))
-            if old:
-                raise UserError(
-                    f"{args.out}: {', '.join(sorted(old))} of an earlier export would lie beside "
-                    "the new card; write all formats at once (--formats), or give another folder"
-                )
-            for file in Path(partial).iterdir():
-                os.replace(file, args.out / file.name)
+        with _writing(args.out):
+            written = _export_folder(args, student)
+        if args.push_to_hub:
+            push_to_hub(args.out, written, args.push_to_hub, ask=not args.yes)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
-    print("\n  ".join([f"{args.out}:", *done, "README.md: the card"]))
+    return 0
+
+
+class _writing:
+    """Report a full disk or an unwritable folder as a one-line UserError."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        while isinstance(error, OSError | SafetensorError | RuntimeError) and error.__context__:
+            error = error.__context__  # torch wraps the system's error
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+            raise UserError(f"{self.out}: cannot be written ({reason})") from error
+
+
+def _export_folder(args: argparse.Namespace, student: Student) -> list[str]:
+    """Write all formats and the card, or nothing; return the names of the files."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    left_out = [] if args.formats else [name for name in FORMATS if missing(name)]
+    wanted = [name for name in args.formats or FORMATS if name not in left_out]
+    with tempfile.TemporaryDirectory(dir=args.out) as partial:
+        done = [FORMATS[name](student, Path(partial)) for name in wanted]
+        card = Card(
+            title=student.name,
+            about=student.describe(),
+            rows=student.rows,
+            classes=student.classes,
+            files=done,
+            inputs=student.inputs,
+            license=args.license,
+            data_license=args.data_license,
+            repository=args.push_to_hub or "",
+        )
+        (Path(partial) / "README.md").write_text(card.text(), encoding="utf-8")
+        written = sorted(os.listdir(partial))
+        old = {path.name for path in args.out.glob("model.*")} - set(written)
+        if old:
+            raise UserError(
+                f"{args.out}: {', '.join(sorted(old))} of an earlier export would lie beside "
+                "the new card; write all formats at once (--formats), or give another folder"
+            )
+        for name in written:
+            os.replace(Path(partial) / name, args.out / name)
+    print("\n  ".join([f"{args.out}:", *done, "README.md: the model card"]))
     for name in left_out:
         print(f"{name}: left out; it needs pip install {' '.join(missing(name))}")
-    return 0
+    return written
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,20 +160,41 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", type=Path, help="output folder of a run, or a checkpoint file")
     add("out", type=Path, help="folder, or a .safetensors file")
-    add(
-        "--formats",
-        nargs="+",
-        choices=list(FORMATS),
-        help="default: all whose packages are installed",
-    )
-    add("--model", help="its name, for a file that does not say")
+    formats = "default: all whose packages are installed"
+    add("--formats", nargs="+", choices=list(FORMATS), help=formats)
+    add("--model", help="its name, for a file that does not state it")
     add("--key", help="model (default) or model_ema")
-    add(
-        "--half",
-        action="store_true",
-        help="round the weights to float16; half the size in .safetensors",
-    )
+    half = "round the weights to float16; half the size in .safetensors"
+    add("--half", action="store_true", help=half)
+    licence = "licence of the {}, by the Hub's identifier (apache-2.0, other, ...)"
+    add("--license", default=UNKNOWN, help=licence.format("weights"))
+    add("--data-license", default=UNKNOWN, help=licence.format("training data"))
+    add("--push-to-hub", metavar="USER/NAME", help="upload the folder to this Hub repository")
+    add("--yes", action="store_true", help="upload without asking")
     return parser
+
+
+def push_to_hub(folder: Path, names: Sequence[str], repository: str, *, ask: bool) -> None:
+    """Print what would be uploaded; upload it to a private repository once that is confirmed.
+
+    Raises UserError if the Hub refuses or cannot be reached.
+    """
+    import huggingface_hub
+
+    sizes = [f"{name} ({(folder / name).stat().st_size / 1024:.0f} KiB)" for name in names]
+    print(f"upload to {huggingface_hub.constants.ENDPOINT}/{repository} (private if new):")
+    print("\n".join(f"  {size}" for size in sizes))
+    if ask and not (sys.stdin.isatty() and input("upload these files? [y/N] ").lower() == "y"):
+        print("nothing was uploaded; add --yes to upload without being asked")
+        return
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=list(names))
+    except (OSError, ValueError) as error:  # the library's errors are of these kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--push-to-hub {repository}: nothing was uploaded ({reason})") from error
+    print(f"uploaded to {repository}")
 
 
 def _export_weights(source: Path, out: Path, key: str | None, half: bool) -> None:
@@ -142,7 +208,7 @@ def _export_weights(source: Path, out: Path, key: str | None, half: bool) -> Non
         save_file(weights, file)
         loaded = load_file(file)
         if not all(torch.equal(value, loaded[name]) for name, value in weights.items()):
-            raise UserError(f"{out}: does not read back as it was, so nothing was written")
+            raise UserError(f"{out}: differs from the weights when read back; nothing was written")
         os.replace(file, out)
     print(f"{out}: {len(weights)} tensors, {out.stat().st_size / 1024:.0f} KiB")
 
@@ -168,13 +234,13 @@ def file_of(source: Path) -> Path:
 
 
 def build_student(args: argparse.Namespace) -> Student:
-    """Return the student of a run or file. Raises UserError if nothing says which model it is."""
+    """Return the student of a run or file. Raises UserError if no model is stated."""
     path = file_of(args.source)
     content = safe_load.read_weights_file(path)
     settings = settings_of(content)
     name = args.model or settings.get("model")
     if not name:
-        raise UserError(f"{path}: does not say which model it is; give --model")
+        raise UserError(f"{path}: does not state which model it is; give --model")
     weights = read_weights(str(path), args.key)
     heads = [
         weights[key]
@@ -197,8 +263,8 @@ def build_student(args: argparse.Namespace) -> Student:
     return Student(network.eval(), name, inputs, rows, classes, args.half)
 
 
-def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> str:
-    """Return the line that says what was written, once its logits are the student's.
+def verify(student: Student, path: Path, exported: Callable[[Tensor], Tensor]) -> str:
+    """Return a line about a written file whose logits were compared with the student's.
 
     Raises UserError if they differ by more than TOLERANCE.
     """
@@ -206,7 +272,7 @@ def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> 
     for count in (1, 3):
         images = student.examples(count)
         with torch.no_grad():
-            wanted, found = student.network(images), answer(images)
+            wanted, found = student.network(images), exported(images)
         scale = max(1.0, float(wanted.abs().max()))
         worst = max(worst, float((wanted - found).abs().max()) / scale)
     if not worst <= TOLERANCE:
@@ -218,27 +284,23 @@ def verify(student: Student, path: Path, answer: Callable[[Tensor], Tensor]) -> 
     return f"{path.name}: {size:.0f} KiB, logits differ by at most {worst:.1e}"
 
 
-def timm_name(name: str) -> str:
-    """Return what timm calls an architecture that here has its name in DeiT's code."""
-    found = models.released.find(name)
-    return (found.timm if found else name).partition(".")[0]
-
-
-def to_safetensors(student: Student, folder: Path) -> str:
-    path, network = folder / "model.safetensors", student.network
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
-    if student.half:
-        weights = to_half(weights)
-    save_file(weights, path, metadata={"format": "pt"})
-    inputs = student.inputs
+def timm_config(student: Student) -> dict[str, Any]:
+    """Return config.json, from which timm alone builds the network."""
+    inputs, network = student.inputs, student.network
+    architecture, arguments = models.released.plain_timm(student.name)
+    if student.name.startswith("local-dir:"):
+        source = json.loads((Path(student.name[len("local-dir:") :]) / "config.json").read_text())
+        architecture, arguments = source["architecture"], source.get("model_args", {})
+    elif student.name.startswith(models.SOURCES):
+        architecture = network.pretrained_cfg["architecture"]
     embed = getattr(network, "patch_embed", getattr(network, "stem", None))
     sized = {"img_size": list(inputs.input_size)} if hasattr(embed, "img_size") else {}
-    config = {
-        "architecture": timm_name(student.name),
+    return {
+        "architecture": architecture,
         "num_classes": network.num_classes,
         "num_features": network.num_features,
         **({"label_names": student.classes} if student.classes else {}),
-        "model_args": sized,
+        "model_args": arguments | sized,
         "pretrained_cfg": {
             "input_size": [3, *inputs.input_size],
             "mean": list(inputs.mean),
@@ -250,8 +312,16 @@ def to_safetensors(student: Student, folder: Path) -> str:
             "classifier": network.pretrained_cfg.get("classifier"),
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    shutil.copymode(folder / "config.json", path)  # safetensors lets nobody else read it
+
+
+def to_safetensors(student: Student, folder: Path) -> str:
+    path, network = folder / "model.safetensors", student.network
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    if student.half:
+        weights = to_half(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(timm_config(student), indent=2))
+    shutil.copymode(folder / "config.json", path)  # safetensors makes it readable by its owner only
     loaded = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
     return verify(student, path, loaded)
 

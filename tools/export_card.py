@@ -1,17 +1,24 @@
-"""The card of an export: how a student was trained, as its checkpoint tells, and what it reached.
+"""The model card of an export: how the student was trained, its accuracy, and how to load it.
 
-`content` is what `checkpoint.read_weights_file` returns. A file of DeiT's says less than one of
-ours; a bare state dict says nothing.
+`content` is what `safe_load.read_weights_file` returns. DeiT's files have fewer entries than
+ours; a bare state dict has none.
 """
 
+import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import models
 from base import files, safe_load
+from base.text import printable
+from data.transforms import InputConfig
 from distill.teacher import build_sources
+from models.deit import CNN
 from models.loading import EMA_KEYS
 from training import metrics, optim
 from training.checkpointer import BEST
@@ -32,11 +39,12 @@ AUGMENTATION = (
     "drop_path",
     "bce_loss",
 )
+MARKUP = re.compile(r"([\\`*<>\[\]|])")
 SHOWN_CLASSES = 20  # of their names; all of them are in config.json
 
 
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that a checkpoint was trained with; {} if it does not tell."""
+    """Return the flags that a checkpoint was trained with; {} if it holds none."""
     settings = content.get("args") or {}
     return dict(settings if isinstance(settings, Mapping) else vars(settings))
 
@@ -57,7 +65,7 @@ def history(path: Path, content: Mapping[str, Any], key: str) -> Rows:
 
 
 def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
-    """Return the accuracy of exactly these weights, where the run has left it."""
+    """Return the accuracy of exactly these weights, where the run has recorded it."""
     found = models.released.published("", str(path))
     if found is not None and found.acc1 is not None:
         return [("published top-1", f"{found.acc1:g}%")]
@@ -116,7 +124,7 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
 
 
 def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
-    """Return whom the student learnt from, by the hash its checkpoint has of it; [] for nobody."""
+    """Return the teachers, with the hash that the checkpoint has of them; [] without a teacher."""
     kind = settings.get("distillation_type", "none")
     if kind == "none" and not settings.get("match") and not settings.get("ranking_kl_weight"):
         return []
@@ -142,8 +150,8 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
         if i < len(recorded) and path:
             rows.append(("sha256 of the teacher", recorded[i]))
             if now and now != recorded[i]:
-                rows.append(("note", f"the file now there is another: sha256 {now}"))
-        elif known and known.hash:  # the file is held to it whenever it is read
+                rows.append(("note", f"the file has changed since: its sha256 is {now}"))
+        elif known and known.hash:  # checked whenever the file is read
             rows.append(("sha256 of the teacher", f"begins with {known.hash}"))
         elif now:  # a checkpoint that is not ours
             rows.append(("sha256 of the teacher's file today", now))
@@ -151,56 +159,158 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
 
 
 def _brief(source: str) -> str:
-    """Return a URL as it is, and of a path the name alone: the folders are this machine's."""
+    """Return a URL as it is, and of a path the file name alone, without this machine's folders."""
     return source if safe_load.is_url(source) else Path(source).name
 
 
-def card(
-    title: str, about: str, rows: Rows, classes: Sequence[str] | None, files: Sequence[str]
-) -> str:
-    """Return the card as Markdown. about: the network and its input; files: a line for each."""
-    shown = list(classes or [])[:SHOWN_CLASSES]
-    more = f", ... ({len(classes)} in config.json)" if classes and len(classes) > len(shown) else ""
-    named = ["", f"Classes in the order of the logits: {', '.join(shown)}{more}."] if shown else []
-    names = {line.partition(":")[0] for line in files}
-    loading = []
-    if "model.safetensors" in names:
-        loading += [
-            "import timm, torch",
-            "# a model that only this repository knows (the quick start's) needs `import models`",
-            'network = timm.create_model("local-dir:FOLDER", pretrained=True).eval()',
-            "config = timm.data.resolve_model_data_config(network)",
-            "transform = timm.data.create_transform(**config, is_training=False)",
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What the model card states.
+
+    about: the network, its input and output. files: a line for each file, its name first.
+    license, data_license: the Hub's identifiers. repository: on the Hub, "" for none.
+    """
+
+    title: str
+    about: str
+    rows: Rows
+    classes: list[str] | None
+    files: list[str]
+    inputs: InputConfig
+    license: str
+    data_license: str
+    repository: str = ""
+
+    def text(self) -> str:
+        """Return the card as Markdown, with the Hub's front matter."""
+        licences = [
+            ("licence of the weights", self.license),
+            ("licence of the training data", self.data_license),
         ]
-    if "model.pt2" in names:
-        loading += ["", "import torch", 'network = torch.export.load("FOLDER/model.pt2").module()']
-    if "model.onnx" in names:
-        loading += [
-            "",
-            "import onnxruntime",
-            'session = onnxruntime.InferenceSession("FOLDER/model.onnx")',
-            'logits = session.run(None, {"images": images})[0]  # a float32 array in',
-        ]
-    return "\n".join(
-        [
-            f"# {title}",
-            "",
-            about,
-            *named,
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-            "",
+        parts = [
+            f"# {escape(self.title)}",
+            escape(self.about),
+            *self._classes(),
+            "\n".join(
+                ["| | |", "|---|---|"]
+                + [f"| {escape(name)} | {escape(value)} |" for name, value in self.rows + licences]
+            ),
             "## Files",
-            "",
-            *(f"- {line}" for line in files),
-            "",
+            "\n".join(f"- {line}" for line in self.files),
             "## Loading",
-            "",
-            "```python",
-            *loading,
-            "```",
-            "",
+            "Run these lines in this folder. They need only the packages that they import.",
+            *(f"```python\n{code}```" for code in self._loading()),
         ]
+        return self._front_matter() + "\n\n".join(parts) + "\n"
+
+    def _front_matter(self) -> str:
+        front = {
+            "license": self.license,
+            "data_license": self.data_license,
+            "library_name": "timm",
+            "pipeline_tag": "image-classification",
+            "tags": ["image-classification", "timm", "knowledge-distillation"],
+        }
+        return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+
+    def _classes(self) -> list[str]:
+        if not self.classes:
+            return []
+        shown = [escape(str(name)) for name in self.classes[:SHOWN_CLASSES]]
+        total = len(self.classes)
+        more = f", ... ({total} in config.json)" if total > len(shown) else ""
+        return [f"Classes in the order of the logits: {', '.join(shown)}{more}."]
+
+    def _loading(self) -> list[str]:
+        names = {line.partition(":")[0] for line in self.files}
+        codes = []
+        if "model.safetensors" in names:
+            name = self.title.partition(".")[0]
+            codes.append(_loading_of_resnet_pico(self) if name == CNN else LOAD_IN_TIMM)
+        if "model.pt2" in names:
+            codes.append(LOAD_EXPORTED.format(size=self.inputs.input_size))
+        if "model.onnx" in names:
+            codes.append(LOAD_ONNX.format(size=self.inputs.input_size))
+        if self.repository and "model.safetensors" in names and self.title != CNN:
+            codes.append(LOAD_FROM_HUB.format(repository=self.repository))
+        return codes
+
+
+def escape(text: str) -> str:
+    """Return `text` for one line of Markdown: no control characters, no markup, no table cells."""
+    return MARKUP.sub(r"\\\1", printable(text))
+
+
+def _loading_of_resnet_pico(card: Card) -> str:
+    inputs = card.inputs
+    return LOAD_RESNET_PICO.format(
+        mean=inputs.mean,
+        std=inputs.std,
+        size=(3, *inputs.input_size),
+        interpolation=inputs.interpolation,
+        crop=inputs.crop_ratio,
     )
+
+
+PREDICT = """
+image = Image.new("RGB", (320, 240), "orange")  # or Image.open("photo.jpg").convert("RGB")
+with torch.no_grad():
+    probabilities = network(transform(image)[None]).softmax(1)
+print(probabilities.topk(1))
+"""
+LOAD_IN_TIMM = (
+    """import timm
+import torch
+from PIL import Image
+
+network = timm.create_model("local-dir:.", pretrained=True).eval()
+config = timm.data.resolve_model_data_config(network)
+transform = timm.data.create_transform(**config, is_training=False)
+"""
+    + PREDICT
+)
+LOAD_RESNET_PICO = (
+    """import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models.resnet import BasicBlock, ResNet
+
+weights = load_file("model.safetensors")
+network = ResNet(
+    BasicBlock,
+    layers=(1, 1, 1, 1),
+    channels=(16, 32, 48, 64),
+    stem_type="deep",
+    stem_width=8,
+    num_classes=len(weights["fc.bias"]),
+)
+network.maxpool = torch.nn.Identity()  # timm has no name for a ResNet without this pooling
+network.load_state_dict(weights)
+network.eval()
+transform = timm.data.create_transform(
+    input_size={size},
+    mean={mean},
+    std={std},
+    interpolation="{interpolation}",
+    crop_pct={crop},
+)
+"""
+    + PREDICT
+)
+LOAD_EXPORTED = """import torch
+
+network = torch.export.load("model.pt2").module()
+print(network(torch.zeros(1, 3, *{size})).shape)
+"""
+LOAD_ONNX = """import numpy
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+images = numpy.zeros((1, 3, *{size}), dtype="float32")
+print(session.run(None, {{"images": images}})[0].shape)
+"""
+LOAD_FROM_HUB = """import timm
+
+network = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
+"""
