@@ -10,6 +10,7 @@ two tensors: nothing is broadcast. To add a loss, write a function and add a lin
 
 import contextlib
 import functools
+import math
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -510,14 +511,14 @@ def _read_mask(
 ) -> Tensor:
     """Return mask (B,N) in the type and on the device of `like`.
 
-    It is looked at where it lies: a mask on the CPU costs no wait for the accelerator.
-    Raises ValueError for another shape, or if it (every_row: a row of it) keeps no token.
+    Raises ValueError for another shape, or if it (every_row: a row of it) keeps no token. On an
+    accelerator the second check would wait for the device: there the loss becomes NaN instead.
     """
     wanted = (like.shape[0], tokens)
     if mask.shape != wanted:
         raise ValueError(f"{name}: mask {_shape(mask)}; it must be (B,N) = {wanted}")
     kept = mask.any(1)
-    if not bool(kept.all() if every_row else kept.any()):
+    if mask.device.type == "cpu" and not bool(kept.all() if every_row else kept.any()):
         what = "a row of the mask" if every_row else "the mask"
         raise ValueError(f"{name}: {what} {_shape(mask)} is all zero, it keeps no token")
     return mask.to(device=like.device, dtype=like.dtype, non_blocking=True)
@@ -559,15 +560,19 @@ def _masked_attention_mse(name: str, state_S: Tensor, state_T: Tensor, mask: Ten
     return ((state_S - state_T) ** 2 * weights).sum() / (state_S.shape[1] * weights.sum())
 
 
-def _attention_mse(name: str, state_S: Tensor, state_T: Tensor, mask: Mask) -> Tensor:
+def _attention_mse(name: str, state_S: Tensor, state_T: Tensor, mask: Mask, clip: bool) -> Tensor:
     if mask is not None:
         return _masked_attention_mse(name, state_S, state_T, mask)
+    if not clip:
+        return ((state_S - state_T) ** 2).sum() / state_S.numel()
     state_S = state_S.masked_fill(state_S <= PADDING_SCORE, 0)
     return F.mse_loss(state_S, state_T.masked_fill(state_T <= PADDING_SCORE, 0))
 
 
-def _attention_ce(name: str, state_S: Tensor, state_T: Tensor, mask: Mask) -> Tensor:
+def _attention_ce(name: str, state_S: Tensor, state_T: Tensor, mask: Mask, clip: bool) -> Tensor:
     probs_T, log_probs_S = state_T.softmax(-1), state_S.log_softmax(-1)
+    if mask is None and not clip:
+        return -(probs_T * log_probs_S).sum() / math.prod(state_S.shape[:3])
     if mask is None:
         probs_T = probs_T.masked_fill(state_T <= PADDING_SCORE, 0)
         return -(probs_T * log_probs_S).sum(-1).mean()
@@ -576,20 +581,25 @@ def _attention_ce(name: str, state_S: Tensor, state_T: Tensor, mask: Mask) -> Te
 
 
 @_full_precision
-def att_mse_loss(state_S: Tensor, state_T: Tensor, mask: Mask = None) -> Tensor:
+def att_mse_loss(
+    state_S: Tensor, state_T: Tensor, mask: Mask = None, *, clip: bool = True
+) -> Tensor:
     """Mean squared difference of two attentions (B,H,N,N), head by head.
 
     mask: (B,N), 1 keeps a token; pairs of kept tokens count, and H * sum of their numbers is the
-    divisor. Without a mask every score <= -1e-3 counts as 0 on both sides, which on a vision
-    transformer's scores drops about half of them: pass an all-ones mask there.
+    divisor. Without a mask every score <= -1e-3 counts as 0 on both sides, which drops about half
+    of a vision transformer's scores. clip: False without a mask counts all of them, as an all-ones
+    mask does.
     Raises ValueError if shapes differ or the mask is all zero. Source: TextBrewer.
     """
     name = "attention_mse"
-    return _attention_mse(name, *_attention_pair(name, state_S, state_T), mask)
+    return _attention_mse(name, *_attention_pair(name, state_S, state_T), mask, clip)
 
 
 @_full_precision
-def att_mse_sum_loss(state_S: Tensor, state_T: Tensor, mask: Mask = None) -> Tensor:
+def att_mse_sum_loss(
+    state_S: Tensor, state_T: Tensor, mask: Mask = None, *, clip: bool = True
+) -> Tensor:
     """As `att_mse_loss`, after summing each side over its heads, whose numbers may differ.
 
     state_S, state_T: (B,H,N,N), or (B,N,N) already summed. Without a mask the scores are set to
@@ -597,30 +607,34 @@ def att_mse_sum_loss(state_S: Tensor, state_T: Tensor, mask: Mask = None) -> Ten
     Source: TextBrewer.
     """
     name = "attention_mse_sum"
-    return _attention_mse(name, *_attention_pair(name, state_S, state_T, torch.sum), mask)
+    return _attention_mse(name, *_attention_pair(name, state_S, state_T, torch.sum), mask, clip)
 
 
 @_full_precision
-def att_ce_loss(state_S: Tensor, state_T: Tensor, mask: Mask = None) -> Tensor:
+def att_ce_loss(
+    state_S: Tensor, state_T: Tensor, mask: Mask = None, *, clip: bool = True
+) -> Tensor:
     """Cross entropy of two attentions' softmax over the keys, from scores (B,H,N,N).
 
     mask: (B,N), 1 keeps a token; queries and keys are left out after both softmaxes, which run
     over all keys. In nats a query and head. Without a mask the keys that the teacher scores
-    <= -1e-3 are left out, and its probabilities do not then sum to 1 (see `att_mse_loss`).
+    <= -1e-3 are left out, and its probabilities do not then sum to 1 (clip: see `att_mse_loss`).
     Raises ValueError if shapes differ or the mask is all zero. Source: TextBrewer.
     """
     name = "attention_ce"
-    return _attention_ce(name, *_attention_pair(name, state_S, state_T), mask)
+    return _attention_ce(name, *_attention_pair(name, state_S, state_T), mask, clip)
 
 
 @_full_precision
-def att_ce_mean_loss(state_S: Tensor, state_T: Tensor, mask: Mask = None) -> Tensor:
+def att_ce_mean_loss(
+    state_S: Tensor, state_T: Tensor, mask: Mask = None, *, clip: bool = True
+) -> Tensor:
     """As `att_ce_loss`, after averaging each side's scores over its heads; numbers may differ.
 
     state_S, state_T: (B,H,N,N), or (B,N,N) already averaged. Source: TextBrewer.
     """
     name = "attention_ce_mean"
-    return _attention_ce(name, *_attention_pair(name, state_S, state_T, torch.mean), mask)
+    return _attention_ce(name, *_attention_pair(name, state_S, state_T, torch.mean), mask, clip)
 
 
 def _hidden_pair(name: str, state_S: Tensor, state_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -776,6 +790,7 @@ KD_LOSS_MAP: dict[str, Callable[..., Tensor]] = {
     "dist": dist_loss,
 }
 
+CLIPPED = (att_mse_sum_loss, att_mse_loss, att_ce_mean_loss, att_ce_loss)  # they take `clip`
 MATCH_LOSS_MAP: dict[str, Callable[..., Tensor]] = {
     "attention_mse_sum": att_mse_sum_loss,
     "attention_mse": att_mse_loss,

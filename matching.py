@@ -2,7 +2,7 @@
 
 Suffix _S student, _T teacher. A match names one layer of each network (or two, for `fsp` and
 `nst`), a loss of `losses.MATCH_LOSS_MAP` and, where the widths differ, a projection of the
-student. What becomes of it in a run is the business of `objective.py`.
+student. `distill/match_builder.py` makes a term of the loss of it.
 """
 
 import json

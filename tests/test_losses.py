@@ -1143,3 +1143,12 @@ def test_kd_losses_worked_by_hand() -> None:
     logits_S, logits_T = torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)  # at temperature 2: [0, 1]
     assert losses.KD_LOSS_MAP["ce"](logits_S, logits_T, 2.0).item() == pytest.approx(LOG_2)
     assert losses.KD_LOSS_MAP["mse"](logits_S, logits_T, 2.0).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("loss", losses.CLIPPED)
+def test_attention_without_clip_equals_a_mask_of_ones_bit_for_bit(loss) -> None:
+    generator = torch.Generator().manual_seed(3)
+    state_S, state_T = (torch.randn(3, 2, 7, 7, generator=generator) for _ in range(2))
+    masked = loss(state_S, state_T, torch.ones(3, 7))
+    assert torch.equal(loss(state_S, state_T, clip=False), masked)
+    assert not torch.isclose(loss(state_S, state_T), masked)

@@ -1,6 +1,7 @@
 """The sum of all terms: its value, who gets a gradient, and what two networks cannot match."""
 
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import models
 import options
 from base.errors import UserError
 from data.transforms import InputConfig
-from distill import objective
+from distill import match_builder, objective
 from distill.teacher import InputAdapter, Teacher, Teachers
 from engine import train_one_epoch
 from matching import ADAPTORS, PROJ_MAP
@@ -212,11 +213,11 @@ def test_a_cnn_teaches_hidden_states_fsp_and_pooled_features() -> None:
 @pytest.mark.parametrize("how", ["bilinear", "avg"])
 def test_resize_brings_the_teachers_grid_to_the_students(how: str) -> None:
     tokens = torch.arange(24.0).reshape(1, 2 * 4 * 3, 1)[:, :8].repeat(2, 1, 3)
-    out = objective.resize_tokens(tokens, (2, 4), (1, 2), how)
+    out = match_builder.resize_tokens(tokens, (2, 4), (1, 2), how)
     assert out.shape == (2, 2, 3)
     if how == "avg":
         torch.testing.assert_close(out[0, :, 0], torch.tensor([2.5, 4.5]))
-    assert torch.equal(objective.resize_tokens(tokens, (2, 4), (2, 4), how), tokens)
+    assert torch.equal(match_builder.resize_tokens(tokens, (2, 4), (2, 4), how), tokens)
 
 
 def test_a_teacher_without_a_classifier_serves_matches_and_ranking() -> None:
@@ -358,6 +359,16 @@ def test_probability_shift_swaps_the_top_class_with_the_true_one(tmp_path: Path)
 def test_every_objective_is_told_the_number_of_the_update(flags: list[str]) -> None:
     _, _, criterion, _ = build(*flags)
     criterion.at_update(3)
+
+
+def test_features_are_freed_after_their_loss() -> None:
+    student, teacher, criterion, _ = build("--distillation-type", "soft", *matches(*MATCH_ALL))
+    outputs, outputs_T = student(IMAGES), teacher(IMAGES)
+    features = [weakref.ref(state) for state in outputs_T.states.values()]
+    loss = criterion(IMAGES, outputs, LABELS, teacher_outputs=outputs_T)
+    loss.backward()
+    del outputs, outputs_T
+    assert features and not any(feature() is not None for feature in features)
 
 
 @pytest.mark.parametrize("standardize", [False, True])
