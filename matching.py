@@ -5,21 +5,20 @@ Suffix _S student, _T teacher. A match names one layer of each network (or two, 
 student. `distill/match_builder.py` makes a term of the loss of it.
 """
 
-import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 import losses
-from base.errors import UserError
+from base import structured
+from base.errors import UserError, shorten
 from data.transforms import is_mixing
 from models.features import ADAPTOR_KEYS, ADAPTORS, ATTENTION_KINDS, FEATURES, Tap
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, pick
@@ -100,7 +99,7 @@ class IntermediateMatch:
     textbrewer_clip: bool = False
 
     def __post_init__(self) -> None:
-        where = f"match {self.name}"
+        where = f"match {shorten(self.name, quote=False)}"
         for what, value, known in (
             ("feature", self.feature, FEATURES),
             ("loss", self.loss, losses.MATCH_LOSS_MAP),
@@ -134,8 +133,8 @@ class IntermediateMatch:
             pick(PROJ_MAP, name, f"{where}: proj")
             if len(self.proj) > 4 or any(w != "auto" and type(w) is not int for w in widths):
                 raise UserError(
-                    f"{where}: proj {list(self.proj)}; give [name, width_S, width_T, {{optimizer "
-                    "options}], where a width is a number or auto"
+                    f"{where}: proj {shorten(list(self.proj))}; give [name, width_S, width_T, "
+                    "{optimizer options}], where a width is a number or auto"
                 )
 
     @property
@@ -154,44 +153,67 @@ def several(layers: int | tuple[int, int]) -> tuple[int, ...]:
     return layers if isinstance(layers, tuple) else (layers,)
 
 
+class MatchFile(msgspec.Struct, forbid_unknown_fields=True):
+    """A match as a file or a string has it, before it is checked."""
+
+    loss: str
+    feature: str
+    layer_S: int | str | list[int] | None = None
+    layer_T: int | str | list[int] | None = None
+    weight: float = 1.0
+    proj: str | list[str | int | None | dict[str, float]] | None = None
+    tokens: str = "all"
+    attention: str = "scores"
+    resize: str | None = None
+    teacher: int | str = 0
+    textbrewer_clip: bool = False
+
+
 def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
     """Return the match of a `key=value,...` string, of JSON in braces, or of a file's mapping.
 
     In a string, two layers are `0+4`, and a projection is `linear:192:768:lr=0.001`.
     Raises UserError for unknown keys and values that cannot be read.
     """
-    given = source
+    where = f"match {shorten(source, 120)}"
+    given: Any = source
     if isinstance(source, str) and source.lstrip().startswith("{"):
-        given = _parse(source, "--match")
+        given = structured.parse(source, "--match")
     elif isinstance(source, str):
         parts = [part.partition("=") for part in source.split(",") if part.strip()]
-        given = {key.strip(): value.strip() for key, _, value in parts}
+        given = {key.strip(): _plain_value(key.strip(), value.strip()) for key, _, value in parts}
         if len(given) < len(parts):
-            raise UserError(f"match {source!r}: a key comes twice; two layers are written 0+4")
+            raise UserError(f"{where}: a key comes twice; two layers are written 0+4")
     if not isinstance(given, Mapping):
-        raise UserError(f"match {source!r}: give key=value,key=value, or a mapping")
-    _check_keys(given, IntermediateMatch, f"match {source!r}")
+        raise UserError(f"{where}: give key=value,key=value, or a mapping")
+    _check_keys(given, IntermediateMatch, where)
     if missing := {"loss", "feature"} - set(given):
-        raise UserError(f"match {source!r}: lacks {', '.join(sorted(missing))}")
-    readers = {
-        "layer_S": _layers,
-        "layer_T": _layers,
-        "weight": float,
-        "proj": _proj,
-        "teacher": _number_or_name,
-        "textbrewer_clip": _bool,
-    }
-    values = {}
-    for key, value in given.items():
+        raise UserError(f"{where}: lacks {', '.join(sorted(missing))}")
+    found = structured.convert(given, MatchFile, where)
+    values = {name: getattr(found, name) for name in given}
+    for name, reader in READERS.items():
         try:
-            values[key] = readers.get(key, lambda x: x)(value)
+            if name in values:
+                values[name] = reader(values[name])
         except (TypeError, ValueError) as error:
-            raise UserError(f"match {source!r}: {key}={value!r} cannot be read") from error
+            raise UserError(f"{where}: {name}={shorten(values[name])} cannot be read") from error
     match = IntermediateMatch(**values)
     unsaid = sorted({"layer_S", "layer_T"} - set(given))
     if unsaid and match.feature != "pooled":
-        raise UserError(f"match {source!r}: lacks {', '.join(unsaid)}")
+        raise UserError(f"{where}: lacks {', '.join(unsaid)}")
     return match
+
+
+def _plain_value(key: str, text: str) -> Any:
+    """Return the text of a `key=value` string as the number or switch it is."""
+    try:
+        if key == "weight":
+            return float(text)
+        if key == "textbrewer_clip":
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except (KeyError, ValueError):
+        return text
+    return text
 
 
 def _layers(value: Any) -> int | tuple[int, ...]:
@@ -222,14 +244,14 @@ def _number_or_name(value: Any) -> int | str:
     return int(value) if str(value).isdigit() else value
 
 
-def _bool(value: Any) -> bool:
-    return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+READERS = {"layer_S": _layers, "layer_T": _layers, "proj": _proj, "teacher": _number_or_name}
 
 
 def _check_keys(given: Mapping[str, Any], kind: type, where: str) -> None:
     known = [each.name for each in fields(kind)]
     if unknown := [str(key) for key in given if key not in known]:
-        raise UserError(f"{where}: unknown {', '.join(unknown)}; the keys are {', '.join(known)}")
+        names = shorten(", ".join(unknown), quote=False)
+        raise UserError(f"{where}: unknown {names}; the keys are {', '.join(known)}")
 
 
 # --- the file ---------------------------------------------------------------------------------
@@ -240,14 +262,14 @@ class DistillationConfig:
     """TextBrewer's keys and defaults. The weights of both terms stand alone: there is no alpha."""
 
     temperature: float = 4
-    temperature_scheduler: Any = "none"
+    temperature_scheduler: str | list[str | float | dict[str, float]] = "none"
     hard_label_weight: float = 0
     hard_label_weight_scheduler: str = "none"
     kd_loss_type: str = "ce"
     kd_loss_weight: float = 1
     kd_loss_weight_scheduler: str = "none"
     probability_shift: bool = False
-    intermediate_matches: Sequence[Mapping[str, Any]] = ()
+    intermediate_matches: Sequence[str | dict[str, Any]] | None = ()
     is_caching_logits: bool = False
 
     def flags(self) -> dict[str, Any]:
@@ -263,39 +285,18 @@ class DistillationConfig:
 
 def read_config(path: str) -> tuple[DistillationConfig, set[str]]:
     """Return the distillation config of a .json or .yaml file, and the flags that it states."""
-    try:
-        content = _parse(Path(path).read_text(), path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: holds no keys and values")
+    content = structured.read(path, dict[str, Any])
     _check_keys(content, DistillationConfig, path)
-    config = DistillationConfig(**content)
-    for name in ("temperature", "hard_label_weight", "kd_loss_weight"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UserError(f"{path}: {name} is {value!r}; give a number")
-        if name != "temperature" and not 0 <= value < math.inf:
-            raise UserError(f"{path}: {name} {value}: must be a number, not below 0")
-    for name in ("probability_shift", "is_caching_logits"):
-        if not isinstance(getattr(config, name), bool):
-            raise UserError(f"{path}: {name} is {getattr(config, name)!r}; give true or false")
+    config = structured.convert(content, DistillationConfig, path)
+    for name in ("hard_label_weight", "kd_loss_weight"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{path}: {name} {getattr(config, name):g}: must be at least 0")
     if not 0 < config.temperature < math.inf:
-        raise UserError(f"{path}: temperature {config.temperature}: must be above 0")
-    if not isinstance(config.intermediate_matches or (), Sequence):
-        raise UserError(f"{path}: intermediate_matches must be a list")
+        raise UserError(f"{path}: temperature {config.temperature:g}: must be above 0")
     defaults = DistillationConfig().flags()
     stated = {name for name, value in config.flags().items() if value != defaults[name]}
     names = {"temperature": "distillation_tau", "intermediate_matches": "match"}
     return config, stated | {names.get(key, key) for key in content} | {"distillation_type"}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text) if not text.lstrip().startswith("{") else json.loads(text)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{where}: is neither JSON nor YAML ({reason})") from error
 
 
 def check_objective(args: Namespace) -> None:

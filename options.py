@@ -8,7 +8,7 @@ prefixes (`--batch`) work. What is new takes timm's name where timm's train.py h
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import matching
-from base import flag_table
+from base import flag_table, structured
 from base.distributed import find_launcher
-from base.errors import UserError
+from base.errors import UserError, shorten
 from base.flags import idle_notes
 from models import plugins
 from training import recipe
@@ -185,20 +185,44 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises UserError for unknown ones, and for values that they cannot have.
     """
-    flags = dict(recipe.find(str(path)).flags)
-    known = {action.dest: action for action in get_args_parser()._actions}
-    if unknown := sorted(set(flags) - set(known)):
-        raise UserError(f"recipe {path.name}: unknown flags {', '.join(unknown)}")
-    for flag, value in flags.items():  # argparse takes defaults as they are
-        if known[flag].choices and value not in known[flag].choices:
-            raise UserError(
-                f"recipe {path.name}: {flag}: {value}; give {', '.join(known[flag].choices)}"
-            )
-        if known[flag].nargs == "+" and not isinstance(value, list):
-            flags[flag] = [value]
+    flags = read_flags(recipe.find(str(path)).flags, f"recipe {path.name}")
     if flags.get("teacher_path") and path.parent == recipe.FOLDER:  # wherever the run was started
         flags["teacher_path"] = str(recipe.FOLDER.parent / flags["teacher_path"])
     return flags
+
+
+def read_flags(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of a file as those of flags, by destination name.
+
+    Raises UserError for an unknown flag, and for a value of another type or out of range.
+    """
+    known = {flag.dest: flag for flag in flag_table.FLAGS}
+    if unknown := sorted(set(values) - set(known)):
+        close = did_you_mean(unknown[0], known)
+        raise UserError(f"{where}: unknown flags {shorten(', '.join(unknown), quote=False)}{close}")
+    found = {}
+    for name, value in values.items():
+        flag = known[name]
+        if value is False and "off" in flag.choices:  # YAML's `off`
+            value = "off"
+        value = structured.convert(value, flag.value_type(), f"{where}: {name}")
+        if flag.choices and value not in flag.choices:
+            raise UserError(f"{where}: {name}: {shorten(value)}; give {', '.join(flag.choices)}")
+        flag.check(value)
+        if (
+            "nargs" in flag.options
+            and isinstance(value, int | float | str)
+            and flag.kind is not str
+        ):
+            value = [value]
+        found[name] = value
+    return found
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a hint with the words that are close to a misspelt one, or ""."""
+    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.75)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_ranges(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from base.errors import UserError
+from base.errors import UserError, shorten
 
 Temperature = float | Tensor
 TemperatureSchedule = Callable[[Tensor, Tensor, Temperature], Temperature]
@@ -25,7 +25,7 @@ def pick(registry: Mapping[str, Any], name: str, what: str) -> Any:
     """
     if not isinstance(name, str) or name not in registry:
         known = ", ".join(sorted(registry))
-        raise UserError(f"{what} {name!r} is not known; choose one of: {known}")
+        raise UserError(f"{what} {shorten(name)} is not known; choose one of: {known}")
     return registry.get(name)  # get, since ScheduleRegistry subscripts through this function
 
 

@@ -1,5 +1,6 @@
 """How a run ends early: what the user can mend, and a stop that was asked for."""
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,20 @@ class UserError(ValueError):
         return " ".join(message.split())
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 6, 4, 60, 60
+
+
+def shorten(value: Any, limit: int = 80, *, quote: bool = True) -> str:
+    """Return a value as text of at most `limit` characters, for a message.
+
+    A whole value may be endless: aliases of a YAML file expand when they are printed. quote: put
+    text in quotation marks.
+    """
+    text = _SHORT.repr(value) if quote or not isinstance(value, str) else value
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], what: str = "") -> Iterator[str]:
     """Yield in words, with both values, each entry that differs; of nested ones, each of theirs."""
     for name in sorted({*was, *now}):
@@ -30,7 +45,7 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], what: str = "") 
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             yield from differences(one, other, f"{what}{name} ")
         elif one != other:
-            yield f"{what}{name} was {one!r} and is {other!r}"
+            yield f"{what}{name} was {shorten(one)} and is {shorten(other)}"
 
 
 class CorruptFile(UserError):

@@ -102,6 +102,17 @@ class Flag:
     def choices(self) -> tuple[str, ...]:
         return self.options.get("choices", ())
 
+    def value_type(self) -> Any:
+        """Return the type of the flag's value in a file, for `structured.convert`."""
+        kind: Any = self.kind if isinstance(self.kind, type) else str | list[str | float | dict]
+        if self.repeat == "merge":
+            return dict[str, str | int | float | bool | list[float] | None]
+        if self.repeat == "list":
+            kind = list[kind | dict[str, Any]] if kind is str else list[kind]
+        elif self.repeat == "several" or "nargs" in self.options and self.options["nargs"] != "?":
+            kind = kind | list[kind]
+        return kind | None if self.default is None else kind
+
     def help_text(self) -> str:
         """Return the help with the default at its end."""
         if "default:" in self.text:

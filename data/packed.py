@@ -13,12 +13,14 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
+import msgspec
 import numpy as np
 from PIL import Image
 
-from base.errors import UserError, differences
+from base import structured
+from base.errors import UserError, differences, shorten
 from base.text import printable
 from data.image_ops import ImageLike, as_image, decode
 from data.image_source import Source
@@ -168,14 +170,32 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     os.replace(shadow, path)
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Split(msgspec.Struct):
+    """What a manifest states of one split. table: sha256 of the rows."""
+
+    pictures: Count
+    bytes: Count
+    table: str
+
+
+class Manifest(msgspec.Struct):
+    """What a manifest must state."""
+
+    splits: dict[str, Split]
+    kind: Literal["raw", "jpeg"]
+    classes: list[str] | None
+    flips: bool
+    plan: dict[str, Any] = {}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable; {AGAIN}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: no manifest of a prepared data set; {AGAIN}")
-    return content
+        return structured.read(path, dict[str, Any])
+    except UserError as error:
+        raise UserError(f"{error.line()}; {AGAIN}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -187,11 +207,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: {reason}")
     manifest = _read(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{folder}: format {manifest.get('format')}, this program reads {FORMAT}; {AGAIN}"
-        )
-    if lacks := {"splits", "kind", "classes", "flips"} - manifest.keys():
-        raise UserError(f"{folder / MANIFEST}: does not say {', '.join(sorted(lacks))}; {AGAIN}")
+        found = shorten(manifest.get("format"))
+        raise UserError(f"{folder}: format {found}, this program reads {FORMAT}; {AGAIN}")
+    try:
+        structured.convert(manifest, Manifest, str(folder / MANIFEST))
+    except UserError as error:
+        raise UserError(f"{error.line()}; {AGAIN}") from error
     return manifest
 
 

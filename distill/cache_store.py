@@ -16,13 +16,14 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from base import distributed
+from base import distributed, structured
 from base.errors import UserError, differences
 
 FORMAT = 4
@@ -72,8 +73,16 @@ def row_bytes(keep: str | int, num_classes: int) -> int:
     return sum(np.dtype(kind).itemsize * count for kind, count in columns)
 
 
+class Manifest(msgspec.Struct):
+    """What a manifest must state; beside it, it has the facts that determine the logits."""
+
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    classes: Annotated[int, msgspec.Meta(ge=1)]
+    keep: int | str
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """Return the manifest of the cache in `folder`, or None where there is none.
+    """Return the content of the manifest of the cache in `folder`, or None where there is none.
 
     Raises UserError for one that cannot be read, or that has another format.
     """
@@ -81,10 +90,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
-        written = found["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not readable; delete the folder") from error
+        found = structured.read(path, dict[str, Any])
+        written = structured.convert(found.get("format"), int, f"{path}: format")
+        if written in READABLE:
+            structured.convert(found, Manifest, str(path))
+    except UserError as error:
+        raise UserError(
+            f"{error.line()}; delete the folder, the cache is then written anew"
+        ) from error
     if written not in READABLE:
         raise UserError(
             f"--teacher-cache {folder}: of format {written}, this program reads "

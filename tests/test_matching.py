@@ -75,7 +75,7 @@ def test_two_layers_a_bare_projection_and_our_own_keys() -> None:
         (f"{HIDDEN},proj=linear:1:2:3", "proj"),
         (f"{HIDDEN},tokens=class", "all, cls, dist, patch"),
         (f"{HIDDEN},resize=bilinear", "tokens=patch"),
-        (f"{HIDDEN},weight=heavy", "weight='heavy' cannot be read"),
+        (f"{HIDDEN},weight=heavy", "weight: found 'heavy', expected a number"),
         ("layer_S=1,layer_T=x,feature=hidden,loss=cos", "layer_T='x'"),
         ("layer_S=1,layer_T=1,feature=hidden,loss=fsp", "two layers of each side"),
         ("layer_S=0+1,layer_T=0+1,feature=hidden,loss=cos", "one layer each"),
@@ -84,7 +84,7 @@ def test_two_layers_a_bare_projection_and_our_own_keys() -> None:
         ("feature=attention,loss=attention_mse,proj=linear", "attention takes no proj"),
         ("feature=hidden", "lacks loss"),
         ("[1]", "unknown"),
-        ('{"layer_S": ', "neither JSON nor YAML"),
+        ('{"layer_S": ', "--match: not readable as YAML"),
     ],
 )
 def test_a_match_that_no_network_can_satisfy_is_refused(text: str, words: str) -> None:
@@ -129,13 +129,13 @@ def test_without_a_kd_loss_nothing_is_asked_of_the_teachers_logits(tmp_path: Pat
         ("intermediate_matches: []", f"--match {HIDDEN}", "match .*disagrees"),
         ("temprature: 3", "", "unknown temprature; the keys are temperature, "),
         ("temperature: 0", "", "temperature 0: must be above 0"),
-        ("temperature: hot", "", "temperature is 'hot'"),
+        ("temperature: hot", "", "temperature: found 'hot', expected a number"),
         ("kd_loss_type: kl", "", "'kl' is not known.*ce, dist, mse"),
         ("kd_loss_weight_scheduler: linear", "", "linear_decay, linear_growth"),
         ("temperature_scheduler: flsw", "", "flsw"),
         ("probability_shift: true", "--mixup 0.8", "--mixup 0 --cutmix 0"),
-        ("- 1", "", "no keys and values"),
-        ("a: [", "", "neither JSON nor YAML"),
+        ("- 1", "", r"found \[1\], expected names with values"),
+        ("a: [", "", "not readable as YAML"),
     ],
 )
 def test_a_file_that_cannot_be_followed_is_refused(
@@ -301,5 +301,5 @@ def test_weights_and_temperatures_are_finite_and_not_below_zero(flags: str) -> N
 
 def test_a_files_switch_is_true_or_false(tmp_path: Path) -> None:
     (tmp_path / "d.yaml").write_text("probability_shift: 'no'")
-    with pytest.raises(UserError, match="give true or false"):
+    with pytest.raises(UserError, match="found 'no', expected true or false"):
         options.parse_args(["--distill-config", str(tmp_path / "d.yaml")])

@@ -380,5 +380,5 @@ def test_every_checksum_is_of_its_images_bytes(made: Path) -> None:
 
 def test_a_manifest_that_lacks_a_word_is_refused(tmp_path: Path) -> None:
     (tmp_path / packed.MANIFEST).write_text(json.dumps({"format": 1, "splits": {}, "flips": True}))
-    with pytest.raises(UserError, match="does not say classes, kind;"):
+    with pytest.raises(UserError, match="lacks `kind:`; "):
         packed.read_manifest(tmp_path)

@@ -252,11 +252,16 @@ def test_a_recipe_of_ones_own_is_a_file(tmp_path, monkeypatch: pytest.MonkeyPatc
     ("text", "words"),
     [
         ("flags: {modle: resnet18}", "modle"),
-        ("flags: {distillation-type: medium}", "medium; give none, soft, hard"),
-        ("flags: {epochs: many}", "invalid int value: 'many'"),
+        ("flags: {distillation-type: medium}", "'medium'; give none, soft, hard"),
+        ("flags: {epochs: many}", "epochs: found 'many', expected a whole number"),
+        ("flags: {epochs: [1]}", r"epochs: found \[1\], expected a whole number"),
+        ("flags: {epochs: -1}", "--epochs -1: must be at least 0"),
+        ("flags: {}\nneeds: {nosuchflag: x}", "needs: unknown flag 'nosuchflag'"),
+        ("flags: {}\nexpected: {acc1: abc}", "expected.acc1: found 'abc', expected a number"),
+        ("flags: {}\nexpected: {acc: 1}", "expected: unknown key 'acc'"),
         ("flags: [epochs", "not readable as YAML"),
-        ("epochs: 3", "no `flags:`"),
-        ("flags: {epochs: 3}\nexpected: 70", "names with values"),
+        ("epochs: 3", "lacks `flags:`"),
+        ("flags: {epochs: 3}\nexpected: 70", "expected: found 70, expected names with values"),
     ],
 )
 def test_a_faulty_recipe_of_ones_own_is_one_line(text: str, words: str, tmp_path) -> None:

@@ -10,11 +10,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+import msgspec
 
-from base.errors import UserError
+from base import structured
+from base.errors import UserError, shorten
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -49,6 +50,23 @@ class Recipe:
         )
 
 
+class _Expected(msgspec.Struct, forbid_unknown_fields=True):
+    """What a recipe is to reach, in percent."""
+
+    acc1: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
+    tolerance: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
+
+
+class _File(msgspec.Struct, rename={"effective_batch": "effective-batch"}):
+    """The keys of a recipe file. Other keys are the author's notes."""
+
+    flags: dict[str, Any]
+    source: str | None = None
+    expected: _Expected | None = None
+    effective_batch: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    needs: dict[str, str] | None = None
+
+
 def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -63,31 +81,27 @@ def find(name: str) -> Recipe:
         close = difflib.get_close_matches(name, names(), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"--recipe {name}: unknown; {hint}known: {', '.join(names())}")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no text
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--recipe {name}: not readable as YAML ({reason})") from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("flags"), Mapping):
-        raise UserError(f"--recipe {name}: {path} has no `flags:`")
-    expected, needs = content.get("expected") or {}, content.get("needs") or {}
-    if not isinstance(expected, Mapping) or not isinstance(needs, Mapping):
-        raise UserError(f"--recipe {name}: `expected:` and `needs:` are names with values")
+    content = structured.read(path, _File, what="--recipe")
+    expected = content.expected or _Expected()
     return Recipe(
         name=path.stem,
-        source=" ".join(str(content.get("source", "")).split()),
-        flags={flag.replace("-", "_"): value for flag, value in content["flags"].items()},
-        acc1=expected.get("acc1"),
-        tolerance=expected.get("tolerance", 0.0),
-        effective_batch=content.get("effective-batch"),
-        needs=dict(needs),
+        source=" ".join((content.source or "").split()),
+        flags={flag.replace("-", "_"): value for flag, value in content.flags.items()},
+        acc1=expected.acc1,
+        tolerance=expected.tolerance,
+        effective_batch=content.effective_batch,
+        needs=content.needs or {},
     )
 
 
 def check_needs(recipe: Recipe, args: Namespace) -> None:
     """Raise UserError for a flag that the recipe leaves to the user and that is not given."""
+    given = vars(args)
     for flag, what in recipe.needs.items():
-        if not getattr(args, flag.replace("-", "_")) and not args.resume:
+        name = flag.replace("-", "_")
+        if name not in given:
+            raise UserError(f"--recipe {recipe.name}: needs: unknown flag {shorten(flag)}")
+        if not given[name] and not args.resume:
             raise UserError(f"--recipe {recipe.name}: give --{flag}, {what}")
 
 
