@@ -24,7 +24,7 @@ system: $(VENV)/.installed-dev
 
 # none, soft, hard and the teacher, five seeds each (some 20 minutes on two cores)
 table: $(VENV)/.installed
-	$(BIN)/python tools/compare.py --seeds 0 1 2 3 4 --runs runs/table \
+	$(BIN)/python experiments/compare.py --seeds 0 1 2 3 4 --runs runs/table \
 	  --row "teacher: --model resnet_pico --epochs 80 --aa rand-m9-mstd0.5-inc1 --reprob 0.25 --drop-path 0.1" \
 	  --row "none: --distillation-type none" --row "soft: --distillation-type soft" \
 	  --row "hard: --distillation-type hard"

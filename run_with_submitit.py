@@ -44,7 +44,7 @@ def get_submitit_parser() -> argparse.ArgumentParser:
         "--shared-dir",
         default="",
         help="a folder that all nodes see, where they find each other; "
-        "default: --job-dir, or experiments here",
+        "default: --job-dir, or ./runs",
     )
     add("--partition", default="learnfair")
     add("--use-volta32", action="store_true", help="--constraint volta32gb")
@@ -176,7 +176,7 @@ def slurm_parameters(request: argparse.Namespace) -> dict[str, object]:
 def submit(argv: Sequence[str] | None = None) -> str:
     """Submit the run and return the job's number. Raises UserError for bad flags of main.py too."""
     request, rest = get_submitit_parser().parse_known_args(argv)
-    shared = Path(request.shared_dir or "experiments").expanduser().absolute()
+    shared = Path(request.shared_dir or "runs").expanduser().absolute()
     job_dir = Path(request.job_dir).expanduser().absolute() if request.job_dir else shared / "%j"
     settings = options.parse_args(rest)
     output_dir = job_dir

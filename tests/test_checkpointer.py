@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import engine
 from base import distributed, files, safe_load
 from base.errors import EXIT_STOPPED, Stopped, UserError
+from experiments.kill_sweep import children, compare_runs, differences, finish, kill, start
 from losses import DistillationLoss
 from models.features import Observed, Tap
-from tools.kill_sweep import children, compare_runs, differences, finish, kill, start
 from training.checkpointer import Checkpointer, is_auto
 from training.optim import compatible
 from training.state import EpochState

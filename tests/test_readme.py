@@ -9,7 +9,8 @@ import torch.distributed.run
 
 import options
 import run_with_submitit
-from tools import benchmark, export, prepare_data, report
+from experiments import benchmark
+from tools import export, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -22,7 +22,7 @@ import pytest
 
 import run_with_submitit
 from base.errors import UserError
-from tools.kill_sweep import compare_runs
+from experiments.kill_sweep import compare_runs
 from training.checkpointer import load_run
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-_spec = importlib.util.spec_from_file_location("compare", ROOT / "tools" / "compare_objectives.py")
+_spec = importlib.util.spec_from_file_location(
+    "compare", ROOT / "experiments" / "compare_objectives.py"
+)
 comparison = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(comparison)
 

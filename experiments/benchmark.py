@@ -1,7 +1,7 @@
 """How fast a distillation step is, beside the steps it is meant to beat; tables in Markdown.
 
-    OMP_NUM_THREADS=1 taskset -c 0 python tools/benchmark.py
-    python tools/benchmark.py --parts step --teacher regnety_016 --batch-size 8 --torchcompile
+    OMP_NUM_THREADS=1 taskset -c 0 python experiments/benchmark.py
+    python experiments/benchmark.py --parts step --teacher regnety_016 --batch-size 8 --torchcompile
 
 Every part is one race: all contestants in turn, in an order that rotates from round to round, after
 two rounds to warm up. A ratio is the median over the rounds of (their time / ours) within a round,
@@ -42,11 +42,11 @@ from base import distributed  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from checks import dry_run  # noqa: E402
 from distill.teacher import Teacher, build_teacher  # noqa: E402
-from tools import bench_loader  # noqa: E402
-from tools.bench_gpu import measure_gpu  # noqa: E402
-from tools.bench_growth import measure_growth  # noqa: E402
-from tools.bench_race import Apart, Stopwatch, Turn, race, table  # noqa: E402
-from tools.bench_steps import CLASSES, PRECISIONS, Case, Ours, Reference, Timm  # noqa: E402
+from experiments import bench_loader  # noqa: E402
+from experiments.bench_gpu import measure_gpu  # noqa: E402
+from experiments.bench_growth import measure_growth  # noqa: E402
+from experiments.bench_race import Apart, Stopwatch, Turn, race, table  # noqa: E402
+from experiments.bench_steps import CLASSES, PRECISIONS, Case, Ours, Reference, Timm  # noqa: E402
 from training import optim  # noqa: E402
 
 PARTS = ("step", "optimizer", "agreement", "loader", "gpu", "growth")
@@ -259,7 +259,7 @@ def measure_agreement(args: argparse.Namespace, device: torch.device) -> dict[st
 
 
 def measure_loader(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the input pipeline as tools/bench_loader.py does."""
+    """Measure the input pipeline as experiments/bench_loader.py does."""
     found = bench_loader.run(args.loader_data, 0, args.loader_images, args.rounds)
     return found | {"lines": ["### Loader", "", *found["lines"]]}
 
@@ -382,7 +382,7 @@ def about(device: torch.device) -> list[str]:
     versions = f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}"
     return [
         "```",
-        shlex.join(["python", "tools/benchmark.py", *sys.argv[1:]]),
+        shlex.join(["python", "experiments/benchmark.py", *sys.argv[1:]]),
         "```",
         "",
         f"{machine}; {versions}; commit {commit or 'unknown'}.",

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from base.errors import UserError
-from tools import bench_gpu, bench_loader, bench_race, benchmark
-from tools.bench_steps import Case
+from experiments import bench_gpu, bench_loader, bench_race, benchmark
+from experiments.bench_steps import Case
 
 
 def test_a_race_warms_up_and_rotates_the_order(capsys) -> None:

@@ -1,4 +1,4 @@
-"""The part of tools/benchmark.py that needs a GPU: images a second, and the share of the peak.
+"""The GPU part of the benchmark: images per second and the share of the peak.
 
 A turn is one long stretch of training. Where a loader brings the batches its workers start with the
 turn and end with it, so that none works for another's, and as many batches as they may have ready
@@ -23,9 +23,10 @@ import models
 import options
 from base import distributed
 from checks import dry_run
-from tools import bench_loader, prepare_data
-from tools.bench_race import middle, race, ratio
-from tools.bench_steps import CLASSES, PRECISIONS, Case, Ours
+from experiments import bench_loader
+from experiments.bench_race import middle, race, ratio
+from experiments.bench_steps import CLASSES, PRECISIONS, Case, Ours
+from tools import prepare_data
 
 IMAGES = 1000  # made up, where no prepared ones are given
 SPARE_BATCHES = 64  # more than workers have ready

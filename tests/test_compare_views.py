@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import engine
-from tools import compare, compare_views
+from experiments import compare, compare_views
 
 
 def test_writing_is_paid_for_before_the_epochs() -> None:

@@ -1,6 +1,6 @@
 """Kill runs with SIGKILL at many moments, resume them, and compare with runs left alone.
 
-    python tools/kill_sweep.py --points 20 --write results/kill_sweep.md [-- FLAGS of main.py]
+    python experiments/kill_sweep.py --points 20 --write results/kill_sweep.md [-- FLAGS of main.py]
 
 Each point takes the next of eight settings (workers 0 and 2, accumulation 1 and 2, 1 and 2
 processes) and the next of four moments: the start of an epoch, its middle, evaluation, and the

@@ -1,10 +1,10 @@
 """Compare the objectives on one image folder: a row each, several seeds, one budget.
 
-    python tools/compare_objectives.py --data CIFAR10_FOLDER --write results/objectives_cifar10.md
+    python experiments/compare_objectives.py --data CIFAR --write results/objectives_cifar10.md
 
-Trains the CNN teacher once (resnet_pico, on the same images), then the students through
-tools/compare.py, which writes the table with the command of every row. What is already complete
-under --runs is not repeated. What follows `--` goes to every student's run.
+Trains the CNN teacher once (resnet_pico, on the same images), then the students through compare.py,
+which writes the table with the command of every row. Complete runs under --runs are not repeated.
+Flags after `--` are passed to every student's run.
 """
 
 import argparse

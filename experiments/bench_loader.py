@@ -1,6 +1,6 @@
 """How many images one core brings, against DeiT's default transform by timm and Pillow.
 
-    python tools/bench_loader.py --data /data/imagenet_sample --json loader.json
+    python experiments/bench_loader.py --data /data/imagenet_sample --json loader.json
 
 All rows are measured in turn, the order rotated by one in every round, on one thread and in CPU
 seconds, so that other work on the machine moves a ratio little. "timm again" is the first row once

@@ -1,4 +1,4 @@
-"""The part of tools/benchmark.py about what grows: time, memory, a cache's size."""
+"""The part of experiments/benchmark.py about what grows: time, memory, a cache's size."""
 
 import argparse
 import contextlib
@@ -18,8 +18,8 @@ import torch
 import engine
 import main
 from distill import cache_store
-from tools.bench_race import race
-from tools.bench_steps import Case, Ours
+from experiments.bench_race import race
+from experiments.bench_steps import Case, Ours
 from training.step_config import Hooks
 
 SMALL = ("deit_pico_distilled_patch4_32", "resnet_pico", 32)

@@ -1,6 +1,6 @@
 """Run several recipes over several seeds and write the table of mean ± standard deviation.
 
-    python tools/compare.py --seeds 0 1 2 3 4 --write results/quickstart.md \\
+    python experiments/compare.py --seeds 0 1 2 3 4 --write results/quickstart.md \\
         --row "none: --distillation-type none" --row "hard: --distillation-type hard" \\
         -- --epochs 30
 
@@ -106,7 +106,7 @@ def table(rows: list, found: dict[str, list[dict]], args: argparse.Namespace) ->
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | `{shlex.join(flags)}` |")
     rows_again = " ".join(f'--row "{name}: {shlex.join(flags)}"' for name, flags in rows)
-    command = f"python tools/compare.py --seeds {' '.join(map(str, args.seeds))} {rows_again}"
+    command = f"python experiments/compare.py --seeds {' '.join(map(str, args.seeds))} {rows_again}"
     command += f" -- {shlex.join(args.common)}" if args.common else ""
     return "\n".join(
         [

@@ -1,6 +1,6 @@
 """Kill one of two processes under `torchrun --max-restarts`, and compare with a run left alone.
 
-    python tools/restart_sweep.py --points 10 5 --write results/restart_sweep.md
+    python experiments/restart_sweep.py --points 10 5 --write results/restart_sweep.md
 
 The process, the moment (start-up, the start and the middle of an epoch, evaluation, the writing of
 a checkpoint) and the second within it are drawn. Nobody starts the run again: torchrun must, and
@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools import kill_sweep  # noqa: E402
+from experiments import kill_sweep  # noqa: E402
 
 FLAGS = [*kill_sweep.PLAIN, "--distillation-type", "none", "--dist-timeout", "2"]
 NODES = {

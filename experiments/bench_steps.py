@@ -1,4 +1,4 @@
-"""The contestants of tools/benchmark.py: DeiT's step, timm's and ours, on one student and teacher.
+"""The steps that the benchmark compares: DeiT's, timm's and ours, for one student and teacher.
 
 Shapes: B batch.
 """
@@ -32,7 +32,7 @@ from data import transforms
 from distill import cache_store, objective
 from distill.cached_teacher import CachedTeacher
 from distill.teacher import build_teacher
-from tools.bench_race import Stopwatch
+from experiments.bench_race import Stopwatch
 from training import optim
 from training.step_config import Hooks, StepConfig
 

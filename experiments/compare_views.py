@@ -1,6 +1,6 @@
 """Accuracy against the number of cached views, in the time that a live teacher takes.
 
-    python tools/compare_views.py --data CIFAR10_FOLDER --write results/cached_views.md
+    python experiments/compare_views.py --data CIFAR10_FOLDER --write results/cached_views.md
 
 Trains the teacher once, then for every seed the student with the live teacher, without any, and
 from caches of so many views, for as many epochs as the live run's time allows: once with the
@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools import compare, compare_objectives  # noqa: E402
+from experiments import compare, compare_objectives  # noqa: E402
 
 ROUNDS, EPOCHS = 3, 2  # of measuring the batch_plan, and of each of its runs
 
@@ -288,7 +288,7 @@ def about(args: argparse.Namespace, runs: Runs, batch_plan: BatchPlan) -> list[s
     import timm
     import torch
 
-    command = shlex.join(["python", "tools/compare_views.py", *sys.argv[1:]])
+    command = shlex.join(["python", "experiments/compare_views.py", *sys.argv[1:]])
     machine = f"{platform.machine()}, {args.threads} CPU thread(s) per run"
     if args.device != "cpu":
         machine = torch.cuda.get_device_name(args.device)
