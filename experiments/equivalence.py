@@ -5,8 +5,9 @@
 
 Compared for every case: the printed lines with a loss or an accuracy; the values of every update in
 TensorBoard (float32); the epochs of log.txt (float64); every tensor of checkpoint.pth and every
-data file of a teacher cache. Times and memory are not compared. Further cases resume a checkpoint
-of the old checkout and read its teacher cache. The exit code is 1 if anything differs.
+data file of a teacher cache. A cell shows how many values were compared, or `-` for none. Times and
+memory are not compared. Further cases resume a checkpoint of the old checkout and read its teacher
+cache. The exit code is 1 if anything differs.
 
 Only the command line and the file formats are used, so the modules may have any names. Every run is
 forked from this process, which has already imported the libraries. With --python every run starts
@@ -64,7 +65,7 @@ OBJECTIVE = (
 
 @dataclass(frozen=True)
 class Case:
-    """A run of main.py. {old} is the folder of the old checkout's runs, {own} that of this one's.
+    """A run of main.py. {old}: the folder of the old checkout's runs; {own}: of its own.
 
     needs: cases that run before. like: only the new checkout runs; compare its numbers with those
     of this case of the old one, as far as it goes. resume_at: start from the checkpoint that the
@@ -95,6 +96,9 @@ CASES = {
     "bf16": Case(f"{HARD} --amp bf16 --input-size 16 --no-model-ema"),
     "lamb": Case(f"{HARD} --opt lamb"),
     "two_processes": Case(f"{HARD} --batch-size 44", processes=2),
+    "old_checkpoint": Case(
+        "--eval --resume {old}/accumulate/checkpoint.pth", needs=("accumulate",)
+    ),
     "resume_epoch": Case(ACCUMULATE, needs=("accumulate",), like="accumulate", resume_at=9),
     "resume_step": Case(ACCUMULATE, needs=("accumulate",), like="accumulate", resume_at=12),
     "old_cache_read": Case(
@@ -174,18 +178,18 @@ def compare(old: Result, new: Result, *, part: bool = False) -> tuple[list[str],
     part: `new` has only the last part of the lines, updates and epochs of `old`.
     """
     if old.failure or new.failure:
-        return ["FAILED"] * len(COLUMNS), [
-            f"old: {old.failure or 'done'}; new: {new.failure or 'done'}"
-        ]
+        failures = f"old: {old.failure or 'done'}; new: {new.failure or 'done'}"
+        return ["FAILED"] * len(COLUMNS), [failures]
     cells, details = [], []
     for column in COLUMNS:
         one, other = old.values[column], new.values[column]
-        if part and column != "files":
+        if part and other and column != "files":
             one = {key: value for key, value in one.items() if key in other}
         names = list(one | other)
         unlike = [key for key in names if repr(one.get(key)) != repr(other.get(key))]
-        cells.append(f"DIFFERENT {len(unlike)}/{len(names)}" if unlike else f"equal {len(names)}")
+        cells.append(f"equal {len(names)}" if names else "-")
         if unlike:
+            cells[-1] = f"DIFFERENT {len(unlike)}/{len(names)}"
             first = f"{unlike[0]}: {one.get(unlike[0])} and {other.get(unlike[0])}"
             details.append(f"{column}: {first}{largest_difference(one, other)}")
     return cells, details
@@ -253,7 +257,7 @@ class Checkout:
 
 
 def run_main(root: Path, flags: list[str], output: Path) -> None:
-    """Become `python main.py FLAGS` in `root`, after a fork. Standard output goes to a file."""
+    """Run `main.py` in a forked process as `python main.py FLAGS` would; print to a file."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -33,6 +33,9 @@ def test_a_missing_value_is_a_difference_unless_a_part_is_compared() -> None:
     assert cells == ["DIFFERENT 1/2", "equal 1", "DIFFERENT 1/2", "equal 1"]
     assert equivalence.compare(result(), resumed, part=True)[1] == []
     assert equivalence.compare(result(), result(files={}), part=True)[1], "all files must be there"
+    nothing = result(**{"log.txt": {}})
+    assert equivalence.compare(result(), nothing, part=True)[1], "no epoch is not a part"
+    assert equivalence.compare(nothing, nothing)[0][2] == "-"
 
 
 def test_a_failed_run_is_a_difference() -> None:
