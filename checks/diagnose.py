@@ -5,14 +5,12 @@ Shapes: B batch, C classes. FLOPs count a multiplication and an addition as two,
 """
 
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import datasets
 import models
-from base import safe_load
 from data.transforms import InputConfig
 from distill.teacher import LogitsOnly, build_sources
 from models import Student
@@ -45,7 +43,7 @@ def build_findings(
     for teacher, name, path in zip(answers.teacher.members, names, paths):
         if not teacher.classifies:  # only its features are used
             continue
-        lines = label_order(classes_of(path), loaders.classes)
+        lines = []
         if len(labels):
             logits = torch.cat([LogitsOnly(teacher)(x.to(device)).cpu() for x in images.split(16)])
             file = models.released.published(name, path)
@@ -95,32 +93,6 @@ def sample(loader: torch.utils.data.DataLoader, count: int) -> tuple[Tensor, Ten
         return torch.stack(images), torch.tensor(labels)
     images, labels = next(iter(loader))[:2]
     return images[:count], labels[:count]
-
-
-def classes_of(source: str) -> list[str] | None:
-    """Return the class names a run of this repository left in its checkpoint, if it is one."""
-    if not source or not Path(source).is_file():
-        return None
-    names = safe_load.read_weights_file(source).get("classes")
-    return list(names) if isinstance(names, list | tuple) else None
-
-
-def label_order(theirs: list[str] | None, ours: list[str] | None) -> list[str]:
-    """Return a finding if the teacher's classes are not the data's, name by name."""
-    if theirs is None or ours is None or theirs == ours:
-        return []
-    if sorted(theirs) == sorted(ours):
-        return [
-            f"teacher: has the data's {len(ours)} classes in another order; train it on "
-            "folders of the same names"
-        ]
-    first = next(
-        (pair for pair in zip(theirs, ours) if pair[0] != pair[1]), (len(theirs), len(ours))
-    )
-    return [
-        f"teacher: was trained on other classes ({first[0]} where the data has {first[1]}); "
-        "train it on this data"
-    ]
 
 
 def teacher_findings(logits: Tensor, labels: Tensor, published: float | None) -> list[str]:

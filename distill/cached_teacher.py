@@ -4,9 +4,10 @@ Shapes: B batch, C classes. A cached teacher reads the logits of a batch from a 
 and writes missing rows with a network, if it has one.
 """
 
+import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,7 @@ from distill.teacher import (
     build_sources,
     build_teacher,
 )
+from distill.teacher_classes import classes_of_teacher, match_outputs
 
 _logger = logging.getLogger(__name__)
 CYCLE = "--teacher-cache-views"  # the manifest's key for the number of epochs in the cycle
@@ -51,6 +53,9 @@ class TrainingData(Protocol):
 
     @property
     def num_classes(self) -> int: ...
+
+    @property
+    def classes(self) -> Sequence[str] | None: ...
 
     @property
     def form(self) -> str:
@@ -223,7 +228,13 @@ def build_cached_teacher(
     )
     needed = len(data.train) * args.batch_size * processes.world_size
     build = partial(
-        build_teacher, args, data.num_classes, student_inputs, processes.device, amp_dtype
+        build_teacher,
+        args,
+        data.num_classes,
+        student_inputs,
+        processes.device,
+        amp_dtype,
+        classes=data.classes,
     )
     is_complete = not store.missing(cycle, needed)
     reads = mode == "read" or (mode == "auto" and is_complete)
@@ -305,9 +316,30 @@ def build_cache_fingerprint(
     }
     if mixes:  # an image is mixed with another one of its batch
         found["mixing"]["processes"] = processes.world_size
+    if outputs := _build_reordered_outputs(args, data):
+        found["teacher outputs"] = outputs
     found |= {name: getattr(args, name) for name in TRANSFORM}
     found["version of our pixels"] = image_ops.VERSION
     return found | {f"version of {name}": _version(name) for name in LIBRARIES}
+
+
+def _build_reordered_outputs(args: Namespace, data: TrainingData) -> dict[str, list[int]]:
+    """Return the outputs of each teacher that stand for the student's, where they are others."""
+    if args.distillation_type == "none":
+        return {}
+    names, paths = build_sources(args)
+    shares = args.teacher_weight or [1.0] * len(names)
+    found = {}
+    for index, (name, path, share) in enumerate(zip(names, paths, shares)):
+        if not share:  # only its features are used
+            continue
+        chosen = None
+        with contextlib.suppress(UserError):  # raised where the network is built
+            known = classes_of_teacher(name, path)
+            chosen = match_outputs(name, known, data.num_classes, data.classes).chosen
+        if chosen is not None:
+            found[f"{index} {name}"] = list(chosen)
+    return found
 
 
 def _of_training(inputs: InputConfig) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 import models
 from base import safe_load
+from base.distributed import print_once
 from base.errors import UserError
 from data.samplers import BatchKey
 from data.transforms import InputConfig
+from distill.teacher_classes import classes_of_teacher, match_outputs
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
 
@@ -299,8 +301,12 @@ def build_teacher(
     student_inputs: InputConfig,
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
+    *,
+    classes: Sequence[str] | None = None,
 ) -> Teacher | Teachers | None:
     """Return the teacher of the command line on `device`, or None if nothing is asked of it.
+
+    classes: names of the student's outputs, with which the teacher's are matched.
 
     Without distillation of logits, or with a share of 0 among several, it needs no classifier:
     what it saw inside is all that counts.
@@ -324,7 +330,9 @@ def build_teacher(
         own, teacher_inputs = models.data_config(name), input_of(name, path)
         size = teacher_inputs.input_size
         img_size = None if size == tuple(own["input_size"][1:]) else size
-        network = _network(name, path, num_classes, classifies and weight > 0, img_size)
+        network = _network(
+            name, path, num_classes, classifies and weight > 0, img_size=img_size, classes=classes
+        )
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
         lean = ""
@@ -398,16 +406,19 @@ def _network(
     path: str,
     num_classes: int,
     classifies: bool,
+    *,
     img_size: tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Return a teacher's network with its weights, and with a classifier if it is to answer."""
-    own_classes = models.data_config(name)["num_classes"]
-    if classifies and not path and own_classes not in (None, num_classes):
-        raise UserError(
-            _other_classes(name, f"weights from {_whose(name)}", own_classes, num_classes)
-        )
-    classes = num_classes if classifies else 0
-    network = models.create_model(name, num_classes=classes, pretrained=not path, img_size=img_size)
+    """Return a teacher's network with its weights.
+
+    classifies: True for a classifier with the student's outputs, in their order.
+    """
+    known = classes_of_teacher(name, path) if classifies else None
+    if not path:  # before weights are fetched
+        outputs = match_outputs(name, known, num_classes, classes)
+    count = known.count if known is not None else num_classes * classifies
+    network = models.create_model(name, num_classes=count, pretrained=not path, img_size=img_size)
     if path:
         try:
             models.load_weights(network, path, without_head=not classifies)
@@ -416,6 +427,11 @@ def _network(
                 f"teacher {name}: {error}. To train a teacher on your classes: "
                 f"python main.py --model {name} --data-path ... --output_dir teacher"
             ) from error
+        outputs = match_outputs(name, known, num_classes, classes)
+    if outputs.chosen is not None:
+        models.select_outputs(network, outputs.chosen)
+    if outputs.note:
+        print_once("teacher", outputs.note)
     return network
 
 
@@ -423,10 +439,3 @@ def _whose(name: str) -> str:
     """Return in words where the weights of a teacher without a file come from."""
     file = models.released.find(name)
     return f"{file.file} of DeiT's" if file else "timm"
-
-
-def _other_classes(name: str, what: str, found: int, wanted: int) -> str:
-    return (
-        f"teacher {name}: {what} have {found} classes, the data has {wanted}; train a teacher on "
-        f"them first: python main.py --model {name} --data-path ... --output_dir teacher"
-    )

@@ -3,6 +3,7 @@
 import difflib
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 from base.errors import UserError
 from data.transforms import InputConfig
 from models import fast, hub, plugins, released
+from models.class_names import outputs_to_keep
 from models.deit import DistilledVisionTransformer
 from models.loading import (
     FinetuneReport,
@@ -20,6 +22,7 @@ from models.loading import (
     freeze_all_but_attention,
     head_names,
     load_weights,
+    select_outputs,
     weight_keys,
 )
 from models.student import Student, both_logits, has_distillation_head
@@ -42,6 +45,7 @@ __all__ = [
     "load_weights",
     "plugins",
     "released",
+    "select_outputs",
     "weight_keys",
 ]
 _logger = logging.getLogger(__name__)
@@ -173,10 +177,16 @@ def build_input_config(args: Namespace) -> InputConfig:
 
 
 def build_student(
-    args: Namespace, num_classes: int, inputs: InputConfig, *, with_weights: bool = True
+    args: Namespace,
+    num_classes: int,
+    inputs: InputConfig,
+    *,
+    classes: Sequence[str] | None = None,
+    with_weights: bool = True,
 ) -> Student:
     """Return the module that trains, with its first weights.
 
+    classes: names of its outputs, with which those of --finetune are matched.
     with_weights: False reads and fetches none, for what only wants the sizes.
     Raises UserError for a model that is unknown or does not suit the kind of distillation.
     """
@@ -188,10 +198,17 @@ def build_student(
         drop_path_rate=args.drop_path,
         pretrained=args.pretrained and with_weights,
     )
-    published = args.pretrained and not args.resume and not args.model.startswith("local-dir:")
-    origin = "from its published weights" if published else ""
+    origin = ""
+    if args.pretrained and not args.resume:
+        origin = "from its published weights"
+        if args.model.startswith("local-dir:"):
+            origin = "from that folder"
+        if data_config(args.model)["num_classes"] not in (None, num_classes):
+            origin += f", with a new head for {num_classes} classes"
     if args.finetune and not args.resume and with_weights:
-        origin = f"from {args.finetune}: {finetune(network, args.finetune).describe()}"
+        outputs, note = outputs_to_keep(args.finetune, args.model, classes)
+        report = finetune(network, args.finetune, outputs=outputs)
+        origin = f"from {args.finetune}: " + ", ".join(filter(None, [report.describe(), note]))
     if args.attn_only:
         freeze_all_but_attention(network)
     if args.grad_checkpointing:

@@ -1,7 +1,7 @@
 """Which classes the outputs of trained weights stand for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import timm
 
 from base import safe_load
 from base.errors import UserError
+from data.folders import some
 from data.labels import ModelClasses, imagenet_names
 from models import released
 from models.loading import read_weights
@@ -52,6 +53,27 @@ def classes_of_published(model: str, count: int | None) -> ModelClasses | None:
         return None
     names = None if ":" in model else imagenet_names(count)  # a hub model may be of any data
     return ModelClasses(count, names, f"the published {model}", numbered=names is not None)
+
+
+def outputs_to_keep(
+    path: str, model: str, classes: Sequence[str] | None
+) -> tuple[list[int] | None, str]:
+    """Return which outputs of a file fine-tuning starts from, and in words what becomes of them.
+
+    classes: the names of the new outputs. The list has an output of the file for each of them; it
+    is empty if the file lacks one, and None if either side has no names, so positions count.
+    """
+    known = classes_of_file(path, model)
+    if known is None or classes is None or tuple(classes) == known.names:
+        return None, ""
+    names = known.names
+    if names is None or len(set(names)) < len(names):
+        if known.count != len(classes):
+            return None, ""
+        return None, "no class names in the file, its outputs are taken in the data's order"
+    if missing := [name for name in classes if name not in names]:
+        return [], f"a new head, as the file has no class {some(missing)}"
+    return [names.index(name) for name in classes], "the head's outputs matched by class name"
 
 
 def _count_outputs(weights: Mapping[str, Any], model: str) -> int | None:

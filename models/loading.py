@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,6 +209,26 @@ def head_names(network: nn.Module) -> list[str]:
     ]
 
 
+def select_outputs(network: nn.Module, outputs: Sequence[int]) -> None:
+    """Keep only these outputs of the network's classifiers, in this order.
+
+    Raises UserError for a classifier that is neither linear nor a convolution.
+    """
+    chosen = torch.tensor(outputs)
+    for name in head_names(network):
+        head = network.get_submodule(name)
+        if not isinstance(head, nn.Linear | nn.Conv2d):
+            raise UserError(f"the classifier {type(head).__name__} has no outputs to choose from")
+        head.weight = nn.Parameter(head.weight.detach()[chosen])
+        if head.bias is not None:
+            head.bias = nn.Parameter(head.bias.detach()[chosen])
+        if isinstance(head, nn.Linear):
+            head.out_features = len(chosen)
+        else:
+            head.out_channels = len(chosen)
+    network.num_classes = len(chosen)
+
+
 @dataclass(frozen=True)
 class FinetuneReport:
     """Which tensors fine-tuning took, resampled, left in the file, or starts afresh."""
@@ -229,28 +249,37 @@ class FinetuneReport:
         return ", ".join(parts)
 
 
-def finetune(network: nn.Module, source: str) -> FinetuneReport:
+def finetune(
+    network: nn.Module, source: str, *, outputs: Sequence[int] | None = None
+) -> FinetuneReport:
     """Start `network` from a file with another head, resolution or number of prefix tokens.
 
     The position embedding is resampled (bicubic) to the network's patch grid, square or not; the
     class and distillation entries are kept. A tensor whose name or shape fits nowhere is dropped.
+    outputs: the file's output for each one of the network; [] leaves the classifiers as they are,
+        and None keeps the positions.
     Raises UserError if less than half of the network's parameters come from the file, and for what
     is no number.
     """
     with safe_load.in_one_line(f"--finetune {source}: its weights do not fit the model"):
-        return _finetune(network, source, read_weights(source))
+        return _finetune(network, source, read_weights(source), outputs)
 
 
-def _finetune(network: nn.Module, source: str, weights: Weights) -> FinetuneReport:
+def _finetune(
+    network: nn.Module, source: str, weights: Weights, outputs: Sequence[int] | None
+) -> FinetuneReport:
     wanted = network.state_dict()
     if not set(weights) & set(wanted):
         weights = _in_timms_names(weights, network)
     safe_load.check_numbers(weights, wanted)
     taken: Weights = {}
     resampled: list[str] = []
+    heads = tuple(f"{name}." for name in head_names(network))
     for name, value in weights.items():
-        if name not in wanted:
+        if name not in wanted or (name.startswith(heads) and outputs == []):
             continue
+        if outputs and name.startswith(heads) and value.dim() and len(value) > max(outputs):
+            value = value[list(outputs)]
         if name == "pos_embed" and _needs_resampling(weights, network):
             taken[name] = _resample(value, weights, network)
             resampled.append(name)

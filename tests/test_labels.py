@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 import models
+import options
 from base.errors import UserError
 from data.labels import ModelClasses, imagenet_names, map_labels
 from data.transforms import InputConfig, eval_transform
-from models.class_names import classes_of_file, classes_of_published
+from distill.teacher import build_teacher
+from distill.teacher_classes import classes_of_teacher, match_outputs
+from models.class_names import classes_of_file, classes_of_published, outputs_to_keep
 
 MODEL = "resnet_pico"
 ABC = ModelClasses(3, ("a", "b", "c"), "m.pth")
@@ -178,3 +181,58 @@ def test_a_file_names_its_classes_and_an_unreadable_config_is_one_line(case) -> 
     (bad / "config.json").write_bytes(b"\xff{")
     with pytest.raises(UserError, match="config.json: not readable as JSON"):
         classes_of_file(str(bad / "model.safetensors"), MODEL)
+
+
+# ---- teachers and fine-tuning ----
+
+
+def test_a_teachers_outputs_are_put_in_the_students_order(case) -> None:
+    data, folder, *_ = case
+    args = options.parse_args(
+        [
+            *("--data-path", str(data), "--distillation-type", "hard"),
+            *("--teacher-model", MODEL, "--teacher-path", str(folder / "named.pth")),
+        ]
+    ).args
+    config = models.data_config(MODEL)
+    inputs = InputConfig((32, 32), config["mean"], config["std"])
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model = network(3)
+    model.load_state_dict(torch.load(folder / "named.pth", weights_only=True)["model"])
+    for classes in (["one", "two"], ["zero", "two", "one"]):
+        teacher = build_teacher(args, len(classes), inputs, torch.device("cpu"), classes=classes)
+        with torch.no_grad():
+            wanted = model(images)[:, [["two", "zero", "one"].index(name) for name in classes]]
+        torch.testing.assert_close(teacher(images), wanted)
+    with pytest.raises(UserError, match="teacher resnet_pico: .* not a class of .*: four"):
+        build_teacher(args, 3, inputs, torch.device("cpu"), classes=["one", "two", "four"])
+    with pytest.raises(UserError, match="has 3 classes, the data has 4; train a teacher on them"):
+        build_teacher(args, 4, inputs, torch.device("cpu"), classes=["one", "two", "x", "y"])
+
+
+def test_a_published_teacher_takes_no_small_numbers_for_imagenets_classes() -> None:
+    name = "deit_tiny_patch16_224"
+    known = classes_of_teacher(name, "")
+    with pytest.raises(UserError, match="has 1000 classes, the data has 2"):
+        match_outputs(name, known, 2, ["0", "1"])
+    assert match_outputs(name, known, 2, [SYNSETS[9], SYNSETS[4]]).chosen == (9, 4)
+    assert match_outputs(name, known, 1000, SYNSETS).chosen is None
+
+
+def test_fine_tuning_takes_the_head_by_name(case) -> None:
+    _, folder, *_ = case
+    path = str(folder / "named.pth")
+    old = torch.load(path, weights_only=True)["model"]
+    head = models.head_names(network(3))[0]
+    for classes, rows in ((["one", "two"], [2, 0]), (["one", "two", "four"], [])):
+        outputs, note = outputs_to_keep(path, MODEL, classes)
+        assert outputs == rows
+        assert ("no class four" in note) == (not rows)
+        new = timm.create_model(MODEL, num_classes=len(classes))
+        fresh = new.state_dict()[f"{head}.weight"].clone()
+        models.finetune(new, path, outputs=outputs)
+        wanted = old[f"{head}.weight"][rows] if rows else fresh
+        torch.testing.assert_close(new.state_dict()[f"{head}.weight"], wanted)
+    assert outputs_to_keep(path, MODEL, ["two", "zero", "one"]) == (None, "")
+    nameless = str(folder / "nameless.pth")
+    assert "no class names in the file" in outputs_to_keep(nameless, MODEL, ["a", "b", "c"])[1]

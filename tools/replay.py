@@ -99,7 +99,8 @@ def build_terms(
     start = {"pretrained": False, "finetune": ""}  # the weights are in the file
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
     models.fast.select_kernels(student.network, device.type, amp_dtype)
-    teacher = build_teacher(args, classes, inputs, device, teacher_amp)
+    names = saved.get("classes")  # a file of an older version has none
+    teacher = build_teacher(args, classes, inputs, device, teacher_amp, classes=names)
     criterion = objective.build_objective(
         args,
         student.to(device),

@@ -33,6 +33,7 @@ from base import distributed, safe_load  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from data.samplers import EvalSampler  # noqa: E402
 from distill.teacher import build_identity, build_teacher  # noqa: E402
+from models.class_names import classes_of_file  # noqa: E402
 from tools.fidelity import STUDENT, TEACHER, Answers, agreement, collect, numbers  # noqa: E402
 from tools.report_page import page, summary  # noqa: E402
 from training import metrics  # noqa: E402
@@ -136,11 +137,12 @@ def build_run(
     wanted = argparse.Namespace(**{**settings, **given, **fixed, "batch_size": args.batch_size})
     processes = distributed.init_processes(args.device)
     inputs = models.build_input_config(wanted)
-    loaders = datasets.build_loaders(wanted, inputs, processes)
+    weights = checkpoint_of(folder, args.checkpoint)
+    trained = classes_of_file(str(weights), wanted.model)
+    loaders = datasets.build_loaders(wanted, inputs, processes, trained)
     classes = loaders.classes or []
     classes = classes + [str(number) for number in range(len(classes), loaders.num_classes)]
     student = models.build_student(wanted, loaders.num_classes, inputs).to(processes.device)
-    weights = checkpoint_of(folder, args.checkpoint)
     models.load_weights(student.network, str(weights), key=args.key)
 
     teacher, note = None, ""
@@ -151,7 +153,9 @@ def build_run(
         asked = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
         taught = argparse.Namespace(**vars(wanted) | flags | asked)
         try:
-            teacher = build_teacher(taught, loaders.num_classes, inputs, processes.device)
+            teacher = build_teacher(
+                taught, loaders.num_classes, inputs, processes.device, classes=loaders.classes
+            )
             note = build_note(taught, whose, lender, settings, weights)
         except UserError as error:  # one that is only looked into may know no classes
             if whose != "own" or settings["distillation_type"] != "none":

@@ -80,6 +80,7 @@ class Training:
             "model": self.student.network.state_dict(),
             "projections": self.student.projections.state_dict(),
             "num_classes": self.student.network.num_classes,
+            "classes": self.checkpointer.classes,
         }
         return self.checkpointer.save_bad_batch({**batch, **weights})
 
@@ -111,7 +112,9 @@ def print_notes(notes: Sequence[str], about: Sequence[str]) -> None:
 
 def build_student(args: Namespace, loaders: Loaders, runtime: Runtime) -> Student:
     """Return the student on its device, and print what it is and the data it gets."""
-    student = models.build_student(args, loaders.num_classes, runtime.inputs).to(runtime.device)
+    student = models.build_student(
+        args, loaders.num_classes, runtime.inputs, classes=loaders.classes
+    ).to(runtime.device)
     models.fast.select_kernels(student.network, runtime.device.type, runtime.amp_dtype)
     print_once("data", loaders.describe())
     inputs = runtime.inputs.describe()
@@ -131,7 +134,12 @@ def build_cache(args: Namespace, loaders: Loaders, runtime: Runtime) -> CachedTe
 def build_live_teacher(args: Namespace, loaders: Loaders, runtime: Runtime) -> AnyTeacher | None:
     """Return the teacher's network, or None if the objective needs none."""
     return build_teacher(
-        args, loaders.num_classes, runtime.inputs, runtime.device, runtime.teacher_amp
+        args,
+        loaders.num_classes,
+        runtime.inputs,
+        runtime.device,
+        runtime.teacher_amp,
+        classes=loaders.classes,
     )
 
 
