@@ -266,18 +266,6 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(()):
         known = ", ".join(torch.compiler.list_backends(()))
         raise UserError(f"--torchcompile {args.torchcompile}: unknown to torch; known: {known}")
-    sees_inside = args.match or args.ranking_kl_weight or args.student_adaptor
-    if args.torchcompile and (sees_inside or args.teacher_adaptor):
-        raise UserError(
-            "--torchcompile sees logits alone: it cannot go with --match, --ranking-kl-weight, "
-            "--student-adaptor or --teacher-adaptor"
-        )
-    features = {matching.read_match(match).feature for match in args.match}
-    if args.grad_checkpointing and "attention" in features:
-        raise UserError(
-            "--grad-checkpointing cannot go with a --match of attention, whose maps would be "
-            "computed in the forward pass alone; leave out one of them"
-        )
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
     if is_auto(args.resume) and not args.output_dir:

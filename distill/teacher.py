@@ -325,6 +325,7 @@ def build_teacher(
             "is only matched"
         )
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
+    is_tapped = args.match or args.ranking_kl_weight or adaptor is not None
     members = []
     for name, path, weight in zip(names, paths, weights):
         own, teacher_inputs = models.data_config(name), input_of(name, path)
@@ -351,7 +352,7 @@ def build_teacher(
                 amp_dtype=amp_dtype,
                 adaptor=adaptor,
                 lean=lean,
-                backend=args.torchcompile,
+                backend="" if is_tapped else args.torchcompile,  # taps are not compiled
                 classifies=classifies and weight > 0,
             )
         )

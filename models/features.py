@@ -1,4 +1,4 @@
-"""What a network saw inside: hidden states, attention and pooled features of timm models.
+"""Features of timm models: hidden states, attention and pooled features.
 
 Shapes: B batch, N tokens (prefix tokens first), D width, H heads.
 The numbering, once for the whole repository (TextBrewer's and Hugging Face's):
@@ -6,7 +6,7 @@ The numbering, once for the whole repository (TextBrewer's and Hugging Face's):
     hidden[0]     the embedding output, input of block 0             (B, N, D)
     hidden[i]     the output of block i, before the final norm       (B, N, D)
     attention[i]  the map of block i+1                               (B, H, N, N)
-    pooled[0]     what the classifier sees                           (B, D)
+    pooled[0]     the input of the classifier                        (B, D)
 
 A CNN has no embedding output: hidden[k] is its k-th stage map as tokens, (B, height*width, D),
 row by row. Only what is asked for is computed: a tap is a forward hook on one module, and a
@@ -28,6 +28,8 @@ FEATURES = ["hidden", "attention", "pooled"]
 ATTENTION_KINDS = ("scores", "probabilities")
 CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")  # CaiT's and XCiT's: after the blocks
 
+REORDERED = ("Hiera", "HieraDet")  # their tokens are not in the order of the image
+
 # For networks that the taps do not know: functions from (images, the network's output) to a dict
 # with these keys, TextBrewer's protocol. An entry is added by assignment and named on the command
 # line. `hidden` and `attention` are lists, which the layers of a match count from 0.
@@ -45,7 +47,7 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True)
 class Observed:
-    """A network's answer and what was seen on the way, by key.
+    """A network's output and its tapped features, by key.
 
     mask: (B,N), 1 keeps a token, and losses, scalars of the network's own: only from an adaptor.
     """
@@ -58,7 +60,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a network offers: its layers by feature, its prefix tokens by name, its patch grid."""
+    """A network's number of layers by feature, its prefix tokens by name, its patch grid."""
 
     hidden: int
     attention: int
@@ -67,8 +69,10 @@ class Layout:
 
 
 def layout_of(network: nn.Module) -> Layout:
-    """Return what `network` (a timm model) offers. Raises UserError if it has no known layers."""
+    """Return the layout of `network`, a timm model. Raises UserError if it cannot be tapped."""
     blocks = _blocks(network)
+    if type(network).__name__ in REORDERED:
+        raise _unreadable(network, "its tokens are not in the order of the image")
     if blocks is not None:
         joins_later = any(hasattr(network, stage) for stage in CLASS_ATTENTION)
         prefix = 0 if joins_later else getattr(network, "num_prefix_tokens", 0)
@@ -83,6 +87,9 @@ def layout_of(network: nn.Module) -> Layout:
             "`feature_info`); give it an adaptor: --plugin FILE.py with --student-adaptor or "
             "--teacher-adaptor"
         )
+    modules = dict(network.named_modules())
+    if missing := [stage for stage in stages if stage not in modules]:
+        raise _unreadable(network, f"it has no module {missing[0]!r}, which timm names as a stage")
     return Layout(len(stages), 0)
 
 
@@ -103,7 +110,7 @@ def _stages(network: nn.Module) -> list[str]:
 
 @dataclass
 class _Record:
-    """Where the hooks put what they saw, while `active`."""
+    """Where the hooks put the features, while `active`."""
 
     active: bool = False
     seen: dict[Tap, Tensor] = field(default_factory=dict)
@@ -118,6 +125,7 @@ class FeatureTaps:
 
     def __init__(self, network: nn.Module, taps: Iterable[Tap]) -> None:
         self.layout = layout_of(network)
+        self._tokens = _number_of_tokens(network, self.layout)
         self.maps: dict[Tap, tuple[int, int]] = {}  # height and width of a CNN's maps, once seen
         self._record = _Record()
         self._hooks: list[Any] = []
@@ -125,14 +133,15 @@ class FeatureTaps:
             self._install(network, tap)
 
     def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
-        """Run `network` once on images (B, 3, height, width); return its answer and the tapped."""
+        """Run `network` once on images (B, 3, height, width); return its output and features."""
         self._record.active = True
         try:
-            answer = network(images)
+            output = network(images)
         finally:
             self._record.active = False
         seen, self._record.seen = self._record.seen, {}
-        return Observed(answer, seen)
+        # Attention is computed here, outside blocks that gradient checkpointing runs again.
+        return Observed(output, {tap: _finished(state, tap) for tap, state in seen.items()})
 
     def remove(self) -> None:
         """Take the hooks off the network."""
@@ -176,21 +185,37 @@ class FeatureTaps:
     def _tap_hidden(self, network: nn.Module, tap: Tap, layer: int) -> None:
         blocks = _blocks(network)
         if blocks is None:
-            channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+            self._tap_stage(network, tap, layer)
+            return
 
-            def keep_map(_: nn.Module, __: Any, output: Tensor) -> None:
-                if output.dim() == 4:
-                    output = output if channels_last else output.permute(0, 2, 3, 1)
-                    self.maps[tap] = (output.shape[1], output.shape[2])
-                    output = output.flatten(1, 2)  # (B, N, D)
-                self._keep(tap, output)
+        def keep_tokens(tokens: Any) -> None:
+            if self._record.active:
+                _check_tokens(network, tap, tokens, self._tokens)
+                self._record.seen[tap] = tokens
 
-            stage = network.get_submodule(_stages(network)[layer])
-            self._hooks.append(stage.register_forward_hook(keep_map))
-        elif layer == 0:
-            self._keep_input(blocks[0], tap)
+        if layer == 0:
+            hook = blocks[0].register_forward_pre_hook(lambda _, inputs: keep_tokens(inputs[0]))
         else:
-            self._keep_output(blocks[layer - 1], tap)
+            hook = blocks[layer - 1].register_forward_hook(lambda _, __, out: keep_tokens(out))
+        self._hooks.append(hook)
+
+    def _tap_stage(self, network: nn.Module, tap: Tap, layer: int) -> None:
+        """Tap a stage of a network without plain blocks: its map, row by row, or its tokens."""
+        info = network.feature_info[layer]  # type: ignore[index]
+        stage, width = network.get_submodule(info["module"]), info["num_chs"]
+        channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
+
+        def keep_map(_: nn.Module, __: Any, output: Any) -> None:
+            if not self._record.active:
+                return
+            _check_stage(network, tap, output, width, channels_last=channels_last)
+            if output.dim() == 4:
+                output = output if channels_last else output.permute(0, 2, 3, 1)
+                self.maps[tap] = (output.shape[1], output.shape[2])
+                output = output.flatten(1, 2)  # (B, N, D)
+            self._record.seen[tap] = output
+
+        self._hooks.append(stage.register_forward_hook(keep_map))
 
     def _tap_attention(self, network: nn.Module, tap: Tap, layer: int) -> None:
         attention = getattr(_blocks(network)[layer], "attn", None)  # type: ignore[index]
@@ -205,7 +230,7 @@ class FeatureTaps:
         def keep_attention(_: nn.Module, __: Any, key: Tensor) -> None:
             if self._record.active:
                 scores = self._record.seen.pop(query), key, attention.scale
-                self._record.seen[tap] = attention_map(*scores, tap.kind)
+                self._record.seen[tap] = scores
 
         self._keep_output(attention.q_norm, query)
         self._hooks.append(attention.k_norm.register_forward_hook(keep_attention))
@@ -220,7 +245,7 @@ class FeatureTaps:
 def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor:
     """Return the attention (B, H, N, N) of queries and keys (B, H, N, D/H), in at least float32.
 
-    It is computed beside the fused kernel, which does not give its map away; equal to timm's plain
+    The fused kernel does not return its map, so it is computed again; it equals timm's plain
     attention before dropout.
     """
     with torch.autocast(query.device.type, enabled=False):
@@ -229,8 +254,53 @@ def attention_map(query: Tensor, key: Tensor, scale: float, kind: str) -> Tensor
     return scores.softmax(-1) if kind == "probabilities" else scores
 
 
+def _finished(state: Any, tap: Tap) -> Tensor:
+    """Return a recorded state; of attention, the map of its query, key and scale."""
+    return attention_map(*state, tap.kind) if isinstance(state, tuple) else state
+
+
+def _unreadable(network: nn.Module, reason: str) -> UserError:
+    return UserError(
+        f"{type(network).__name__} cannot be tapped: {reason}; use another model, match its pooled "
+        "feature, or give it an adaptor: --plugin FILE.py with --student-adaptor or "
+        "--teacher-adaptor"
+    )
+
+
+def _number_of_tokens(network: nn.Module, layout: Layout) -> int | None:
+    """Return how many tokens a block must have, or None where the number depends on the image."""
+    if layout.grid is None or getattr(network, "dynamic_img_size", False):
+        return None
+    return len(layout.prefix) + layout.grid[0] * layout.grid[1]
+
+
+def _check_tokens(network: nn.Module, tap: Tap, tokens: Any, count: int | None) -> None:
+    """Raise UserError unless a block's tokens are (B, N, D), with the layout's N."""
+    if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+        raise _unreadable(network, f"hidden layer {tap.layer} is not a tensor (B, N, D)")
+    if count is not None and tokens.shape[1] != count:
+        raise _unreadable(
+            network, f"hidden layer {tap.layer} has {tokens.shape[1]} tokens, expected {count}"
+        )
+
+
+def _check_stage(
+    network: nn.Module, tap: Tap, output: Any, width: int, *, channels_last: bool
+) -> None:
+    """Raise UserError unless a stage returns a map or tokens of `width` channels."""
+    if not isinstance(output, Tensor) or output.dim() not in (3, 4):
+        raise _unreadable(network, f"hidden layer {tap.layer} is not a map (B, D, height, width)")
+    axis = 1 if output.dim() == 4 and not channels_last else -1
+    if output.shape[axis] != width:
+        raise _unreadable(
+            network,
+            f"hidden layer {tap.layer} is {tuple(output.shape)}, without {width} channels on "
+            f"axis {axis}",
+        )
+
+
 class AdaptorTaps:
-    """An adaptor's answers in the place of `FeatureTaps`.
+    """The features that an adaptor reads from a network's output, instead of `FeatureTaps`.
 
     Raises UserError at the first forward for keys that are unknown, or mean nothing for images
     (`logits_mask`, `labels`: every image has one label, which comes from the data), and for a
@@ -250,7 +320,7 @@ class AdaptorTaps:
         known = {"logits", "losses", "inputs_mask", *FEATURES}
         if not isinstance(found, Mapping) or set(found) - known:
             given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
-            raise UserError(f"adaptor: gave {given}; for images the keys are {sorted(known)}")
+            raise UserError(f"adaptor: returned {given}; for images the keys are {sorted(known)}")
         logits, own = found.get("logits"), found.get("losses", ())
         return Observed(
             logits[0] if isinstance(logits, list) and len(logits) == 1 else logits,
@@ -260,17 +330,24 @@ class AdaptorTaps:
         )
 
     def grid(self, tap: Tap, patches: int) -> tuple[int, int]:
-        raise UserError("resize: an adaptor's states have no known grid")
+        """Return the square grid of `patches`. Raises UserError if their number is no square."""
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise UserError(
+                f"{tap.feature} layer {tap.layer}: an adaptor's {patches} tokens have no square "
+                "grid; leave prefix tokens out, or leave out resize"
+            )
+        return side, side
 
     def _state(self, found: Mapping[str, Any], tap: Tap) -> Tensor:
         states = found.get(tap.feature, ())
         if tap.layer not in range(-len(states), len(states)):
             raise UserError(
-                f"{tap.feature} layer {tap.layer}: the adaptor gave {len(states)} of them"
+                f"{tap.feature} layer {tap.layer}: the adaptor returned {len(states)} of them"
             )
         return states[tap.layer]
 
 
 def taps_on(network: nn.Module, taps: Iterable[Tap], adaptor: Any = None) -> Any:
-    """Return what sees the `taps` of a network: hooks, or the adaptor if there is one."""
+    """Return the taps of a network: hooks, or those of the adaptor if there is one."""
     return FeatureTaps(network, taps) if adaptor is None else AdaptorTaps(adaptor, taps)

@@ -178,3 +178,69 @@ def test_a_layout_names_layers_prefix_tokens_and_grid() -> None:
 def test_what_cannot_be_tapped_is_an_error(network, tap: Tap, words: str) -> None:
     with pytest.raises(UserError, match=words):
         FeatureTaps(network(), [tap])
+
+
+READABLE = {  # a small network of a family, and the number of its hidden layers
+    "deit_tiny_distilled_patch16_224": 13,
+    "deit3_small_patch16_224": 13,
+    "cait_xxs24_224": 25,
+    "xcit_nano_12_p16_224": 13,
+    "beit_base_patch16_224": 13,
+    "eva02_tiny_patch14_224": 13,
+    "swin_tiny_patch4_window7_224": 4,
+    "convnext_atto": 4,
+    "resnet18": 5,
+    "regnety_002": 5,
+    "efficientnet_b0": 5,
+}
+UNREADABLE = [
+    "volo_d1_224",
+    "mvitv2_tiny",
+    "twins_pcpvt_small",
+    "twins_svt_small",
+    "crossvit_tiny_240",
+    "tnt_s_patch16_224",
+    "coat_tiny",
+    "coat_lite_tiny",
+    "convit_tiny",
+    "hiera_tiny_224",
+]
+
+
+def on_meta(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """Return a network and images that have shapes alone."""
+    with torch.device("meta"):
+        network = timm.create_model(name)
+        return network.eval(), torch.empty(2, 3, *network.default_cfg["input_size"][-2:])
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_hidden_states_have_the_shapes_of_timms_intermediates(name: str) -> None:
+    network, images = on_meta(name)
+    count = layout_of(network).hidden
+    assert count == READABLE[name]
+    maps = network.forward_intermediates(images, intermediates_only=True, norm=False)
+    taps = [Tap("hidden", layer) for layer in range(count - len(maps), count)]
+    prefix = len(layout_of(network).prefix)
+    for state, expected in zip(seen(network, *taps, images=images), maps, strict=True):
+        assert state.shape[1:] == (prefix + expected[0, 0].numel(), expected.shape[1])
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_network_that_cannot_be_tapped_is_refused_by_name(name: str) -> None:
+    network, images = on_meta(name)
+    with pytest.raises(UserError, match=f"{type(network).__name__} .*tapped.*adaptor"):
+        seen(network, *(Tap("hidden", layer) for layer in range(3)), images=images)
+
+
+def test_attention_has_the_same_gradient_with_gradient_checkpointing() -> None:
+    gradients = []
+    for is_checkpointed in (False, True):
+        network = vit().train()
+        network.set_grad_checkpointing(is_checkpointed)
+        (state,) = seen(network, Tap("attention", 1))
+        (state**2).sum().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 5
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)

@@ -20,7 +20,7 @@ from distill import match_builder, objective
 from distill.teacher import InputAdapter, Teacher, Teachers
 from engine import train_one_epoch
 from matching import ADAPTORS, PROJ_MAP
-from models.features import Observed
+from models.features import AdaptorTaps, Observed, Tap
 from training import optim
 from training.step_config import StepConfig
 
@@ -464,7 +464,7 @@ def test_an_adaptor_hands_over_what_the_taps_do_not_know(monkeypatch) -> None:
     torch.testing.assert_close(loss.detach(), base + own + match)
     assert own == 0.25
     monkeypatch.setitem(ADAPTORS, "strange", lambda images, output: {"logit": output[0]})
-    with pytest.raises(UserError, match="adaptor: gave .*logit.*hidden"):
+    with pytest.raises(UserError, match="adaptor: returned .*logit.*hidden"):
         build("--student-adaptor", "strange", student=Strange(7))
 
 
@@ -525,3 +525,61 @@ def test_observed_outputs_pass_through_untouched_projections() -> None:
     observed = student(IMAGES)
     assert isinstance(observed, Observed) and list(observed.states) == ["pooled_vkd_0_0"]
     assert "orthogonal" in PROJ_MAP and observed.states["pooled_vkd_0_0"][0].shape == (4, 18)
+
+
+RESIZED = [
+    f"layer_S=2,layer_T=3,feature=hidden,loss={loss},tokens=patch,resize={how}"
+    for loss in ("hidden_mse,proj=linear", "cos,proj=orthogonal", "vkd,proj=tanh")
+    for how in ("bilinear", "avg")
+]
+ATTENTION = [
+    f"layer_S=1,layer_T=2,feature=attention,loss={loss}"
+    for loss in ("attention_mse_sum,tokens=patch", "attention_ce_mean,tokens=patch")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", [*MATCH_ALL, *RESIZED, *ATTENTION])
+def test_every_match_works_in_half_precision(text: str, dtype: torch.dtype) -> None:
+    losses_of = {}
+    patch = {"patch_size": 2} if "resize" in text else {}
+    for amp_dtype in (torch.float32, dtype):
+        teacher = vit_teacher(**patch)
+        teacher.amp_dtype = None if amp_dtype == torch.float32 else amp_dtype
+        torch.manual_seed(0)
+        student, _, criterion, _ = build(
+            "--distillation-type", "soft", *matches(text), teacher=teacher
+        )
+        with torch.autocast("cpu", amp_dtype, enabled=amp_dtype != torch.float32):
+            outputs = student(IMAGES)
+        loss = criterion(IMAGES, outputs, LABELS, teacher_outputs=teacher(IMAGES))
+        assert loss.dtype == torch.float32
+        loss.backward()
+        trained = [p.grad for p in student.projections.parameters()]
+        assert all(torch.isfinite(gradient).all() for gradient in trained)
+        losses_of[amp_dtype] = float(loss.detach())
+    assert losses_of[dtype] == pytest.approx(losses_of[torch.float32], rel=0.05)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_matches_of_a_compiled_student_have_the_same_loss_and_gradient(backend: str) -> None:
+    found = []
+    for is_compiled in (False, True):
+        torch.manual_seed(0)
+        student, teacher, criterion, _ = build(
+            "--distillation-type", "soft", "--ranking-kl-weight", "1", *matches(*MATCH_ALL)
+        )
+        if is_compiled:
+            student.compile(backend=backend, dynamic=False)
+        loss = loss_of(student.train(), teacher, criterion)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in student.parameters()]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_an_adaptors_states_are_resized_from_and_to_a_square_grid() -> None:
+    adaptor = AdaptorTaps(lambda images, output: {"logits": output, "hidden": []})
+    tap = Tap("hidden", 0)
+    assert adaptor.grid(tap, 16) == (4, 4)
+    with pytest.raises(UserError, match="17 tokens have no square grid"):
+        adaptor.grid(tap, 17)

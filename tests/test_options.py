@@ -141,11 +141,6 @@ def test_with_data_the_defaults_are_deits() -> None:
         ("--pretrained --finetune x.pth", "leave out one"),
         ("--input-size 0", "input-size"),
         ("--torchcompile tensorrt9", "tensorrt9: unknown to torch; known: .*inductor"),
-        ("--torchcompile --match feature=hidden,loss=cos,layer_S=1,layer_T=1", "logits alone"),
-        (
-            "--grad-checkpointing --match feature=attention,loss=attention_mse,layer_S=1,layer_T=1",
-            "match of attention",
-        ),
         ("--opt-kwargs fused", "KEY=VALUE"),
     ],
 )
