@@ -169,9 +169,10 @@ def query_epoch(
 
 
 class Interrupt(Protocol):
-    """A stop signal: `heard` is its number or 0; `stop` saves and raises Stopped."""
+    """A stop signal: its number or 0; `stop` saves and raises Stopped."""
 
-    heard: int
+    @property
+    def stop_signal(self) -> int: ...
 
     def stop(self) -> None: ...
 
@@ -212,7 +213,7 @@ def evaluate(
         if progress.due(step):
             loss, acc1 = (sums[:2] / count).tolist()
             progress.log(step, {f"loss{share}": loss, f"acc1{share}": 100 * acc1})
-        if interrupt is not None and interrupt.heard:
+        if interrupt is not None and interrupt.stop_signal:
             stopped = 1
             break
     model.train(was_training)

@@ -18,7 +18,6 @@ import engine
 import models
 import options
 from base.distributed import print_once
-from base.errors import EXIT_FAULT
 from checks import board, dry_run, evaluation
 from data.samplers import BatchKey
 from datasets import Loaders
@@ -146,13 +145,12 @@ def run(
     on_stop: called with the number of the signal that stopped the run.
     """
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-    return exit_code_of(lambda: parse_and_run(argv), on_stop)
+    return exit_code_of(lambda: parse_and_run(argv), on_stop, argv)
 
 
 if __name__ == "__main__":
     code = run()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == EXIT_FAULT:  # without waiting for a worker whose disk does not respond
+    if code:  # without waiting for a worker or a thread that does not respond
         os._exit(code)
-    sys.exit(code)

@@ -1,15 +1,20 @@
-"""Processes: how they find each other, who is first, and what they tell one another.
+"""Distributed setup and collectives.
 
-Started by torchrun, by Slurm (srun, one task per process) or alone. nccl on GPUs, gloo on CPUs.
-All functions but `init_processes` also work when nothing was initialised: then the world is one.
+A run is started by torchrun, by Slurm (srun, one task per process) or as a single process. The
+backend is nccl on GPUs and gloo on CPUs. All functions but `init_processes` also work without a
+process group: then there is one process.
 """
 
 import contextlib
 import dataclasses
 import datetime
 import logging
+import math
+import multiprocessing
 import os
+import queue
 import re
+import reprlib
 import signal
 import threading
 import time
@@ -26,8 +31,10 @@ from torch import Tensor, nn
 from base.errors import PeerLost, UserError
 
 _logger = logging.getLogger(__name__)
-SAID = "somebody has said it"
-LAST_WORDS_S = 3  # how long a dying process waits for another's words, and for the store
+REPORTED = "an error was reported"
+REPORT_S = 3  # how long a process that ends waits for the store, and for another's report
+GRACE_S = 3  # after --dist-timeout, for torch's own message
+SLOW_UPDATE_S = 1.0
 T = TypeVar("T")
 
 
@@ -51,29 +58,54 @@ class Processes:
 
 
 def find_launcher(environ: Mapping[str, str]) -> tuple[str, int, int, int]:
-    """Return (launcher, rank, local_rank, world_size) as the environment tells them.
+    """Return (launcher, rank, local_rank, world_size) from environment variables.
 
-    A stray SLURM_PROCID (an interactive shell inside an allocation) is not a launch: Slurm counts
-    only when a job step of more than one task is running.
+    A stray SLURM_PROCID (an interactive shell inside an allocation) does not count: Slurm is the
+    launcher only in a job step of more than one task.
+    Raises UserError for a value that is not possible.
     """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return (
-            "torchrun",
-            int(environ["RANK"]),
-            int(environ.get("LOCAL_RANK", 0)),
-            int(environ["WORLD_SIZE"]),
+    if "RANK" in environ or _number(environ, "WORLD_SIZE", 1, least=1) > 1:
+        for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+            if name not in environ:
+                raise UserError(
+                    f"{other}={reprlib.repr(environ[other])} is set in the environment and {name} "
+                    "is not; unset it for a single process, or start with torchrun"
+                )
+        launcher, rank_, local, tasks = "torchrun", "RANK", "LOCAL_RANK", "WORLD_SIZE"
+    else:
+        launcher, rank_, local, tasks = "slurm", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"
+        if "SLURM_STEP_NUM_TASKS" in environ:
+            tasks = "SLURM_STEP_NUM_TASKS"
+    world = _number(environ, tasks, 1, least=1)
+    in_step = environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environ
+    if launcher == "slurm" and not (in_step and world > 1):
+        return "single", 0, 0, 1
+    number = _number(environ, rank_, 0)
+    if number >= world:
+        raise UserError(
+            f"{rank_}={number} is set in the environment with {tasks}={world}; ranks are 0 to "
+            f"{world - 1}"
         )
-    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1)))
-    in_step = environ.get("SLURM_STEP_ID", "").isdigit()
-    if "SLURM_PROCID" in environ and in_step and tasks > 1:
-        return "slurm", int(environ["SLURM_PROCID"]), int(environ.get("SLURM_LOCALID", 0)), tasks
-    return "single", 0, 0, 1
+    return launcher, number, _number(environ, local, 0), world
 
 
-def pick_device(wanted: str, local_rank: int, neighbours: int = 1) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into this process's device.
+def _number(environ: Mapping[str, str], name: str, default: int, *, least: int = 0) -> int:
+    text = environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise UserError(
+            f"{name}={reprlib.repr(text)} is set in the environment and must be a whole number of "
+            f"at least {least}; unset it, or start with torchrun"
+        )
+    return int(text)
+
+
+def pick_device(
+    wanted: str, local_rank: int, neighbours: int = 1, *, one_visible: bool = False
+) -> torch.device:
+    """Return this process's device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
     neighbours: processes on this node, so that all of them see that the GPUs are too few.
+    one_visible: each process may see its own GPU alone, as with `srun --gpus-per-task=1`.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,15 +113,19 @@ def pick_device(wanted: str, local_rank: int, neighbours: int = 1) -> torch.devi
         device = torch.device(wanted)
     except RuntimeError as error:
         raise UserError(f"--device {wanted}: not a device; use auto, cpu or cuda") from error
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {wanted}: is not supported; use auto, cpu or cuda")
+    if device.type == "cpu":
         return device
     if not torch.cuda.is_available():
         raise UserError(f"--device {wanted}: no GPU is visible; use --device cpu or auto")
-    index = device.index if device.index is not None else local_rank
     count = torch.cuda.device_count()
+    if device.index is None and one_visible and count == 1:
+        return torch.device("cuda", 0)
+    index = device.index if device.index is not None else local_rank
     if index >= count or (device.index is None and neighbours > count):
         raise UserError(
-            f"{max(neighbours, index + 1)} processes on this node want a GPU each, only {count} "
+            f"{max(neighbours, index + 1)} processes on this node need a GPU each, only {count} "
             "are visible; start fewer processes per node, or use --device cpu"
         )
     return torch.device("cuda", index)
@@ -98,44 +134,84 @@ def pick_device(wanted: str, local_rank: int, neighbours: int = 1) -> torch.devi
 def init_processes(
     device: str = "auto", *, dist_url: str = "env://", timeout_min: float = 30
 ) -> Processes:
-    """Join the process group, if there is one, and return this process's place in it.
+    """Join the process group, if there is one, and return what this process is in it.
 
-    device: `auto`, `cpu`, `cuda` or `cuda:N`. timeout_min: minutes that the others may take to
-        come, and then to any collective.
-    Raises UserError if the device is not there, Lost if the others do not come.
+    device: `auto`, `cpu`, `cuda` or `cuda:N`. timeout_min: minutes that the other processes may
+        take to start, and later to reach any collective.
+    Raises UserError if the device is not there, PeerLost if the others do not start.
     """
     launcher, rank_, local_rank_, world = find_launcher(os.environ)
-    place = pick_device(device, local_rank_, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    chosen = pick_device(
+        device,
+        local_rank_,
+        _number(os.environ, "LOCAL_WORLD_SIZE", 1),
+        one_visible=launcher == "slurm",
+    )
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     if launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         raise UserError(
-            "srun does not tell where the first process is: use run_with_submitit.py, set "
+            "srun does not set the address of the first process: use run_with_submitit.py, set "
             "MASTER_ADDR and MASTER_PORT, or give --dist-url file://FOLDER_OF_ALL_NODES/NEW_FILE"
         )
     if world > 1 and not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=timeout_min)
+        seconds = 60 * timeout_min
         try:
-            store = next(dist.rendezvous(dist_url, rank_, world, timeout=timeout))[0]
-            store.set_timeout(timeout)
-            dist.init_process_group(
-                backend="nccl" if place.type == "cuda" else "gloo",
-                store=_meet(store, rank_, world),
-                rank=rank_,
-                world_size=world,
-                timeout=timeout,
-                device_id=place if place.type == "cuda" else None,
+            within(
+                seconds + GRACE_S,
+                lambda: _join(chosen, dist_url, rank_, world, datetime.timedelta(seconds=seconds)),
             )
         except ValueError as error:
             raise UserError(f"--dist-url {dist_url}: {error}") from error
-        except RuntimeError as error:
+        except (RuntimeError, TimeoutError) as error:
             raise PeerLost(
                 f"process {rank_} of {world} did not find the others: "
                 f"{peer_lost_reason(error) or error}"
             ) from error
-    return Processes(rank_, local_rank_, world, place, launcher)
+    return Processes(rank_, local_rank_, world, chosen, launcher)
+
+
+def _join(
+    device: torch.device, dist_url: str, rank: int, world: int, timeout: datetime.timedelta
+) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)  # of this thread
+    store = next(dist.rendezvous(dist_url, rank, world, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend="nccl" if on_gpu else "gloo",
+        store=_meet(store, rank, world),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """Return `function()`, or raise TimeoutError after `seconds`.
+
+    It runs in a thread, because torch's store waits without a limit for a frozen process.
+    """
+    results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def call() -> None:
+        try:
+            results.put((function(), None))
+        except BaseException as error:
+            results.put((None, error))
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        result, error = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no response in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return result
 
 
 def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
@@ -211,13 +287,13 @@ def peer_lost_reason(error: Exception) -> str:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Let a DataLoader's worker live through the signals that ask a run to stop.
+    """Make a DataLoader worker ignore the signals that ask a run to stop.
 
-    Slurm and terminals send them to every process; a worker that obeyed would end the step that
-    the run wants to finish. A SIGTERM from the parent itself still ends it.
+    Slurm and terminals send them to every process, and the run still needs its workers to finish
+    the step. A SIGTERM from the parent itself still ends the worker.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -332,35 +408,40 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 class Agreement:
-    """The largest wish of all processes, the same answer in all of them at the same call.
+    """The largest of all processes' small integers, the same in all of them at the same call.
 
-    On a GPU the answer is that to the wishes of `LAG` calls ago, so that nobody waits for work
-    that was only just queued. One process alone has its wish at once, without any work.
+    On a GPU the result is that of `lag` calls ago, so that the host does not wait for work that
+    was only just queued. Where updates are slow (`SLOW_UPDATE_S`) there is no lag.
     """
 
-    LAG = 2
-
     def __init__(self, device: torch.device) -> None:
-        self._asked: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self.device = device
+        self._queue: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self.device, self.lag = device, 2
+        self._called_at = math.inf
 
-    def __call__(self, wish: int) -> int:
+    def __call__(self, number: int) -> int:
         if world_size() == 1:
-            return wish
-        wishes = torch.full((), wish, dtype=torch.int32, device=self.device)
-        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+            return number
+        now = time.monotonic()
+        slow, self._called_at = now - self._called_at > SLOW_UPDATE_S, now
+        numbers = torch.tensor([number, slow], dtype=torch.int32)
         if self.device.type != "cuda":
-            return int(wishes)
-        answer = torch.empty((), dtype=torch.int32, pin_memory=True)
-        answer.copy_(wishes, non_blocking=True)
+            dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+            return int(numbers[0])
+        numbers = numbers.pin_memory().to(self.device, non_blocking=True)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        on_host = torch.empty(2, dtype=torch.int32, pin_memory=True)
+        on_host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        self._asked.append((answer, ready))
-        if len(self._asked) <= self.LAG:
-            return 0
-        answer, ready = self._asked.popleft()
-        ready.synchronize()
-        return int(answer)
+        self._queue.append((on_host, ready))
+        largest = 0
+        while len(self._queue) > self.lag:
+            on_host, ready = self._queue.popleft()
+            ready.synchronize()
+            largest = max(largest, int(on_host[0]))
+            self.lag = 0 if on_host[1] else self.lag
+        return largest
 
 
 @contextlib.contextmanager
@@ -375,42 +456,52 @@ def main_first() -> Iterator[None]:
             barrier()
 
 
-def first_to_say(message: str, code: int) -> bool:
-    """Return whether this process is the first to bring `message`, so that it is printed once.
+def first_to_report(message: str, code: int) -> bool:
+    """Return whether this process is the first with `message`, so that it is printed once.
 
-    code: the exit code that belongs to it. When nobody can be asked, the answer is yes: a line
-    printed twice is better than none.
+    code: its exit code. If the store does not respond the message is printed in any case.
     """
     if not dist.is_initialized():
-        return find_launcher(os.environ)[1] == 0
-    try:
-        store = _last_words()
-        first = store.add(f"said/{message}", 1) == 1
-        store.set(SAID, str(code))
+        try:
+            return find_launcher(os.environ)[1] == 0
+        except UserError:
+            return True
+
+    def report() -> bool:
+        store = dist.distributed_c10d._get_default_store()
+        first = store.add(f"reported/{message}", 1) == 1
+        store.set(REPORTED, str(code))
         return first
-    except (RuntimeError, ValueError, AttributeError):
-        time.sleep(rank() * 0.01)
+
+    try:
+        return within(REPORT_S, report)
+    except (RuntimeError, ValueError, AttributeError, TimeoutError):
         return True
 
 
-def said_by_another() -> int:
-    """Return the exit code of another process that has brought an error to the user, or 0."""
+def reported_code() -> int:
+    """Return the exit code of another process that has reported an error, or 0.
+
+    Its connection may break before its report arrives, so this waits for `REPORT_S`.
+    """
     if not dist.is_initialized():
         return 0
-    end = time.monotonic() + LAST_WORDS_S  # its connection may break before its words arrive
-    while time.monotonic() < end:
-        try:
-            store = _last_words()
-            if store.check([SAID]):
-                return int(store.get(SAID))
-        except (RuntimeError, ValueError, AttributeError):
-            return 0
-        time.sleep(0.1)
-    return 0
+
+    def look() -> int:
+        store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + REPORT_S - 0.5
+        while time.monotonic() < end:
+            if store.check([REPORTED]):
+                return int(store.get(REPORTED))
+            time.sleep(0.1)
+        return 0
+
+    try:
+        return within(REPORT_S, look)
+    except (RuntimeError, ValueError, AttributeError, TimeoutError):
+        return 0
 
 
-def _last_words() -> dist.Store:
-    """Return the group's store, in which nobody waits long any more."""
-    store = dist.distributed_c10d._get_default_store()
-    store.set_timeout(datetime.timedelta(seconds=LAST_WORDS_S))
-    return store
+def kill_workers() -> None:
+    """Kill this process's DataLoader workers: a stopped one would be waited for."""
+    for worker in multiprocessing.active_children():
+        worker.kill()

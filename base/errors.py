@@ -1,4 +1,4 @@
-"""How a run ends early: what the user can mend, and a stop that was asked for."""
+"""Errors that end a run: user errors, a lost process, and a stop by a signal."""
 
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A setting, a file or an image that only the user can put right.
+    """A wrong setting, file or image.
 
     The message is one line: what was asked, what was found, what to do. `main.py` prints it on
     stderr and ends with exit code 2.
@@ -49,23 +49,23 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], what: str = "") 
 
 
 class CorruptFile(UserError):
-    """A file that is not what was written: whoever looks for a good one may take another."""
+    """A damaged file, or one of another kind. `--resume auto` then tries an older one."""
 
 
-EXIT_FAULT = 1  # a process or a DataLoader worker has died or hangs; --resume auto goes on
+EXIT_FAULT = 1  # a process or a DataLoader worker has died or hangs; --resume auto continues
 EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 
 
 class Stopped(Exception):
     """A signal asked the run to stop; all processes raise this together.
 
-    `main.py` ends with `EXIT_STOPPED`, after a checkpoint was written.
+    saved: whether a checkpoint was written. The exit code is `EXIT_STOPPED`, or 130 for Ctrl-C.
     """
 
-    def __init__(self, signal_number: int) -> None:
+    def __init__(self, signal_number: int, *, saved: bool = True) -> None:
         super().__init__(f"stopped by signal {signal_number}")
-        self.signal_number = signal_number
+        self.signal_number, self.saved = signal_number, saved
 
 
 class PeerLost(RuntimeError):
-    """Another process of the run does not come, has died, or does not answer."""
+    """Another process of the run did not start, has died, or does not respond."""

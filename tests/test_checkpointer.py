@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -104,7 +105,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"])
 def test_a_signal_ends_the_step_saves_and_has_a_code_of_its_own(
     name: str, folder_flags: list[str], tmp_path: Path
 ) -> None:
@@ -112,10 +113,14 @@ def test_a_signal_ends_the_step_saves_and_has_a_code_of_its_own(
     process = start(flags, tmp_path / "out")
     wait_for("[1/2] [2/", tmp_path / "out.log", process)
     os.killpg(process.pid, getattr(signal, name))  # as Slurm: workers hear it too
-    assert process.wait(60) == EXIT_STOPPED
+    assert process.wait(60) == (130 if name == "SIGINT" else EXIT_STOPPED)
     text = (tmp_path / "out.log").read_text()
     assert f"Stopped by {name}" in text and "Traceback" not in text and "killed" not in text
     assert safe_load.read_weights_file(tmp_path / "out" / "checkpoint.pth")["global_step"] >= 2
+    command = text.partition("to continue: python main.py ")[2].partition("\n")[0]
+    flags = shlex.split(command)
+    assert flags[-2:] == ["--resume", "auto"] and flags.count("--resume") == 1
+    assert "resume: " in finish(flags, tmp_path / "out")
 
 
 def stop_second(folder_flags: list[str], tmp_path: Path, words: str, number: int, *launch: str):
@@ -433,7 +438,7 @@ def test_a_second_signal_ends_the_process_at_once(
     for _ in kept.epochs(1):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # torchrun's copy of the same
-        assert kept.heard == signal.SIGTERM and not codes
+        assert kept.stop_signal == signal.SIGTERM and not codes
         signal.raise_signal(signal.SIGUSR1)
         assert codes == [128 + signal.SIGUSR1]
         with pytest.raises(Stopped):

@@ -1,6 +1,9 @@
-"""Processes: who launched us, how we meet, who is waited for, and what a wrong device says."""
+"""Distributed setup: launchers, devices, time limits, collectives."""
 
+import contextlib
 import os
+import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +31,52 @@ def test_a_stray_slurm_procid_does_not_make_a_group() -> None:
 def test_a_slurm_step_of_two_tasks_makes_a_group() -> None:
     step = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"}
     assert distributed.find_launcher(step) == ("slurm", 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK='abc'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "ranks are 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "2"}, "RANK is not"),
+        ({"RANK": "1"}, "WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "1" * 5000}, "WORLD_SIZE='1111"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, "LOCAL_RANK=''"),
+        ({"SLURM_NTASKS": "abc"}, "SLURM_NTASKS='abc'"),
+        ({"SLURM_PROCID": "x", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "SLURM_PROCID='x'"),
+        ({"SLURM_PROCID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}, "SLURM_PROCID=7"),
+    ],
+)
+def test_an_impossible_environment_is_one_line(
+    environ: dict, words: str, run_inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        distributed.find_launcher(environ)
+    assert len(caught.value.line()) < 250
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = run_inside("--epochs", "0")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+
+
+def test_a_slurm_task_that_sees_one_gpu_alone_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`srun --gpus-per-task=1`: local rank 1 sees one GPU, which is number 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    one = distributed.pick_device("auto", 1, one_visible=True)
+    assert one == torch.device("cuda", 0)
+    with pytest.raises(UserError, match="2 processes on this node need a GPU each, only 1"):
+        distributed.pick_device("auto", 1, 2)
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta"])
+def test_a_device_without_support_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match="is not supported; use auto, cpu or cuda"):
+        distributed.pick_device(name, 0)
 
 
 def test_a_device_that_is_not_there_is_one_line() -> None:
@@ -90,6 +139,50 @@ def test_who_waits_for_a_process_that_never_comes_waits_so_long_and_no_longer(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(PeerLost, match=f"process {rank} of 2 did not find the others"):
         distributed.init_processes("cpu", dist_url=f"file://{tmp_path}/meeting", timeout_min=0.01)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_occupied_port_ends_within_the_time_limit(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that accepts connections and sends nothing listens at the port."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        began = time.monotonic()
+        with pytest.raises(PeerLost, match=f"process {rank} of 2 did not find the others"):
+            distributed.init_processes("cpu", timeout_min=0.05)
+        assert time.monotonic() - began < 3 + distributed.GRACE_S + 5
+
+
+def _first_freezes(rank: int, folder: str, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.init_processes("cpu", timeout_min=0.1)
+    if rank == 0:  # the store is in this process
+        Path(folder, "pid").write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    wait_for(Path(folder, "pid"))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError):
+        distributed.barrier()
+    assert distributed.reported_code() == 0
+    assert distributed.first_to_report("words", 1)
+    assert time.monotonic() - began < 6 + 2 * distributed.REPORT_S + 5
+    Path(folder, "told").touch()
+    os.kill(int(Path(folder, "pid").read_text()), signal.SIGKILL)
+    os._exit(0)
+
+
+def test_nobody_waits_for_the_store_of_a_frozen_process(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
+        torch.multiprocessing.spawn(_first_freezes, (str(tmp_path), port), nprocs=2)
+    assert (tmp_path / "told").exists()
 
 
 def _one_falls_asleep(rank: int, folder: str) -> None:

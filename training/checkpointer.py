@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import reprlib
-import signal
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +21,12 @@ from torch import Tensor
 from base import distributed, files, flag_table, flags, safe_load
 from base.errors import CorruptFile, Stopped, UserError
 from training.optim import load_optimizer_state
+from training.signals import StopSignals
 
 _logger = logging.getLogger(__name__)
 
 FORMAT = 3
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-SAME_EVENT_S = 3.0  # torchrun, perhaps starved, passes on a signal that the group has had already
-SAVE = 1  # a wish below every signal's number
+SAVE = 1  # a request to save; below every stop signal's number
 REQUIRED = {"model": dict, "optimizer": dict, "epoch": int}
 OURS = {
     "format": int,
@@ -93,8 +91,7 @@ class Checkpointer:
         self.settings, self.facts = files.to_plain(settings), files.to_plain(facts)
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, -1.0
-        self.heard = 0  # the signal that asked for a stop
-        self._heard_at = 0.0
+        self._signals = StopSignals()
         self._agree = distributed.Agreement(device)
         self._saved_at = time.monotonic()
 
@@ -128,41 +125,35 @@ class Checkpointer:
     # ---- when to save, when to stop
 
     def epochs(self, count: int) -> Iterator[int]:
-        """Yield the epochs that are left of `count`; meanwhile, hear the signals."""
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
-        try:
+        """Yield the epochs that are left of `count`; a stop signal in between is recorded."""
+        with self._signals.handled():
             if count == 0:
                 self.save()  # a run of no epochs keeps its weights
             yield from range(self.epoch, count)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
-    def _hear(self, number: int, frame: Any) -> None:
-        """Remember the first signal; end the process at once at the second."""
-        now = time.monotonic()
-        if self.heard and (number != self.heard or now - self._heard_at > SAME_EVENT_S):
-            os._exit(128 + number)
-        self.heard, self._heard_at = number, now
+    @property
+    def stop_signal(self) -> int:
+        """The signal that this process received, or 0."""
+        return self._signals.number
 
     def stop(self) -> None:
-        """Save and raise Stopped; all processes must call it, whoever heard the signal."""
-        heard = torch.tensor(self.heard, device=self._agree.device)
-        number = int(distributed.all_gather(heard).max())
+        """Save and raise Stopped. All processes must call it, whichever received the signal."""
+        received = torch.tensor(self.stop_signal, device=self._agree.device)
+        number = int(distributed.all_gather(received).max())
         self.save()
-        raise Stopped(number)
+        raise Stopped(number, saved=self.folder is not None)
 
     def after_update(self, global_step: int) -> None:
-        """Save if it is time to; stop, in all processes, if any has heard a signal."""
+        """Save if it is due. Stop in all processes if one of them has received a signal."""
         self.global_step = global_step
-        wish = self._agree(self.heard or SAVE * self._minutes_are_over())
-        if wish > SAVE:
+        request = self._agree(self.stop_signal or SAVE * self._minutes_are_over())
+        if request > SAVE:
             self.stop()
-        if wish == SAVE or (self.every_steps and global_step % self.every_steps == 0):
+        if request == SAVE or (self.every_steps and global_step % self.every_steps == 0):
             self.save()
 
     def _minutes_are_over(self) -> bool:
-        """Return whether the first process's clock says so; it says so once."""
+        """Return, in the first process, whether --checkpoint-minutes are over; true once."""
         now = time.monotonic()
         over = self.every_minutes > 0 and now - self._saved_at >= 60 * self.every_minutes
         if over:

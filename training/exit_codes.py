@@ -4,8 +4,10 @@
 error; 75 stopped by a signal after saving; 130 Ctrl-C.
 """
 
+import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from signal import Signals
 
 from base import distributed
@@ -16,36 +18,59 @@ EXIT_USER_ERROR = 2
 EXIT_CTRL_C = 128 + Signals.SIGINT
 
 
-def exit_code_of(run: Callable[[], object], on_stop: Callable[[int], None]) -> int:
+def exit_code_of(
+    run: Callable[[], object], on_stop: Callable[[int], None], argv: Sequence[str] | None = None
+) -> int:
     """Call `run` and return its exit code, after the line of its error if it has one.
 
-    on_stop: called with the number of the signal that stopped the run.
+    on_stop: called with the number of the signal that stopped the run. argv: the command line,
+    None for that of this process.
     Raises errors that are none of the above.
     """
     try:
         run()
     except KeyboardInterrupt:
-        print_once(None, "Interrupted; --resume auto goes on from the last checkpoint")
+        print_once(None, "Interrupted; no checkpoint was written")
         return EXIT_CTRL_C
     except UserError as error:
-        if distributed.first_to_say(error.line(), code=EXIT_USER_ERROR):
+        if distributed.first_to_report(error.line(), code=EXIT_USER_ERROR):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR  # without shutdown: another process may wait in a collective
     except Stopped as stop:
         name = Signals(stop.signal_number).name
-        print_once(None, f"Stopped by {name}; --resume auto goes on from here")
+        how = f"saved; to continue: {resume_command(argv)}"
+        if not stop.saved:
+            how = "nothing was saved, because there is no --output_dir"
+        print_once(None, f"Stopped by {name}; {how}")
         distributed.shutdown()
         on_stop(stop.signal_number)
-        return EXIT_STOPPED
+        return EXIT_CTRL_C if stop.signal_number == Signals.SIGINT else EXIT_STOPPED
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if code := distributed.said_by_another():  # it has left, so a collective failed here
+        distributed.kill_workers()
+        if code := distributed.reported_code():  # it has left, so a collective failed here
             return code
         what, line = describe_fault(error)
-        if isinstance(error, PeerLost) or distributed.first_to_say(what, code=EXIT_FAULT):
+        if isinstance(error, PeerLost) or distributed.first_to_report(what, code=EXIT_FAULT):
             print(f"error: {line}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     distributed.shutdown()
     return 0
+
+
+def resume_command(argv: Sequence[str] | None) -> str:
+    """Return the command that continues the run of a command line."""
+    flags = list(sys.argv[1:] if argv is None else argv)
+    kept = []
+    while flags:
+        flag = flags.pop(0)
+        if flag == "--resume":
+            flags = flags[1:]
+        elif not flag.startswith("--resume="):
+            kept.append(flag)
+    program = ["python", "main.py"]
+    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
+        program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", "main.py"]
+    return shlex.join([*program, *kept, "--resume", "auto"])
 
 
 def describe_fault(error: Exception) -> tuple[str, str]:
