@@ -336,7 +336,7 @@ def build_loaders(
     if len(val_data) == 0:
         raise UserError(f"the evaluation data is empty: {val_data.description}")
     data = (train_data, val_data) if train_data is not None else (val_data,)
-    notes = [f"{x.source.what}: skipped {x.source.skipped}" for x in data if x.source.skipped]
+    notes = [note for part in data for note in part.source.notes()]
     if trained is not None:
         notes += number_labels(data, trained, args.nb_classes)
     elif train_data is not None and train_data.classes and val_data.classes:

@@ -18,6 +18,7 @@ from data.image_ops import UNREADABLE, ImageLike, decode, to_rgb
 # pixels. A network disk takes up to a millisecond for a size: a quarter of an hour for a million.
 SIZES, CONTENTS, PIXELS = 1000, 16, 64
 CONTENT_BYTES = 2**20  # read of each file, at most
+SAMPLES = 8  # images whose values are looked at before a run
 
 
 class Source:
@@ -52,6 +53,10 @@ class Source:
     def used_classes(self) -> list[int] | None:
         """Return the numbers of the classes that have images, or None if unknown."""
         return None
+
+    def notes(self) -> list[str]:
+        """Return what the user should know about these images, a line each."""
+        return [f"{self.what}: skipped {self.skipped}"] if self.skipped else []
 
 
 class Files(Source):
@@ -91,6 +96,22 @@ class Files(Source):
 
     def used_classes(self) -> list[int]:
         return np.unique(self.labels).tolist()
+
+    def notes(self) -> list[str]:
+        """Return the lines of `Source.notes`, and a warning about images that are nearly black.
+
+        16-bit files are scaled from 0..65535. 12-bit data in them have values up to 4095.
+        """
+        lines = super().notes()
+        largest = {i: most for i in spread(len(self), SAMPLES) if (most := _largest(self.path(i)))}
+        if largest and max(largest.values()) < 2**12:
+            first = next(iter(largest))
+            lines.append(
+                f"{self.what}: the values of 16-bit images reach {max(largest.values())} of 65535 "
+                f"({self.name(first)}), so they are nearly black; 12-bit data must be multiplied "
+                "by 16 first"
+            )
+        return lines
 
 
 class Pairs(Source):
@@ -151,6 +172,20 @@ def spread(total: int, most: int) -> list[int]:
     """Return at most `most` indices, evenly spread over `total`."""
     count = min(total, most)
     return [number * total // count for number in range(count)]
+
+
+def _largest(path: str) -> int:
+    """Return the largest value of a 16-bit image, or 0 for any other file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(26)
+        is_png16 = start[:4] == b"\x89PNG" and start[24:25] == b"\x10"
+        if not is_png16 and start[:4] not in (b"II*\0", b"MM\0*"):
+            return 0
+        with Image.open(path) as image:
+            return int(np.asarray(image).max()) if image.mode.startswith("I;16") else 0
+    except UNREADABLE:
+        return 0
 
 
 def _size(path: str) -> int:

@@ -150,8 +150,16 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
         return (folder / MANIFEST).is_file()
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / PLAN, {"plan": plan})
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / PLAN, {"plan": plan})
+    except OSError as error:
+        if made and folder.is_dir():
+            folder.rmdir()
+        raise UserError(
+            f"{printable(str(folder))}: cannot be written ({error.strerror}); give another folder"
+        ) from error
     return False
 
 
@@ -162,12 +170,16 @@ def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    shadow = path.with_name(path.name + ".tmp")
-    with open(shadow, "w") as file:
-        file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(shadow, path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]

@@ -848,3 +848,15 @@ def test_images_of_sixteen_bits_are_scaled_and_not_clipped() -> None:
     ]
     with pytest.raises(ValueError, match="mode F"):
         image_ops.to_rgb(Image.fromarray(values.astype(np.float32)))
+
+
+@pytest.mark.parametrize(("most", "warned"), [(4095, True), (65535, False)])
+def test_12_bit_data_in_16_bit_files_are_warned_of(
+    folders: Path, caplog, most: int, warned: bool
+) -> None:
+    for path in folders.glob("*/*/*.png"):
+        values = np.linspace(0, most, 64).reshape(8, 8).astype(np.uint16)
+        Image.fromarray(values).save(path)
+    loaders("IMNET", folders, "--batch-size", "2")
+    assert ("the values of 16-bit images reach 4095 of 65535" in caplog.text) == warned
+    assert ("multiplied by 16" in caplog.text) == warned

@@ -1,6 +1,7 @@
 """A prepared data set: the same images in a few files, however often its making was stopped."""
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -349,6 +350,27 @@ def test_labels_of_every_split_number_the_classes_of_the_first(
     made = prepare(source, tmp_path / "made")
     val = Prepared(made, "val")
     assert val.classes == classes and set(val.used_classes()) == set(range(1, len(classes)))
+
+
+def test_a_target_that_cannot_be_written_is_one_line_and_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert tool.main([str(folder), str(target), "--num-workers", "0"]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1, message
+        assert "give another folder" in message or "holds other files" in message, message
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packed.os, "fsync", full)
+    assert tool.main([str(folder), str(tmp_path / "new"), "--num-workers", "0"]) == 2
+    message = capsys.readouterr().err
+    assert "new: cannot be written (No space left on device)" in message
+    assert not (tmp_path / "new").exists()
 
 
 def test_digits_keep_their_splits_and_are_never_mirrored(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.flag_table import INAT_CATEGORIES  # noqa: E402
+from base.text import printable  # noqa: E402
 from data import folders, image_ops, image_source, packed, sources  # noqa: E402
 from data.labels import ModelClasses, map_labels  # noqa: E402
 from training.metrics import clock  # noqa: E402
@@ -122,8 +123,8 @@ def open_all(args: argparse.Namespace) -> dict[str, image_source.Source]:
             in_order=True,
         )
         opened[split] = sources.open_source(args.data_set, args.source, part)
-        if opened[split].skipped:
-            print(f"{split}: skipped {opened[split].skipped}")
+        for note in opened[split].notes():
+            print(note)
     return opened
 
 
@@ -280,7 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}; start again when it is mended, it goes on", file=sys.stderr)
+        where = f"{printable(str(error.filename))}: " if error.filename else ""
+        reason = error.strerror or str(error)
+        print(f"error: {where}{reason}; the same command goes on afterwards", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted; the same command goes on", file=sys.stderr)
