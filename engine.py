@@ -200,7 +200,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     among = torch.tensor(present, device=device) if present is not None else None
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # of _scores
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # of batch_scores
     count = stopped = 0
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     share = " (own share)" * (distributed.world_size() > 1)  # of the printed line; the end has all
@@ -208,7 +208,7 @@ def evaluate(
         images, labels = to_device(images, device), to_device(labels, device)
         with autocast(device, amp_dtype):
             logits = model(images)
-        sums += _scores(logits, labels, among)
+        sums += batch_scores(logits, labels, among)
         count += len(labels)
         if progress.due(step):
             loss, acc1 = (sums[:2] / count).tolist()
@@ -231,7 +231,9 @@ def evaluate(
     return stats | {"count": int(count)}
 
 
-def _scores(logits: Tensor | tuple[Tensor, ...], labels: Tensor, among: Tensor | None) -> Tensor:
+def batch_scores(
+    logits: Tensor | tuple[Tensor, ...], labels: Tensor, among: Tensor | None
+) -> Tensor:
     """Return a batch's summed cross entropy, and its top-1, top-5 and top-1 `among` hits, (4,).
 
     logits: (B, C), or those of two heads, which are averaged. among: the outputs that the last
