@@ -1,4 +1,4 @@
-"""The door to all networks: any timm model, ours among them, by name."""
+"""All networks by name: timm's models, those registered here among them."""
 
 import difflib
 import logging
@@ -24,6 +24,7 @@ from models.loading import (
     load_weights,
     select_outputs,
     weight_keys,
+    zero_heads,
 )
 from models.student import Student, both_logits, has_distillation_head
 
@@ -88,7 +89,7 @@ def create_model(
     """Return a timm model. What it cannot take (img_size of a CNN) is not passed to it.
 
     num_classes: None for the model's own. img_size: (height, width) in pixels.
-    Raises UserError for an unknown name, and for pretrained weights that are not to be had.
+    Raises UserError for an unknown name, and for pretrained weights that cannot be fetched.
     """
     check_name(name)
     file = released.find(name) if pretrained else None
@@ -110,6 +111,15 @@ def create_model(
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
     options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}
+    network = _create_by_timm(name, options, pretrained)
+    if pretrained and num_classes is not None:
+        _start_new_head(network, name, num_classes)
+    return network
+
+
+def _create_by_timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    """Return timm's network, built without those of the options that it does not take."""
+    size, classes = options["img_size"], options["num_classes"]
     silence = hub.silence() if pretrained or name.startswith(SOURCES[:2]) else ""
     while True:
         try:
@@ -128,27 +138,48 @@ def create_model(
                     "%s has no %s; it is left out", name, unknown[0].replace("_rate", "")
                 )
             del options[unknown[0]]
-        except Exception as error:  # timm's sources raise what their network stack raises
+        except Exception as error:  # whatever the network stack of timm's sources raises
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             if pretrained or name.startswith(SOURCES):
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
                 raise UserError(
                     f"model {name}: its weights cannot be fetched ({silence or reason}); give a "
                     "local file (--finetune, a teacher's --teacher-path), or start without any"
                 ) from error
             if isinstance(error, AssertionError | ValueError | RuntimeError):
-                reason = " ".join(str(error).split())[:200]
                 raise UserError(
-                    f"model {name} cannot be built with input {img_size}, {num_classes} classes: "
-                    f"{reason}"
+                    f"model {name} cannot be built with input {size}, {classes} classes: {reason}"
                 ) from error
             raise
+
+
+def _start_new_head(network: nn.Module, name: str, num_classes: int) -> None:
+    """Set a head to zero that replaces the published one, and report the replacement."""
+    config = getattr(network, "pretrained_cfg", None) or {}  # a plugin's network may have none
+    published = config.get("num_classes") or num_classes
+    if published == num_classes:
+        return
+    if "clip" in f"{config.get('architecture')}.{config.get('tag')}" and published % 64 == 0:
+        _logger.warning(
+            "%s: the published projection to %d dimensions is dropped; its features are those "
+            "before the projection",
+            name,
+            published,
+        )
+    if num_classes:
+        zero_heads(network, head_names(network))
+        _logger.info(
+            "%s: a new head of %d classes starts at zero; the published one has %d",
+            name,
+            num_classes,
+            published,
+        )
 
 
 def data_config(name: str) -> dict[str, Any]:
     """Return timm's resolved data configuration of a model: what its input must look like.
 
     Keys: input_size (3, height, width), mean, std, interpolation, crop_pct, and num_classes. A
-    network that a plugin registered without any is shown what timm shows by default.
+    network that a plugin registered without any gets timm's defaults.
     """
     check_name(name)
     if name.startswith(SOURCES):

@@ -209,7 +209,11 @@ def test_deit_3_names_load_into_timms_model(tmp_path: Path) -> None:
     ("name", "options", "words"),
     [
         (DISTILLED, {"num_classes": 7}, ["10 classes", "has 7"]),
-        (DISTILLED, {"img_size": (48, 48)}, ["66 tokens", "--input-size"]),
+        (
+            DISTILLED,
+            {"img_size": (48, 48)},
+            ["8x8 patches", "12x12 patches", "set --input-size 32,"],
+        ),
         (PLAIN, {}, ["looks like deit_pico_distilled_patch4_32", "fit nowhere", "dist_token"]),
         ("deit_tiny_distilled_patch16_224", {}, ["width 64", "width 192"]),
         ("resnet_pico", {}, ["looks like deit_pico_distilled", "a CNN"]),
