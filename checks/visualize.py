@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from base.errors import UserError
+from data.byte_batches import ByteLoader
 from data.transforms import InputConfig
 from datasets import DeviceLoader
 from models.features import FeatureTaps, Tap, layout_of
@@ -77,8 +77,8 @@ def train_batch(
     ):
         return None
     keys = list(itertools.islice(iter(loader.sampler), count))
-    batch = default_collate([loader.dataset[key] for key in keys])
-    if isinstance(loader, DeviceLoader):
+    batch = loader.collate_fn([loader.dataset[key] for key in keys])
+    if isinstance(loader, DeviceLoader | ByteLoader):
         batch = loader.finish(batch)
     images, labels = (part.to(device) for part in batch)
     if mixup_fn is not None:

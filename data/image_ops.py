@@ -99,18 +99,23 @@ def crop_and_resize(
     return F.interpolate(batch, size=size, mode=mode, antialias=True)[0]
 
 
-def normalize(image: ImageLike | Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return (3, H, W) float32, normalised: torchvision's ToTensor and Normalize, bit for bit.
-
-    mean, std: (3, 1, 1), of values in [0, 1].
-    """
-    if isinstance(image, Image.Image):  # whose bands are split faster than an array is turned
+def to_pixels(image: ImageLike | Tensor) -> Tensor:
+    """Return the pixels of an image as a contiguous tensor (3, H, W) uint8."""
+    if isinstance(image, Image.Image):  # splitting the bands is faster than permuting an array
         bands = b"".join(band.tobytes() for band in image.split())
         shape = (3, image.height, image.width)
-        image = torch.frombuffer(bytearray(bands), dtype=torch.uint8).view(shape)
-    elif not isinstance(image, Tensor):
+        return torch.frombuffer(bytearray(bands), dtype=torch.uint8).view(shape)
+    if not isinstance(image, Tensor):
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return image.contiguous().float().div_(255).sub_(mean).div_(std)
+    return image.contiguous()
+
+
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return float32 images: torchvision's ToTensor and Normalize, bit for bit.
+
+    pixels: (..., 3, H, W) uint8; mean, std: (3, 1, 1), of values in [0, 1].
+    """
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any, *, cubic: bool) -> Image.Image:

@@ -255,7 +255,7 @@ class Normalize:
         self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
 
     def __call__(self, image: ImageLike | Tensor) -> Tensor:
-        return image_ops.normalize(image, self.mean, self.std)
+        return image_ops.normalize(image_ops.to_pixels(image), self.mean, self.std)
 
 
 # Which of timm's operations shift whole rows or columns: by how many pixels, from the operation's

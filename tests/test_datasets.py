@@ -824,7 +824,8 @@ def test_data_travel_to_workers_that_do_not_fork(folders: Path) -> None:
     ("launcher", "environ", "cores", "workers"),
     [
         ("single", {}, 4, 4),
-        ("single", {}, 64, 10),
+        ("single", {}, 16, 16),
+        ("single", {}, 192, 32),
         ("single", {"SLURM_TASKS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "1"}, 4, 4),
         ("torchrun", {"LOCAL_WORLD_SIZE": "8"}, 64, 8),
         ("torchrun", {"LOCAL_WORLD_SIZE": "8"}, 4, 0),
