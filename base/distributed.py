@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from base.errors import PeerLost, UserError
+from base.text import printable
 
 _logger = logging.getLogger(__name__)
 REPORTED = "an error was reported"
@@ -321,7 +322,8 @@ def is_main() -> bool:
 def print_once(subject: str | None, line: str) -> None:
     """Print a line in the first process alone, after "subject: " if there is one."""
     if is_main():
-        print(f"{subject}: {line}" if subject else line, flush=True)
+        text = f"{subject}: {line}" if subject else line
+        print(printable(text, keep="\n\t"), flush=True)
 
 
 def barrier() -> None:

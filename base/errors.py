@@ -4,6 +4,10 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from base.text import printable
+
+MAX_LINE = 2000  # characters of an error
+
 
 class UserError(ValueError):
     """A wrong setting, file or image.
@@ -21,7 +25,8 @@ class UserError(ValueError):
         message = str(self)
         if "Original Traceback" in message:
             message = message.rsplit("UserError: ", 1)[-1]
-        return " ".join(message.split())
+        line = printable(" ".join(message.split()))
+        return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
 _SHORT = reprlib.Repr()

@@ -1,8 +1,4 @@
-"""Files with weights: read without executing anything, written so that a kill does no harm.
-
-`read_weights_file` takes any released format from a file or URL; what its keys mean is the
-models' business. `save_atomically` writes a run's own files; what is in them is `resume.py`'s.
-"""
+"""Atomic writes, folder locks, and hashes of files."""
 
 import contextlib
 import errno
@@ -14,7 +10,7 @@ import shutil
 import socket
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,21 +47,40 @@ def hash_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_atomically(
-    content: Any, path: str | Path, *, keep: int = 1, copy_to: Path | None = None
+class _RecordingFile:
+    """A binary file that remembers the error of a write, which torch wraps in a RuntimeError."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error: OSError | None = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_atomically(
+    path: Path, write: Callable[[Any], object], *, keep: int = 1, copy_to: Path | None = None
 ) -> None:
-    """Write `content` so that `path` is at every moment the old file or the whole new one.
+    """Call `write(file)` so that `path` is at every moment the old file or the whole new one.
 
     keep: how many to keep, this one included; those before it are `aged(path, 1)` and on.
     copy_to: another name for the same content, there before `path` changes.
-    Raises UserError when it cannot be written (disk full, no right to); the old files stay.
+    Raises UserError when it cannot be written (disk full, no permission); the old files stay. Other
+    errors of `write` are raised as they are.
     """
-    path = Path(path)
     shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    recorder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(shadow, "wb") as file:
-            torch.save(content, file)
+            recorder = _RecordingFile(file)
+            write(recorder)
             file.flush()
             os.fsync(file.fileno())
         if copy_to is not None:
@@ -77,13 +92,29 @@ def save_atomically(
             _link(path, aged(path, 1))
         os.replace(shadow, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        shadow.unlink(missing_ok=True)
-        if "DataLoader worker" in str(error):  # whose death torch reports wherever we are just then
+    except (OSError, RuntimeError) as error:
+        failed = error if isinstance(error, OSError) else recorder and recorder.error
+        if failed is None:  # no error of the disk: a CUDA error, a dead DataLoader worker
             raise
         raise UserError(
-            f"{path}: cannot be written ({_brief(error)}); the file from before is untouched"
+            f"{path}: cannot be written ({failed.strerror or failed}); the file from before is "
+            "untouched"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            shadow.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace the text of a file; see `write_atomically`."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_atomically(
+    content: Any, path: str | Path, *, keep: int = 1, copy_to: Path | None = None
+) -> None:
+    """Write `content` with torch.save; see `write_atomically`."""
+    write_atomically(Path(path), lambda file: torch.save(content, file), keep=keep, copy_to=copy_to)
 
 
 def outline(content: Any) -> str:
@@ -152,12 +183,12 @@ def make_folder(folder: str | Path) -> None:
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Return a file that keeps other processes from writing a run in `folder` while it is open.
+    """Return an open file that locks `folder`: no other process can write a run there.
 
-    The kernel lets it go with its process, however that ends. A holder on this machine is given
-    `PATIENCE_S` to end, another machine's longer: a file server is slow to miss one that died.
-    Where the file system knows no locks there is none, and a Slurm job that was started again takes
-    what a dead node's server still keeps for its earlier start. Raises UserError if it stays taken,
+    The kernel releases the lock when the process ends. This waits `PATIENCE_S` for a holder on this
+    machine, and longer for another machine's, because a file server notices late that it died.
+    A file system without locks gives none. A restarted Slurm job takes over the lock that a dead
+    node's server still keeps for its earlier start. Raises UserError if the folder stays locked,
     and OSError if the file cannot be opened.
     """
     job = os.environ.get("SLURM_JOB_ID", "")

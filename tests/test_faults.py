@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +10,8 @@ from test_main import assert_one_line
 
 import losses
 from base import safe_load
-from distill import cache_store
 from tools import replay
-from training import metrics
-from training.checkpointer import Checkpointer, load_run
+from training.checkpointer import load_run
 
 pytestmark = pytest.mark.slow
 
@@ -30,77 +26,6 @@ def taught_by(path: Path) -> list[str]:
         str(path),
         "--no-teacher-check",
     ]
-
-
-# ---- the disk
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB, in memory."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no small disk can be mounted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """Write until nothing more goes in."""
-    handle = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    try:
-        while True:
-            os.write(handle, bytes(4096))
-    except OSError:
-        os.close(handle)
-
-
-@pytest.mark.parametrize(
-    ("name", "room", "method"),
-    [
-        ("out/config.yaml", metrics.RunLog, "config"),
-        ("out/log.txt", metrics.RunLog, "epoch"),
-        ("out/tensorboard", metrics.RunLog, "image"),
-        ("out/checkpoint.pth", Checkpointer, "after_update"),
-        ("--teacher-cache", cache_store.Store, "_create"),
-    ],
-)
-def test_a_disk_that_fills_up_is_one_line_and_the_checkpoint_before_loads(
-    name: str,
-    room: type,
-    method: str,
-    small_disk: Path,
-    small_run,
-    small_teacher: Path,
-    run_inside,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    folder, flags = small_run
-    out = small_disk / "out"
-    shutil.copytree(folder, out)
-    (out / "log.txt").unlink()  # so that its next line needs a block of its own
-    flags = [*flags, "--output_dir", str(out)]
-    if method != "after_update":
-        flags += ["--checkpoint-steps", "0"]
-    if name == "--teacher-cache":
-        flags += [*taught_by(small_teacher), "--teacher-cache", str(small_disk / "cache")]
-    original = getattr(room, method)
-
-    def fill_first(*args, **options):
-        fill(small_disk)
-        return original(*args, **options)
-
-    monkeypatch.setattr(room, method, fill_first)
-    assert_one_line(run_inside(*flags), name, "cannot be written (No space left on device)")
-    (small_disk / "filler").unlink()
-    monkeypatch.undo()
-    assert load_run(out / "checkpoint.pth")["epoch"] == 0
-    if method == "after_update":
-        assert run_inside(*flags).returncode == 0
 
 
 # ---- the teacher's file

@@ -1,6 +1,7 @@
 """Numbers: counts, means, the printed line, log.txt."""
 
 import json
+import logging
 import math
 import threading
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from base import distributed
+from base.errors import UserError
+from base.text import printable
 from training import metrics
 
 
@@ -136,3 +140,22 @@ def test_what_tensorboards_thread_meets_is_told_by_the_next_call_alone(
         threading.excepthook(threading.ExceptHookArgs((OSError, error, None, thread)))
         assert bool(capsys.readouterr().err) == speaks
     log.close()
+
+
+def test_names_are_printed_without_control_characters(capsys) -> None:
+    name = "bird\x1b[31m\x07\u202egpj\udcff\r"
+    assert printable(name) == r"bird\x1b[31m\x07\u202egpj\udcff\r"
+    assert printable("Vögel 鳥") == "Vögel 鳥"
+    distributed.print_once("data", f"class {name}\nsecond line")
+    assert capsys.readouterr().out == f"data: class {printable(name)}\nsecond line\n"
+    metrics.set_up_logging(0)
+    logging.getLogger("x").warning("%s", name)
+    assert capsys.readouterr().err == f"WARNING: {printable(name)}\n"
+    assert UserError(f"{name} " + "x" * 9999).line().startswith(printable("bird\x1b[31m"))
+    assert len(UserError("x" * 99999).line()) < 2100
+
+
+def test_a_truncated_last_line_is_dropped_with_a_warning(tmp_path: Path, caplog) -> None:
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n[1]\n{"epo')
+    assert metrics.read_log(tmp_path / "log.txt") == [{"epoch": 0}]
+    assert caplog.text.count("dropped a line that is no epoch") == 2

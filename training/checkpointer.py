@@ -275,11 +275,11 @@ class Checkpointer:
         for name in sorted(set(was) & set(now) - MAY_CHANGE):
             if differ(was[name], now[name]):
                 flag = "--" + name.replace("_", "-")
-                yield f"{flag} was {reprlib.repr(was[name])} and is {now[name]!r}"
+                yield f"{flag} was {reprlib.repr(was[name])} and is {reprlib.repr(now[name])}"
         for name in sorted(set(saved["facts"]) & set(self.facts)):
             before, value = saved["facts"][name], self.facts[name]
             if differ(before, value):
-                yield f"{name}: was {reprlib.repr(before)} and is {value!r}"
+                yield f"{name}: was {reprlib.repr(before)} and is {reprlib.repr(value)}"
 
     def _restore(self, path: str | Path, saved: Mapping[str, Any]) -> None:
         """Take up what `saved` holds. Raises UserError if it does not fit or is no number."""

@@ -1,9 +1,8 @@
-"""Numbers on the way to a person: accuracies, means, the progress line, log.txt, TensorBoard.
+"""Metrics, progress output, log files and TensorBoard.
 
-Shapes: B batch, C classes. Nothing here waits for the device but what a printed line needs.
+Shapes: B batch, C classes. The host waits for the device only to print a line.
 """
 
-import contextlib
 import functools
 import json
 import logging
@@ -22,8 +21,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from base import distributed, flag_table, flags
+from base import distributed, files, flag_table, flags
 from base.errors import UserError
+from base.text import printable
 
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
@@ -82,7 +82,7 @@ class ProgressLogger:
 
     def __init__(self, length: int, header: str, *, interval: int = 10, start: int = 0) -> None:
         self.length, self.header, self.interval, self.start = length, header, interval, start
-        self._speaks = distributed.is_main()
+        self._prints = distributed.is_main()
         self._overwrites = sys.stdout.isatty()
         self._begin = self._mark = time.perf_counter()
         self._waited = 0.0
@@ -95,7 +95,7 @@ class ProgressLogger:
             self._waited += time.perf_counter() - asked
             yield batch
             asked = time.perf_counter()
-        if self._speaks:
+        if self._prints:
             if self._overwrites:
                 print()  # the last line stays: it has the numbers
             seconds = time.perf_counter() - self._begin
@@ -118,7 +118,7 @@ class ProgressLogger:
 
         Returns the rates it has measured, empty in processes that do not print.
         """
-        if not self._speaks:
+        if not self._prints:
             return {}
         now, done = time.perf_counter(), step + 1
         eta = (now - self._begin) / (done - self.start) * (self.length - done)
@@ -172,7 +172,7 @@ def clock(seconds: float) -> str:
 
 
 def _writes(name: str) -> Callable:
-    """Turn a full or broken disk under a method of `RunLog` into one line. name: of the file."""
+    """Report disk errors in a method of `RunLog` as one-line user errors. name: of the file."""
 
     def decorate(method: Callable) -> Callable:
         @functools.wraps(method)
@@ -182,7 +182,7 @@ def _writes(name: str) -> Callable:
             except OSError as error:
                 raise UserError(
                     f"{self._folder / name}: cannot be written ({error.strerror or error}); the "
-                    "checkpoints are untouched: mend it, and go on with --resume auto"
+                    "checkpoints are untouched; free the disk, and continue with --resume auto"
                 ) from error
 
         return write
@@ -213,7 +213,7 @@ class RunLog:
         """Write the settings of the run, every flag with its value."""
         if self._folder is not None:
             text = yaml.safe_dump({k: _plain(v) for k, v in settings.items()}, sort_keys=True)
-            _replace_text(self._folder / "config.yaml", text)
+            files.write_text_atomically(self._folder / "config.yaml", text)
             if self._board is not None:
                 self._board.add_text("config", f"```\n{text}```")
                 self._hparams(settings)
@@ -252,7 +252,7 @@ class RunLog:
     def train(
         self, values: Mapping[str, float], weights: Mapping[str, float], images_seen: int
     ) -> None:
-        """Put averages under train/, and under train_weighted/ what each term adds to the loss.
+        """Write averages under train/, and under train_weighted/ what each term adds to the loss.
 
         weights: of the loss's terms, by name. While they are constant, the parts add up to loss.
         """
@@ -296,38 +296,25 @@ def _plain(value: Any) -> Any:
 
 
 def keep_epochs_before(path: Path, epoch: int) -> None:
-    """Drop the lines of `epoch` and later ones, and a half-written last line, from a log.txt."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            if json.loads(line)["epoch"] < epoch:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError):
-            _logger.warning("%s: dropped a line that is no epoch: %.40s", path, line)
-    _replace_text(path, "".join(kept))
+    """Drop the lines of `epoch` and later ones, and a truncated last line, from a log.txt."""
+    if path.exists():
+        lines = [json.dumps(line) + "\n" for line in read_log(path) if line["epoch"] < epoch]
+        files.write_text_atomically(path, "".join(lines))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a log.txt, without one whose line is only half there; [] for no file."""
+    """Return the epochs of a log.txt, [] for no file. Other lines are left out with a warning."""
     epochs = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            epochs.append(json.loads(line))
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict) and isinstance(values.get("epoch"), int):
+            epochs.append(values)
+        else:
+            _logger.warning("%s: dropped a line that is no epoch: %.40s", path, line)
     return epochs
-
-
-def _replace_text(path: Path, text: str) -> None:
-    shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with shadow.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(shadow, path)
-    finally:
-        shadow.unlink(missing_ok=True)
 
 
 def _open_tensorboard(folder: Path, images_seen: int) -> Any:
@@ -336,25 +323,29 @@ def _open_tensorboard(folder: Path, images_seen: int) -> Any:
     except ImportError as error:
         _logger.warning("no TensorBoard log: %s", error)
         return None
-    threading.excepthook = _say_it_later
+    threading.excepthook = _leave_out_traceback
     return SummaryWriter(str(folder), purge_step=images_seen or None, max_queue=1000)
 
 
-def _say_it_later(lost: threading.ExceptHookArgs) -> None:
+def _leave_out_traceback(lost: threading.ExceptHookArgs) -> None:
     """Leave a thread's traceback out where TensorBoard raises the same again in our next call."""
     if not (isinstance(lost.exc_value, OSError) and "tensorboard" in type(lost.thread).__module__):
         threading.__excepthook__(lost)
 
 
+class _PrintableFormatter(logging.Formatter):
+    """Escapes control characters, which may come from file and class names."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n\t")
+
+
 def set_up_logging(rank: int) -> None:
     """Send log records to stderr: from INFO on in the first process, from WARNING in others."""
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(levelname)s: %(message)s"
-        if rank == 0
-        else f"%(levelname)s [{rank}]: %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
+    number = f" [{rank}]" if rank else ""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter(f"%(levelname)s{number}: %(message)s"))
+    level = logging.WARNING if rank else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("timm", "PIL", "urllib3", "httpx", "huggingface_hub", "tensorboard"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
