@@ -1,7 +1,7 @@
-"""Before a run: what it will be and cost (--dry-run); do student and teacher suit (--check)?
+"""The plan of a run (--dry-run): its settings, networks, memory and time.
 
-Shapes: B batch, C classes. FLOPs count a multiplication and an addition as two, so that DeiT-S is
-9.2 G where papers that count multiply-adds write 4.6 G.
+Shapes: B batch, C classes. Printed are multiply-adds (MACs), as in papers: DeiT-S has 4.6 G. FLOPs
+in this file count a multiplication and an addition as two.
 """
 
 import time
@@ -21,6 +21,7 @@ import datasets
 import models
 from base.distributed import Processes
 from base.errors import UserError
+from base.flag_table import BY_DEST
 from data.samplers import TrainSampler
 from data.transforms import InputConfig
 from distill import cache_store
@@ -29,8 +30,8 @@ from training import optim
 from training.metrics import clock
 from training.trained_classes import build_trained_classes
 
-# What --data-set names, training images and classes: counted with where the data is not there.
-EXTENTS = {
+# By --data-set: name, training images and classes. Used where the data is missing.
+PUBLISHED_SIZES = {
     "IMNET": ("ImageNet", 1_281_167, 1000),
     "CIFAR10": ("CIFAR-10", 50_000, 10),
     "CIFAR": ("CIFAR-100", 50_000, 100),
@@ -43,8 +44,8 @@ DAY_S = 86_400
 
 @dataclass(frozen=True)
 class Size:
-    """What a network costs: parameters, those of them that train, and for one image FLOPs
-    forward and bytes kept for backward in float32."""
+    """Cost of a network: its parameters and how many of them train; for one image, FLOPs of the
+    forward pass and bytes in float32 kept for the backward pass."""
 
     parameters: int
     trained: int
@@ -52,11 +53,11 @@ class Size:
     kept_bytes: int
 
     def describe(self) -> str:
-        return f"{self.parameters / 1e6:.2f} M parameters, {self.flops / 1e9:.2f} GFLOPs an image"
+        return f"{self.parameters / 1e6:.2f} M parameters, {self.flops / 2e9:.2f} GMACs an image"
 
 
-def measure(make: Callable[[], nn.Module], height: int, width: int) -> Size:
-    """Return the size of the network that `make` builds, without computing anything."""
+def network_size(make: Callable[[], nn.Module], height: int, width: int) -> Size:
+    """Return the size of the network that `make` builds, on the meta device."""
     with torch.device("meta"):
         network, image = make().train(), torch.empty(1, 3, height, width)
     own = {p.untyped_storage()._cdata for p in network.parameters()}
@@ -78,8 +79,8 @@ def measure(make: Callable[[], nn.Module], height: int, width: int) -> Size:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A network of the run that is planned; side: (height, width) of its images."""
+class PlannedNetwork:
+    """A network of the planned run. make: builds it. side: (height, width) of its images."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -88,8 +89,11 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """How much data an epoch has: micro-steps of a process, and images drawn for all of them."""
+class EpochSize:
+    """Size of an epoch: micro-steps of one process, and images that all processes draw.
+
+    what: the data in words.
+    """
 
     steps: int
     images: int
@@ -100,33 +104,43 @@ class Extent:
 def build_plan(
     args: Namespace, processes: Processes, inputs: InputConfig, amp_dtype: torch.dtype | None
 ) -> list[str]:
-    """Return the lines of --dry-run: settings, data, sizes, memory, teacher cache, time, pace."""
-    extent = _build_extent(args, processes, inputs)
-    student = _build_planned_student(args, extent.num_classes, inputs)
-    teachers = _build_planned_teachers(args, extent.num_classes)
-    batch_plan = optim.build_batch_plan(args, extent.steps, processes.world_size)
-    settings = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(args).items()}
+    """Return the lines of --dry-run: what differs from the defaults, then data, sizes and time."""
+    epoch_size = _build_epoch_size(args, processes, inputs)
+    student = _build_planned_student(args, epoch_size.num_classes, inputs)
+    teachers = _build_planned_teachers(args, epoch_size.num_classes)
+    batch_plan = optim.build_batch_plan(args, epoch_size.steps, processes.world_size)
     return [
-        *yaml.safe_dump(settings).splitlines(),
-        f"data: {extent.what}; {extent.images} images an epoch",
+        *_build_changed_settings(args),
+        f"data: {epoch_size.what}; {epoch_size.images} images an epoch",
         f"student: {student.name}, {student.size.describe()} of {inputs.describe()}",
         *(
             f"teacher: {teacher.name}, {teacher.size.describe()} of "
             f"{teacher.side[0]}x{teacher.side[1]}"
             for teacher in teachers
         ),
-        *_build_cache(args, extent),
+        *_build_cache(args, epoch_size),
         f"memory: {_build_memory(args, student, teachers, amp_dtype)}",
-        f"time: {_build_time(args, student, teachers, extent, processes, amp_dtype)}",
+        f"time: {_build_time(args, student, teachers, epoch_size, processes, amp_dtype)}",
         f"recipe: {batch_plan.describe()}",
         *(f"WARNING: {line}" for line in optim.build_warnings(args, batch_plan.lr)),
     ]
 
 
-def _build_extent(args: Namespace, processes: Processes, inputs: InputConfig) -> Extent:
-    """Return how much data the run has; the published size where the data is not there.
+def _build_changed_settings(args: Namespace) -> list[str]:
+    """Return the settings that differ from the defaults of DeiT's flags, one a line."""
+    changed = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(args).items()
+        if key not in BY_DEST or value != BY_DEST[key].default
+    }
+    lines = yaml.safe_dump(changed).splitlines() if changed else []
+    return ["settings that differ from the defaults (--help-all):", *(f"  {x}" for x in lines)]
 
-    Raises UserError for data that is there and cannot be used.
+
+def _build_epoch_size(args: Namespace, processes: Processes, inputs: InputConfig) -> EpochSize:
+    """Return the size of an epoch; the published one where the data is missing.
+
+    Raises UserError for data that exists and cannot be used.
     """
     try:
         loaders = datasets.build_loaders(args, inputs, processes, build_trained_classes(args))
@@ -134,20 +148,20 @@ def _build_extent(args: Namespace, processes: Processes, inputs: InputConfig) ->
         is_named_alone = not args.data_path and "/" in str(args.data_set)  # tfds/NAME
         if not is_named_alone and (not args.data_path or Path(args.data_path).exists()):
             raise
-        return _build_assumed(args, processes, error.line())
+        return _build_published_size(args, processes, error.line())
     steps = len(loaders.train) if loaders.train is not None else 0
     sampler = loaders.train_sampler
     drawn = sampler.kept if sampler else steps * args.batch_size * processes.world_size
-    return Extent(steps, drawn, loaders.num_classes, loaders.describe())
+    return EpochSize(steps, drawn, loaders.num_classes, loaders.describe())
 
 
-def _build_assumed(args: Namespace, processes: Processes, why: str) -> Extent:
-    """Return the published size of the data set that was asked for, and say so.
+def _build_published_size(args: Namespace, processes: Processes, why: str) -> EpochSize:
+    """Return the published size of the data set that was named.
 
-    why: what is the matter with the data.
+    why: the reason why the data cannot be read.
     """
-    name, images, classes = EXTENTS.get(str(args.data_set), EXTENTS["IMNET"])
-    unknown = "" if args.data_set in EXTENTS else "of unknown size, "
+    name, images, classes = PUBLISHED_SIZES.get(str(args.data_set), PUBLISHED_SIZES["IMNET"])
+    unknown = "" if args.data_set in PUBLISHED_SIZES else "of unknown size, "
     if args.inat_category != "name" and not args.nb_classes:
         unknown += "--nb-classes unknown, "
     classes = args.nb_classes or classes
@@ -156,28 +170,31 @@ def _build_assumed(args: Namespace, processes: Processes, why: str) -> Extent:
         num_replicas=processes.world_size,
         repeats=datasets.REPEATS if args.repeated_aug else 1,
     )
-    what = f"not there, {unknown}{name}'s {images} images and {classes} classes assumed ({why})"
-    return Extent(sampler.count // args.batch_size, sampler.kept, classes, what)
+    what = f"missing, {unknown}{name}'s {images} images and {classes} classes assumed ({why})"
+    return EpochSize(sampler.count // args.batch_size, sampler.kept, classes, what)
 
 
-def _build_planned_student(args: Namespace, num_classes: int, inputs: InputConfig) -> Planned:
-    """Return the student as the run builds it, but for its first weights."""
+def _build_planned_student(
+    args: Namespace, num_classes: int, inputs: InputConfig
+) -> PlannedNetwork:
+    """Return the student as the run builds it, without its initial weights."""
 
     def make(settings: Namespace = args) -> nn.Module:
         return models.build_student(settings, num_classes, inputs, with_weights=False)
 
-    size = measure(make, *inputs.input_size)
-    if args.grad_checkpointing:  # in the backward pass one block at a time is whole again
+    size = network_size(make, *inputs.input_size)
+    if args.grad_checkpointing:  # the backward pass recomputes one block at a time
         plain = Namespace(**vars(args) | {"grad_checkpointing": False})
-        whole = measure(lambda: make(plain), *inputs.input_size)
+        whole = network_size(lambda: make(plain), *inputs.input_size)
         with torch.device("meta"):
             blocks = len(getattr(make().network, "blocks", ())) or 1
         size = replace(size, kept_bytes=size.kept_bytes + whole.kept_bytes // blocks)
-    return Planned(args.model, make, inputs.input_size, size)
+    return PlannedNetwork(args.model, make, inputs.input_size, size)
 
 
-def _build_planned_teachers(args: Namespace, num_classes: int) -> list[Planned]:
-    """Return whom the run asks. Local files are looked into for their size, nothing is fetched."""
+def _build_planned_teachers(args: Namespace, num_classes: int) -> list[PlannedNetwork]:
+    """Return the teachers of the run. Local files are read for their input size; nothing is
+    downloaded."""
     classifies = args.distillation_type != "none"
     if not (classifies or args.match or args.ranking_kl_weight):
         return []
@@ -185,26 +202,26 @@ def _build_planned_teachers(args: Namespace, num_classes: int) -> list[Planned]:
     for name, path in zip(*build_sources(args)):
         make = partial(models.create_model, name, num_classes=num_classes if classifies else 0)
         side = input_of(name, path if Path(path).is_file() else "").input_size
-        found.append(Planned(name, make, side, measure(make, *side)))
+        found.append(PlannedNetwork(name, make, side, network_size(make, *side)))
     return found
 
 
-def _build_cache(args: Namespace, extent: Extent) -> list[str]:
-    """Return a line on what a cache of the teacher's answers would take."""
+def _build_cache(args: Namespace, epoch_size: EpochSize) -> list[str]:
+    """Return a line on the size of a cache of the teacher's logits."""
     if args.distillation_type == "none":
         return []
     views = args.teacher_cache_views or args.epochs
-    rows = extent.images * views
-    asked = cache_store.read_topk(args.teacher_cache_topk, extent.num_classes)
+    rows = epoch_size.images * views
+    asked = cache_store.read_topk(args.teacher_cache_topk, epoch_size.num_classes)
     sizes = [
-        f"{amount(rows * cache_store.row_bytes(keep, extent.num_classes))} with {keep}"
+        f"{amount(rows * cache_store.row_bytes(keep, epoch_size.num_classes))} with {keep}"
         for keep in dict.fromkeys((cache_store.ALL, asked, cache_store.HARD))
     ]
-    return [f"cache: {', '.join(sizes)} (--teacher-cache-topk); {rows} answers, {views} views"]
+    return [f"cache: {', '.join(sizes)} (--teacher-cache-topk); {rows} rows, {views} views"]
 
 
 def amount(size: float) -> str:
-    """Return bytes in words, in the largest unit of which there is one."""
+    """Return a number of bytes in the largest unit that gives at least 1."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
@@ -217,11 +234,11 @@ def duration(seconds: float) -> str:
 
 def _build_memory(
     args: Namespace,
-    student: Planned,
-    teachers: Sequence[Planned],
+    student: PlannedNetwork,
+    teachers: Sequence[PlannedNetwork],
     amp_dtype: torch.dtype | None,
 ) -> str:
-    """Return in words what a process holds, about: weights and their company, and the batch."""
+    """Return in words the approximate memory of a process: weights, optimizer, and the batch."""
     moments = 1 if args.opt.lower() in ("sgd", "momentum", "nesterov", "lion") else 2
     copies = 1 + (args.model_ema and not args.model_ema_force_cpu)
     numbers = copies * student.size.parameters + (1 + moments) * student.size.trained
@@ -238,13 +255,13 @@ def _build_memory(
 
 def _build_time(
     args: Namespace,
-    student: Planned,
-    teachers: Sequence[Planned],
-    extent: Extent,
+    student: PlannedNetwork,
+    teachers: Sequence[PlannedNetwork],
+    epoch_size: EpochSize,
     processes: Processes,
     amp_dtype: torch.dtype | None,
 ) -> str:
-    """Return in words how long the run takes, by a short probe of its networks."""
+    """Return in words how long the run takes, by timing two steps of its networks."""
     device, batch = processes.device, args.batch_size
     if device.type == "cpu":
         flops = sum(planned.size.flops for planned in (student, *teachers))
@@ -254,7 +271,7 @@ def _build_time(
         probe(teacher.make(), teacher.side, batch, device, amp_dtype, trains=False)
         for teacher in teachers
     )
-    epoch = (alone + asked) * extent.steps * args.batch_size
+    epoch = (alone + asked) * epoch_size.steps * args.batch_size
     cached = f" ({1 / alone:.1f} from a full cache of the teacher)" if asked else ""
     return (
         f"{1 / (alone + asked):.1f} images/s a process{cached} in a probe of {batch} random "
@@ -273,7 +290,7 @@ def probe(
     trains: bool,
     steps: int = 2,
 ) -> float:
-    """Return the seconds an image takes: forward and backward, or forward alone.
+    """Return the seconds for one image: forward and backward, or forward alone.
 
     side: (height, width) of the images.
     """

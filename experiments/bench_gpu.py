@@ -115,7 +115,7 @@ def measure_student(
             if where == "device":
                 entries[f"cached, {name}"] = Stretch(case, "cached", args, from_loader)
     seconds = race(entries, args.rounds, args.gpu_steps)
-    flops = dry_run.measure(
+    flops = dry_run.network_size(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
         case.size,
         case.size,

@@ -90,7 +90,7 @@ def measure_step(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for entry in entries.values():
         entry.end()
 
-    flops = dry_run.measure(
+    flops = dry_run.network_size(
         lambda: models.create_model(case.student, num_classes=CLASSES, img_size=(case.size,) * 2),
         case.size,
         case.size,

@@ -12,19 +12,22 @@ from base import distributed
 from base.errors import UserError
 from checks import dry_run
 from checks.diagnose import teacher_findings
-from checks.dry_run import measure
+from checks.dry_run import network_size
 
 
 def test_sizes_by_hand() -> None:
-    size = measure(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 7)), 4, 4)
+    size = network_size(
+        lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 7)), 4, 4
+    )
     assert size.parameters == 48 * 7 + 7
     assert size.flops == 2 * 48 * 7 and size.kept_bytes == 48 * 4
     assert "0.00 M parameters" in size.describe()
 
 
-def test_deit_small_has_twice_the_papers_multiply_adds() -> None:
-    size = measure(lambda: models.create_model("deit_small_patch16_224"), 224, 224)
+def test_deit_small_has_the_papers_multiply_adds() -> None:
+    size = network_size(lambda: models.create_model("deit_small_patch16_224"), 224, 224)
     assert size.flops / 2e9 == pytest.approx(4.6, abs=0.05)
+    assert size.describe() == "22.05 M parameters, 4.60 GMACs an image"
 
 
 def test_a_good_teacher_raises_no_finding() -> None:
@@ -50,6 +53,16 @@ def planned(*flags: str) -> dict[str, str]:
     processes = distributed.init_processes("cpu")
     lines = dry_run.build_plan(args, processes, models.build_input_config(args), None)
     return dict(line.partition(": ")[::2] for line in lines if ": " in line)
+
+
+def test_a_plan_begins_with_what_differs_from_the_defaults() -> None:
+    args = options.parse_args(["--num_workers", "0", "--epochs", "7"]).args
+    inputs = models.build_input_config(args)
+    lines = dry_run.build_plan(args, distributed.init_processes("cpu"), inputs, None)
+    head = lines[: next(i for i, line in enumerate(lines) if line.startswith("data: "))]
+    assert head[0].startswith("settings that differ from the defaults")
+    assert "  epochs: 7" in head and "  num_workers: 0" in head
+    assert not any(line.startswith(("  momentum", "  seed")) for line in head)
 
 
 def test_a_dry_run_shows_the_line_of_the_run_itself(run_inside) -> None:
@@ -109,7 +122,7 @@ def test_the_planned_memory_is_that_of_the_student_as_it_trains() -> None:
     args = options.parse_args(["--model", "deit_tiny_patch16_224", "--drop-path", "0.1"]).args
     inputs = models.build_input_config(args)
 
-    def student(**flags: bool) -> dry_run.Planned:
+    def student(**flags: bool) -> dry_run.PlannedNetwork:
         return dry_run._build_planned_student(Namespace(**vars(args) | flags), 10, inputs)
 
     plain, spared = student(), student(grad_checkpointing=True)
@@ -127,8 +140,7 @@ def test_a_plan_counts_the_views_of_a_cache_in_units_that_show_something() -> No
     flags = ["--distillation-type", "hard", "--teacher-cache-views", "2", "--teacher-cache-topk"]
     found = planned(*flags, "hard")["cache"]
     assert (
-        found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 answers, "
-        "2 views"
+        found == "77.1 KiB with all, 5.3 KiB with hard (--teacher-cache-topk); 1794 rows, 2 views"
     )
     assert "with all, 28.0 KiB with 3, " in planned(*flags, "3")["cache"]
     assert dry_run.amount(3 * 2**40) == "3.0 TiB" and dry_run.amount(5) == "5.0 bytes"
@@ -162,13 +174,13 @@ def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run_inside, tmp_pa
     result = run_inside("--dry-run", "--distillation-type", "hard", "--output_dir", str(out))
     assert result.returncode == 0, result.stderr
     for word in (
-        "model: deit_pico",
+        "  model: deit_pico",
         "student: ",
         "teacher: resnet_pico",
-        "GFLOPs",
+        "GMACs",
         "memory: about",
         "cache: 1.1 MiB with all",
-        "26910 answers",
+        "26910 rows",
         "images/s",
         "from a full cache of the teacher",
         "30 epochs",
