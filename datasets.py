@@ -453,7 +453,7 @@ def number_labels(
         count = len(names) if names else model.count
         found = map_labels(names, count, part.source.what, model, given=nb_classes)
         part.outputs, part.num_classes = found.outputs, model.count
-        part.classes = list(model.names) if model.names else names
+        part.classes = list(found.names) if found.names else names
         notes += [found.note] if found.note and found.note not in notes else []
     return notes
 

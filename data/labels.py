@@ -32,9 +32,11 @@ class ModelClasses:
 
 @dataclass(frozen=True)
 class LabelMap:
-    """outputs: the output of the model for each class of the data. note: what to print, or ""."""
+    """outputs: the output of the model for each class of the data. names: of the outputs, in their
+    order, as far as they are known. note: what to print, or ""."""
 
     outputs: tuple[int, ...]
+    names: tuple[str, ...] | None
     note: str = ""
 
 
@@ -64,11 +66,11 @@ def map_labels(
         return _by_position(names, count, what, model, given)
     if model.numbered and all(name.isdecimal() and int(name) < model.count for name in names):
         note = f"{what}: the folder names are taken as ImageNet's class numbers"
-        return LabelMap(tuple(map(int, names)), note)
+        return LabelMap(tuple(map(int, names)), known, note)
     number = {name: output for output, name in enumerate(known)}
     if unknown := [name for name in names if name not in number]:
         raise UserError(_unknown_names(unknown, what, known, model.origin))
-    return LabelMap(tuple(number[name] for name in names), note)
+    return LabelMap(tuple(number[name] for name in names), known, note)
 
 
 def _unique(names: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -107,4 +109,4 @@ def _by_position(
             f"{model.origin}: stores no class names; its outputs are taken in the order of the "
             f"class folders ({some(names)})"
         )
-    return LabelMap(tuple(range(count)), note)
+    return LabelMap(tuple(range(count)), model.names or names, note)

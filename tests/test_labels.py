@@ -88,6 +88,7 @@ def test_folder_names_are_no_numbers_for_other_models() -> None:
 def test_a_file_without_names_and_with_imagenets_outputs_is_matched_by_synset() -> None:
     found = map_labels(SYNSETS[5:7], 2, "the data", ModelClasses(1000, None, "m"), given=None)
     assert found.outputs == (5, 6) and "taken as ImageNet's" in found.note
+    assert found.names == tuple(SYNSETS)
 
 
 def test_other_sets_of_published_weights_have_their_names() -> None:
