@@ -1,33 +1,35 @@
-"""Labelled images as tensors, and the loaders that bring them in batches."""
+"""From the settings to the data of a run and its loaders."""
 
 import hashlib
 import logging
-import numbers
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from PIL import UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from base.distributed import Processes, leave_signals_to_parent
 from base.errors import UserError
 from base.text import printable
 from data.byte_batches import ByteLoader, DeferNormalize
 from data.device_augment import Recorded
-from data.folders import some
-from data.image_ops import UNREADABLE, to_rgb
-from data.image_source import Shards, Source
-from data.labels import ModelClasses, map_labels
+from data.image_dataset import (
+    ImageDataset,
+    Stream,
+    missing_classes,
+    number_labels,
+    present_outputs,
+)
+from data.image_source import Shards
+from data.labels import ModelClasses
+from data.loaders import DeviceLoader, EvalLoader
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from data.sources import Part, open_source
-from data.transforms import InputConfig, Transform, build_transform
+from data.transforms import InputConfig, build_transform
 
 _logger = logging.getLogger(__name__)
 
@@ -35,127 +37,6 @@ REPEATS = 3  # views of an image in an epoch of repeated augmentation (DeiT)
 # A core augments 500 to 1,300 images per second at 224 px (docs/performance.md). 32 workers feed a
 # GPU that trains on 16,000 images per second; more only cost memory and start-up time.
 MAX_WORKERS = 32
-UNREADABLE_IN_A_ROW = 100  # more is a lost disk, not a bad image
-
-
-class ImageDataset(Dataset):
-    """A source and a transform: index to (tensor (3, H, W) float32, label).
-
-    With --augment-on device, to ((pixels (3, H, W) uint8, program (S, 8)), label).
-
-    bad_images: "fail" raises UserError naming the file; "replace" takes the next readable
-    image of the source instead; "leave out" returns None, so that evaluation counts no image
-    twice. Every unreadable image is counted once, also when worker processes meet it.
-    """
-
-    def __init__(
-        self, source: Source, transform: Transform, num_classes: int, bad_images: str = "fail"
-    ) -> None:
-        self.source, self.transform, self.bad_images = source, transform, bad_images
-        self.num_classes, self.classes = num_classes, source.classes
-        self.outputs: tuple[int, ...] | None = None  # of the model, for each class of the source
-        self.description = f"{len(source)} {source.what}, {num_classes} classes"
-        marks = len(source) if bad_images != "fail" else 0
-        self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of an image come in a row
-        self._unreadable = torch.zeros(marks, dtype=torch.bool).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int] | None:
-        tries = min(len(self), UNREADABLE_IN_A_ROW)
-        for step in range(tries):
-            here = (index + step) % len(self)
-            try:
-                image, label = self._load(here)
-            except UNREADABLE as error:
-                self._report(here, error)
-                if self.bad_images == "leave out":
-                    return None
-                continue
-            return self.transform(image), output_of(label, self.outputs, self.num_classes)
-        raise UserError(
-            f"{tries} images in a row cannot be read, from {self.source.name(index)} on; "
-            "is the disk still there?"
-        )
-
-    def _load(self, index: int) -> tuple[Any, int]:
-        """Return an image and its label; the same one again is not decoded again."""
-        if self._last is None or self._last[0] != index:
-            self._last = index, self.source.load(index)
-        return self._last[1]
-
-    def skipped(self) -> int:
-        """Return how many different images could not be read so far, in all workers."""
-        return int(self._unreadable.sum())
-
-    def _report(self, index: int, error: Exception) -> None:
-        name, reason = self.source.name(index), " ".join(str(error).split())
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image"
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        if self.bad_images == "fail":
-            raise UserError(
-                f"image {name} cannot be read: {reason or type(error).__name__}; "
-                "mend or remove it, or use --on-bad-image skip"
-            ) from error
-        if not self._unreadable[index]:
-            self._unreadable[index] = True
-            _logger.warning("image %s cannot be read: %s; skipped", name, reason)
-
-
-def output_of(label: Any, outputs: Sequence[int] | None, num_classes: int) -> int:
-    """Return the model's output for the label of an image. outputs: of each class, or None."""
-    if outputs is None:
-        return check_label(label, num_classes)
-    return outputs[check_label(label, len(outputs))]
-
-
-def check_label(label: Any, num_classes: int) -> int:
-    """Return the label as an int. Raises UserError if it is none of the `num_classes` classes."""
-    if not isinstance(label, numbers.Integral) or not 0 <= label < num_classes:
-        raise UserError(
-            f"label {label}: must be a class number from 0 to {num_classes - 1}; "
-            "if there are more classes, give their number with --nb-classes"
-        )
-    return int(label)
-
-
-class Stream(IterableDataset):
-    """timm's reader of shards (wds, tfds): images in the order in which they come.
-
-    There are no indices, so no repeated augmentation, no exact resume, no seed per image; in
-    several processes the reader shares the shards, and evaluation counts what comes. The reader
-    leaves out bad images, with a warning, whatever --on-bad-image says.
-    """
-
-    def __init__(self, shards: Shards, transform: Transform, num_classes: int) -> None:
-        self.source, self.dataset, self.classes = shards, shards.dataset, shards.classes
-        self.transform, self.num_classes = transform, num_classes
-        self.outputs: tuple[int, ...] | None = None
-        self.description = (
-            f"{len(self.dataset)} images streamed from {shards.what}, {num_classes} classes"
-        )
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for image, label in self.dataset:
-            label = output_of(label, self.outputs, self.num_classes)
-            yield self.transform(to_rgb(image)), label
-
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
-    def set_workers(self, num_workers: int) -> None:
-        """Tell the reader how many workers share its shards; its length depends on it."""
-        self.dataset.set_loader_cfg(num_workers=num_workers)
-
-    def skipped(self) -> int:
-        """Return 0: timm's readers leave out bad images without counting them."""
-        return 0
 
 
 def build_dataset(
@@ -270,40 +151,6 @@ class Loaders:
         return "; ".join(words)
 
 
-class EvalLoader(DataLoader):
-    """A loader whose images may be left out (None), whole batches included."""
-
-    def __init__(self, dataset: Dataset, **options: Any) -> None:
-        super().__init__(dataset, collate_fn=collate_present, **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if batch is not None)
-
-
-class DeviceLoader(DataLoader):
-    """A loader whose workers crop and draw, and whose batches are augmented on `device`."""
-
-    def __init__(
-        self, dataset: Dataset, *, recorded: Recorded, device: torch.device, **options: Any
-    ):
-        super().__init__(dataset, **options)
-        self.carry_out, self.device = recorded.carry_out, device
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return map(self.finish, super().__iter__())
-
-    def finish(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the images (B, 3, H, W) and labels (B,) of a batch that workers have begun."""
-        (images, programs), labels = batch
-        return self.carry_out(images, programs, self.device), labels
-
-
-def collate_present(samples: list[Any]) -> Any:
-    """Stack the samples that are not None; None if there is none."""
-    present = [sample for sample in samples if sample is not None]
-    return default_collate(present) if present else None
-
-
 def build_loaders(
     args: Namespace,
     inputs: InputConfig,
@@ -319,6 +166,15 @@ def build_loaders(
     Raises UserError, before any image is read, for missing or empty folders, class lists that
     differ, and a batch that an epoch cannot fill.
     """
+    data, notes = _build_data(args, inputs, trained)
+    val_data, is_main = data[-1], processes.rank == 0
+    if isinstance(val_data, Stream) and processes.world_size > 1:
+        notes.append(
+            f"evaluation on shards in {processes.world_size} processes may count an image twice or "
+            "not at all; for exact numbers use --eval in one process"
+        )
+    for note in notes * is_main:
+        _logger.warning("%s", note)
     workers = args.num_workers
     if workers is None:
         workers = auto_workers(processes.launcher, os.environ, cores_here())
@@ -331,49 +187,11 @@ def build_loaders(
         rank=processes.rank,
         device=processes.device,
     )
-    train_data = train = sampler = None
+    train = sampler = None
     if not args.eval:
-        train_data, _ = build_dataset(True, args, inputs)
-        check_has_classes(train_data)
-    val_data, _ = build_dataset(False, args, inputs)
-    if len(val_data) == 0:
-        raise UserError(f"the evaluation data is empty: {val_data.description}")
-    data = (train_data, val_data) if train_data is not None else (val_data,)
-    notes = [note for part in data for note in part.source.notes()]
-    if trained is not None:
-        notes += number_labels(data, trained, args.nb_classes)
-    elif train_data is not None and train_data.classes and val_data.classes:
-        names, origin = tuple(train_data.classes), "the training data"
-        own = ModelClasses(train_data.num_classes, names, origin)
-        notes += number_labels([val_data], own, args.nb_classes)
-    present = present_outputs(val_data)
-    notes += missing_classes(val_data, present)
-    if processes.rank == 0:
-        for note in notes:
-            _logger.warning("%s", note)
-    if train_data is not None:
-        if isinstance(train_data, ImageDataset):
-            sampler = TrainSampler(
-                len(train_data),
-                num_replicas=processes.world_size,
-                rank=processes.rank,
-                seed=args.seed,
-                repeats=REPEATS if args.repeated_aug else 1,
-            )
-        train = make(train_data, sampler, batch_size=args.batch_size, is_train=True)
-        if len(train) == 0:
-            each = len(sampler) if sampler is not None else len(train_data)
-            raise UserError(
-                f"--batch-size {args.batch_size}: larger than the {each} images that each of "
-                f"{processes.world_size} processes sees in an epoch of {train_data.description}; "
-                f"use --batch-size {each} or less"
-            )
-    if isinstance(val_data, Stream) and processes.world_size > 1 and processes.rank == 0:
-        _logger.warning(
-            "evaluation on shards in %d processes may count an image twice or not at all; "
-            "for exact numbers use --eval in one process",
-            processes.world_size,
-        )
+        sampler = _build_train_sampler(args, data[0], processes)
+        train = make(data[0], sampler, batch_size=args.batch_size, is_train=True)
+        check_batch_fits(args.batch_size, train, data[0].description, processes.world_size)
     shard = EvalSampler(len(val_data), processes.world_size, processes.rank)
     val = make(
         val_data,
@@ -381,8 +199,50 @@ def build_loaders(
         batch_size=int(1.5 * args.batch_size),
         is_train=False,
     )
-    num_classes, classes = val_data.num_classes, val_data.classes
-    return Loaders(train, val, num_classes, classes, sampler, data, present)
+    return Loaders(
+        train=train,
+        val=val,
+        num_classes=val_data.num_classes,
+        classes=val_data.classes,
+        train_sampler=sampler,
+        data=data,
+        present=present_outputs(val_data),
+    )
+
+
+def _build_data(
+    args: Namespace, inputs: InputConfig, trained: ModelClasses | None
+) -> tuple[tuple[ImageDataset | Stream, ...], list[str]]:
+    """Return the training data, unless with --eval, and the evaluation data; and what to print."""
+    data = [] if args.eval else [build_dataset(True, args, inputs)[0]]
+    if data:
+        check_has_classes(data[0])
+    data.append(build_dataset(False, args, inputs)[0])
+    train, val = data[0], data[-1]
+    if len(val) == 0:
+        raise UserError(f"the evaluation data is empty: {val.description}")
+    notes = [note for part in data for note in part.source.notes()]
+    if trained is not None:
+        notes += number_labels(data, trained, args.nb_classes)
+    elif train is not val and train.classes and val.classes:
+        own = ModelClasses(train.num_classes, tuple(train.classes), "the training data")
+        notes += number_labels([val], own, args.nb_classes)
+    return tuple(data), notes + missing_classes(val, present_outputs(val))
+
+
+def _build_train_sampler(
+    args: Namespace, data: ImageDataset | Stream, processes: Processes
+) -> TrainSampler | None:
+    """Return the order of the training images, or None for streamed data."""
+    if isinstance(data, Stream):
+        return None
+    return TrainSampler(
+        len(data),
+        num_replicas=processes.world_size,
+        rank=processes.rank,
+        seed=args.seed,
+        repeats=REPEATS if args.repeated_aug else 1,
+    )
 
 
 def _build_loader(
@@ -424,6 +284,17 @@ def _build_loader(
     )
 
 
+def check_batch_fits(batch_size: int, train: DataLoader, what: str, world_size: int) -> None:
+    """Raise UserError if an epoch has no whole batch."""
+    if len(train) == 0:
+        sampler = train.sampler
+        each = len(sampler) if isinstance(sampler, TrainSampler) else len(train.dataset)
+        raise UserError(
+            f"--batch-size {batch_size}: larger than the {each} images that each of {world_size} "
+            f"processes sees in an epoch of {what}; use --batch-size {each} or less"
+        )
+
+
 def check_has_classes(data: ImageDataset | Stream) -> None:
     """Raise UserError for training data of a single class, which any model gets right."""
     used = data.source.used_classes()
@@ -434,52 +305,6 @@ def check_has_classes(data: ImageDataset | Stream) -> None:
             f"{data.source.what}: all images are of one class ({printable(name)}), so there is "
             "nothing to learn; add a folder of images for every other class"
         )
-
-
-def number_labels(
-    data: Sequence[ImageDataset | Stream], model: ModelClasses, nb_classes: int | None
-) -> list[str]:
-    """Let the labels of `data` number the outputs of `model`; return what to print.
-
-    Raises UserError for classes that the model does not have.
-    """
-    if nb_classes is not None and nb_classes != model.count:
-        raise UserError(
-            f"--nb-classes {nb_classes}: {model.origin} has {model.count} outputs; leave it out"
-        )
-    notes = []
-    for part in data:
-        names = part.source.classes
-        count = len(names) if names else model.count
-        found = map_labels(names, count, part.source.what, model, given=nb_classes)
-        part.outputs, part.num_classes = found.outputs, model.count
-        part.classes = list(found.names) if found.names else names
-        notes += [found.note] if found.note and found.note not in notes else []
-    return notes
-
-
-def present_outputs(data: ImageDataset | Stream) -> list[int] | None:
-    """Return the model's outputs that have images, or None if all have or it is not known."""
-    used = data.source.used_classes()
-    if used is None:
-        used = None if data.source.classes is None else range(len(data.source.classes))
-    if used is None:
-        return None
-    present = sorted(used if data.outputs is None else {data.outputs[label] for label in used})
-    return present if len(present) < data.num_classes else None
-
-
-def missing_classes(data: ImageDataset | Stream, present: Sequence[int] | None) -> list[str]:
-    """Return the line that lists the classes without evaluation images, if there are any."""
-    if present is None or data.classes is None:
-        return []
-    missing = [name for output, name in enumerate(data.classes) if output not in set(present)]
-    if not missing:
-        return []
-    return [
-        f"{data.source.what}: no images of {len(missing)} of the model's {data.num_classes} "
-        f"classes ({some(missing)})"
-    ]
 
 
 def cores_here() -> int:

@@ -34,7 +34,7 @@ import datasets  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.flag_table import INAT_CATEGORIES  # noqa: E402
 from base.text import printable  # noqa: E402
-from data import folders, image_ops, image_source, packed, sources  # noqa: E402
+from data import folders, image_dataset, image_ops, image_source, packed, sources  # noqa: E402
 from data.labels import ModelClasses, map_labels  # noqa: E402
 from training.metrics import clock  # noqa: E402
 
@@ -205,7 +205,7 @@ def write_split(
             continue
         data, height, width, label = entry
         if labels is not None:
-            label = labels[datasets.check_label(label, len(labels))]
+            label = labels[image_dataset.check_label(label, len(labels))]
         writer.append(data, height, width, label, place)
         bar.show(place + 1)
     facts = writer.close()
