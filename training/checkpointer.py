@@ -1,7 +1,7 @@
-"""A run that may be killed at any moment: what it saves and when, and how the next one goes on.
+"""Checkpoints and exact resume.
 
-All randomness is a function of names (see `samplers.py`), so a run is its weights, optimizer,
-scaler and average, the place in the epoch with the sums of its means, and its settings.
+All randomness is a function of names (see `data/samplers.py`). So a checkpoint holds the weights,
+the optimizer, scaler and moving average, the position in the epoch, and the settings.
 """
 
 import dataclasses
@@ -60,12 +60,12 @@ class EpochState(Stateful, Protocol):
 
 
 class Checkpointer:
-    """Keeps a run's work in `folder`, and ends it in good order when a signal asks for it.
+    """Writes the checkpoints of a run to `folder`, resumes from them, and stops on a signal.
 
-    parts: what has a state, by its key in the checkpoint; `model` and `optimizer` at least.
+    parts: objects with a state, by their key in the checkpoint; `model` and `optimizer` at least.
     settings: every flag; facts: what must stay the same besides flags (processes, data).
-    steps: micro-steps of an epoch, or 0 where the data is a stream in which nobody can find a
-        place again: then an epoch that was not finished begins anew.
+    steps: micro-steps of an epoch; 0 for streamed data, which has no fixed order. Then an
+        unfinished epoch starts again.
     keep: checkpoints besides the best. every_steps (updates), every_minutes: 0 is never.
     With an empty folder nothing is written.
     """
@@ -87,7 +87,7 @@ class Checkpointer:
     ) -> None:
         self.folder = Path(folder) if folder else None
         self.parts, self.state, self.steps, self.keep = parts, state, steps, keep
-        self.classes = classes  # the names, for whom this network will teach
+        self.classes = classes  # names, for students of this network
         self.settings, self.facts = files.to_plain(settings), files.to_plain(facts)
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, -1.0
@@ -96,7 +96,7 @@ class Checkpointer:
         self._saved_at = time.monotonic()
 
     def take_folder(self) -> None:
-        """Take the folder for this run alone, without what a kill has left half written.
+        """Lock the folder for this run, and remove files that a killed run left half written.
 
         For the first process. Raises UserError while another run writes there.
         """
@@ -113,7 +113,7 @@ class Checkpointer:
             ) from error
 
     def clear(self, source: str) -> None:
-        """Set aside an earlier run in the folder, unless `source` (of --resume) goes on with it.
+        """Move an earlier run in the folder aside, unless `source` (of --resume) continues it.
 
         For the first process.
         """
@@ -161,7 +161,7 @@ class Checkpointer:
         return over and distributed.is_main()
 
     def end_epoch(self, acc1: float) -> None:
-        """Count the epoch as done, save, and keep it as the best if its accuracy (percent) is."""
+        """Save after an epoch; also as the best, if its accuracy (percent) is the highest."""
         is_best, self.best = acc1 > self.best, max(self.best, acc1)
         self.epoch += 1
         self.state.reset()
@@ -170,7 +170,7 @@ class Checkpointer:
     # ---- writing
 
     def save(self, *, is_best: bool = False) -> None:
-        """Write the checkpoint of this moment; all processes must call it."""
+        """Write a checkpoint; all processes must call it."""
         state = self.state.state_dict()
         self._saved_at = time.monotonic()
         if self.folder is not None:
@@ -204,9 +204,9 @@ class Checkpointer:
         )
 
     def save_bad_batch(self, batch: Mapping[str, Any]) -> str:
-        """Write what reproduces a batch with a non-finite loss; return where."""
+        """Write a file that reproduces a batch with a non-finite loss; return its path."""
         if self.folder is None:
-            return "no file, for want of --output_dir"
+            return "no file, because there is no --output_dir"
         path = self.folder / "bad_batch.pth"
         try:
             files.save_atomically({**plain(batch), "args": self.settings}, path)
@@ -217,7 +217,7 @@ class Checkpointer:
     # ---- going on
 
     def resume(self, source: str, *, anyway: bool = False) -> str:
-        """Take up the run of `source`; return in words where it was.
+        """Load the run of `source`; return a description of its position.
 
         source: a file, a URL, `auto` (the newest in our folder), or `auto:` and one of the former,
             for where the folder has none yet.
@@ -257,7 +257,7 @@ class Checkpointer:
         return f"{path}, epoch {self.epoch}, step {self.state.micro} of {self.steps}"
 
     def _warn(self, saved: Mapping[str, Any]) -> None:
-        """Say what may change, and is seen in what follows."""
+        """Warn about changes that are allowed and that change what follows."""
         was = saved["args"].get("epochs") if "facts" in saved else None
         now = self.settings.get("epochs")
         if was is not None and was != now:
@@ -268,9 +268,9 @@ class Checkpointer:
             _logger.warning("streamed data: epoch %d begins anew", self.epoch)
 
     def _changes(self, saved: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what differs from the settings of `saved`, with both values."""
+        """Yield each setting that differs from `saved`, with both values."""
         if "facts" not in saved:
-            return  # DeiT's, of which nothing is known
+            return  # DeiT's, which has no such entries
         was, now = saved["args"], self.settings
         for name in sorted(set(was) & set(now) - MAY_CHANGE):
             if differ(was[name], now[name]):
@@ -282,7 +282,7 @@ class Checkpointer:
                 yield f"{name}: was {reprlib.repr(before)} and is {reprlib.repr(value)}"
 
     def _restore(self, path: str | Path, saved: Mapping[str, Any]) -> None:
-        """Take up what `saved` holds. Raises UserError if it does not fit or is no number."""
+        """Load all parts of `saved`. Raises UserError if one does not fit or contains NaN."""
         try:
             for name, part in self.parts.items():
                 if name in saved:
@@ -327,7 +327,7 @@ class Checkpointer:
 
 
 def load_run(source: str | Path) -> dict[str, Any]:
-    """Return a run's checkpoint: ours whole as it was written, or DeiT's with what it has.
+    """Return the checkpoint of a run: one of ours, checked to be complete, or one of DeiT's.
 
     Raises UserError if the file is no run's but only weights, or is not whole.
     """
@@ -351,7 +351,7 @@ def load_run(source: str | Path) -> dict[str, Any]:
 
 
 def check_whole(source: str | Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError if one of our checkpoints holds less, more or else than was written."""
+    """Raise UserError if one of our checkpoints does not contain exactly what was written."""
     found = content.get("format")
     if isinstance(found, int) and found != FORMAT:
         raise UserError(
@@ -392,7 +392,7 @@ def resolve(
 def find_newest(
     folder: Path, usable: Callable[[Path], Any] = load_run, *, aside: bool = False
 ) -> Path | None:
-    """Return the newest checkpoint in `folder` that is whole, or None where there is none.
+    """Return the newest complete checkpoint in `folder`, or None if there is none.
 
     usable: raises Damaged for a checkpoint that is; what else it raises is not caught. aside: put
     such newer ones aside as NAME.damaged, so that they do not take the place of a good one.
@@ -438,7 +438,7 @@ def rename_corrupt(path: Path) -> None:
 
 
 def differ(one: Any, other: Any) -> bool:
-    """Return whether two settings differ; what cannot be compared does."""
+    """Return whether two settings differ. Values that cannot be compared differ."""
     try:
         return bool(one != other)
     except (RuntimeError, TypeError, ValueError):
@@ -455,7 +455,7 @@ def build_checkpointer(
     device: torch.device,
     classes: list[str] | None = None,
 ) -> Checkpointer:
-    """Return the keeper of a run, resumed if --resume says so. Parts that are None are left out."""
+    """Return the checkpointer of a run, after --resume. Parts that are None are left out."""
     checkpointer = Checkpointer(
         args.output_dir,
         {name: part for name, part in parts.items() if part is not None},
@@ -480,7 +480,7 @@ def build_checkpointer(
 
 
 def plain(value: Any) -> Any:
-    """Return `value` in types that are read again without running code: dataclasses as dicts."""
+    """Return `value` in plain types that load without running code: dataclasses as dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -492,7 +492,7 @@ def plain(value: Any) -> Any:
 
 
 def move_earlier_run(folder: Path) -> None:
-    """Move what an earlier run left in `folder` into previous-1, previous-2, ... and say so."""
+    """Move the files of an earlier run in `folder` to previous-1, previous-2, ... and warn."""
     names = [*folder.glob("*checkpoint*.pth"), folder / "log.txt", folder / "tensorboard"]
     found = [path for path in names if path.exists()]
     if not found:
