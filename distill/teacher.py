@@ -337,13 +337,10 @@ def build_teacher(
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
         lean = ""
-        if amp_dtype is None:  # nothing is folded, for exact comparisons
-            models.fast.select_kernels(network, device.type, None)
-        else:
-            network, folded = models.fast.optimize_for_inference(
-                network, amp_dtype, adapter.size, device.type
-            )
-            lean = f"{str(amp_dtype).removeprefix('torch.')}, {folded} BatchNorms folded"
+        models.fast.select_kernels(network.eval(), device.type, amp_dtype)
+        if amp_dtype is not None:
+            network = network.to(memory_format=torch.channels_last)
+            lean = f"{str(amp_dtype).removeprefix('torch.')}, channels last"
         members.append(
             Teacher(
                 network,

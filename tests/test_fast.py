@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from timm.layers import PatchEmbed
-from torch import Tensor, nn
+from torch import nn
 
 import models
 from base.errors import UserError
@@ -27,21 +25,6 @@ def vit(drop_path: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     name = "deit_pico_distilled_patch4_32"
     return models.create_model(name, num_classes=5, drop_path_rate=drop_path)
-
-
-@pytest.fixture(scope="module")
-def trained() -> nn.Module:
-    network = models.create_model("resnet_pico", num_classes=10)
-    models.load_weights(network, str(SHIPPED))
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
-def digits() -> Tensor:
-    """512 handwritten digits, (512, 3, 32, 32), as the shipped CNN was shown them."""
-    images = torch.from_numpy(load_digits().images[:512]).float()[:, None]
-    images = nn.functional.interpolate(images / 16, SIZE, mode="bilinear")
-    return images.expand(-1, 3, -1, -1) * 2 - 1
 
 
 def test_both_kinds_of_attention_give_the_same_logits_and_gradients() -> None:
@@ -116,34 +99,6 @@ def test_a_cpu_gets_its_products_in_float32_alone(dtype, monkeypatch: pytest.Mon
         assert type(layer) is (fast.OneDnnLinear if theirs else nn.Linear)
 
 
-def test_patches_are_embedded_by_a_product_that_is_the_convolution() -> None:
-    images, found = torch.randn(3, 3, 32, 32), []
-    for product in (False, True):
-        network = vit().train()
-        if product:
-            fast.use_patch_products(network)
-        layer = network.patch_embed.proj
-        assert type(layer) is (fast.PatchProduct if product else nn.Conv2d)
-        assert torch.equal(layer(images), nn.functional.conv2d(images, *layer.parameters(), 4))
-        with torch.autocast(CPU, torch.bfloat16):
-            maps, tokens = layer(images), network.patch_embed(images)
-        assert maps.shape == (3, 64, 8, 8) and maps.dtype == tokens.dtype == torch.bfloat16
-        tokens.float().square().sum().backward()
-        found.append([maps, tokens, layer.weight.grad, layer.bias.grad])
-    for theirs, ours in zip(*found):
-        assert theirs.shape == ours.shape and theirs.dtype == ours.dtype
-        assert (theirs - ours).abs().max() < 0.01 * theirs.abs().max()
-    with torch.autocast(CPU, torch.bfloat16):  # a convolution leaves out what fills no patch
-        assert layer(torch.randn(1, 3, 34, 33)).shape == (1, 64, 8, 8)
-
-
-def test_only_patches_that_do_not_overlap_are_multiplied() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), PatchEmbed(32, 4, embed_dim=8))
-    network[1].proj.stride = (2, 2)
-    fast.use_patch_products(network)
-    assert [type(m) for m in network.modules() if isinstance(m, nn.Conv2d)] == [nn.Conv2d] * 2
-
-
 FAULTS = """
 import resource, torch
 from models import fast
@@ -170,47 +125,6 @@ def test_freed_memory_is_kept_for_the_next_step(told: str) -> None:
     kept, faults = done.stdout.split()
     assert (kept == "True") == (not told), done.stderr
     assert int(faults) < 100 if not told else int(faults) > 1000
-
-
-@torch.no_grad()
-def test_folding_moves_a_trained_networks_logits_by_a_millionth(trained, digits) -> None:
-    before = trained(digits)
-    folded, count = fast.fold_batch_norms(trained, SIZE)
-    assert count == 14 == sum(isinstance(m, nn.BatchNorm2d) for m in trained.modules())
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    after = folded(digits)
-    assert not torch.equal(before, after), "nothing was folded"
-    assert (after - before).abs().max() < 5e-6 * before.abs().max()
-    assert torch.equal(trained(digits), before), "the network itself is as it was"
-
-
-@torch.no_grad()
-def test_a_light_teacher_in_bf16_names_the_same_digits(trained, digits) -> None:
-    light, _ = fast.optimize_for_inference(copy.deepcopy(trained), torch.bfloat16, SIZE, CPU)
-    assert light.fc.weight.dtype == torch.bfloat16
-    with torch.autocast(CPU, torch.bfloat16):
-        said = light(digits.contiguous(memory_format=torch.channels_last)).float()
-    exact = trained(digits)
-    assert (said.argmax(1) == exact.argmax(1)).float().mean() > 0.99
-    assert (said - exact).abs().max() < 0.05 * exact.abs().max()
-
-
-class UsedTwice(nn.Module):
-    """A network in which BatchNorm is not the only one to see its convolution's output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        nn.init.constant_(self.norm.bias, 1.0)
-
-    def forward(self, images: Tensor) -> Tensor:
-        seen = self.conv(images)
-        return (self.norm(seen) * seen).mean((2, 3))
-
-
-def test_what_folding_would_change_is_left_as_it_was() -> None:
-    network = UsedTwice().eval()
-    assert fast.fold_batch_norms(network, (8, 8)) == (network, 0)
 
 
 def test_checkpointed_blocks_give_the_same_loss_and_gradients_bit_for_bit() -> None:
