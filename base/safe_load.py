@@ -6,6 +6,8 @@ models' business. `save_atomically` writes a run's own files; what is in them is
 
 import argparse
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -29,6 +31,7 @@ _logger = logging.getLogger(__name__)
 # What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
+DATA_HASH = "sha256"  # in the metadata of a .safetensors file: of its tensor data
 UNREADABLE = (
     RuntimeError,
     pickle.UnpicklingError,
@@ -77,14 +80,52 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
+def save_safetensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a .safetensors file with the SHA-256 of its tensor data in the metadata.
+
+    `read_weights_file` compares it. Files of other programs have none and are not checked.
+    """
+    from safetensors.torch import save_file
+
+    unknown = "0" * 64
+    save_file(dict(weights), path, metadata={"format": "pt", DATA_HASH: unknown})
+    _, start = _safetensors_metadata(path)
+    with path.open("r+b") as file:
+        header = file.read(start).replace(unknown.encode(), _hash_from(path, start).encode(), 1)
+        file.seek(0)
+        file.write(header)
+
+
+def _safetensors_metadata(path: Path) -> tuple[dict[str, str], int]:
+    """Return the metadata of a .safetensors file, and at which byte its tensor data starts."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(size)).get("__metadata__") or {}, 8 + size
+
+
+def _hash_from(path: Path, start: int) -> str:
+    """Return the sha256 of a file from byte `start` on, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        content = load_file(path)
+        metadata, start = _safetensors_metadata(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(f"{path}: not a readable safetensors file ({_brief(error)})") from error
+    stated = metadata.get(DATA_HASH)
+    if stated and stated != _hash_from(path, start):
+        raise CorruptFile(f"{path}: its data differs from its hash: damaged; copy it again")
+    return content
 
 
 def _read_pickle(path: Path) -> Any:

@@ -13,10 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from base import files, safe_load
-from base.errors import UserError
+from base.errors import CorruptFile, UserError
 
 
 class Hostile:
@@ -263,3 +264,18 @@ def test_a_folder_is_one_runs_alone_until_its_process_ends(
         other.wait()
     with files.lock_folder(tmp_path):
         assert f"process {os.getpid()} of job 7 on" in (tmp_path / ".lock").read_text()
+
+
+def test_a_flipped_bit_in_a_safetensors_file_of_ours_is_found(tmp_path: Path) -> None:
+    path, weights = tmp_path / "teacher.safetensors", {"a": torch.arange(7.0), "b": torch.ones(3)}
+    safe_load.save_safetensors(weights, path)
+    torch.testing.assert_close(safe_load.read_weights_file(path), weights)
+    whole = path.read_bytes()
+    for place in (-1, -17, -40):  # in the data
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptFile, match="differs from its hash"):
+            safe_load.read_weights_file(path)
+    safetensors.torch.save_file(weights, path)  # another program's: no hash
+    torch.testing.assert_close(safe_load.read_weights_file(path), weights)

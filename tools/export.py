@@ -30,7 +30,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,7 +205,7 @@ def _export_weights(source: Path, out: Path, key: str | None, half: bool) -> Non
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as partial:
         file = Path(partial) / out.name
-        save_file(weights, file)
+        safe_load.save_safetensors(weights, file)
         loaded = load_file(file)
         if not all(torch.equal(value, loaded[name]) for name, value in weights.items()):
             raise UserError(f"{out}: differs from the weights when read back; nothing was written")
@@ -319,7 +319,7 @@ def to_safetensors(student: Student, folder: Path) -> str:
     weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     if student.half:
         weights = to_half(weights)
-    save_file(weights, path, metadata={"format": "pt"})
+    safe_load.save_safetensors(weights, path)
     (folder / "config.json").write_text(json.dumps(timm_config(student), indent=2))
     shutil.copymode(folder / "config.json", path)  # safetensors makes it readable by its owner only
     loaded = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True).eval()
