@@ -125,11 +125,12 @@ class FeatureTaps:
 
     def __init__(self, network: nn.Module, taps: Iterable[Tap]) -> None:
         self.layout = layout_of(network)
-        self._tokens = _number_of_tokens(network, self.layout)
+        self._name, self._tokens = type(network).__name__, _number_of_tokens(network, self.layout)
+        self._taps = dict.fromkeys(taps)
         self.maps: dict[Tap, tuple[int, int]] = {}  # height and width of a CNN's maps, once seen
         self._record = _Record()
         self._hooks: list[Any] = []
-        for tap in dict.fromkeys(taps):
+        for tap in self._taps:
             self._install(network, tap)
 
     def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
@@ -140,6 +141,9 @@ class FeatureTaps:
         finally:
             self._record.active = False
         seen, self._record.seen = self._record.seen, {}
+        if unused := [tap for tap in self._taps if tap not in seen]:
+            reason = f"its forward pass does not call the module of {unused[0].feature} layer "
+            raise _unreadable(self._name, f"{reason}{unused[0].layer}")
         # Attention is computed here, outside blocks that gradient checkpointing runs again.
         return Observed(output, {tap: _finished(state, tap) for tap, state in seen.items()})
 
@@ -259,9 +263,10 @@ def _finished(state: Any, tap: Tap) -> Tensor:
     return attention_map(*state, tap.kind) if isinstance(state, tuple) else state
 
 
-def _unreadable(network: nn.Module, reason: str) -> UserError:
+def _unreadable(network: nn.Module | str, reason: str) -> UserError:
+    name = network if isinstance(network, str) else type(network).__name__
     return UserError(
-        f"{type(network).__name__} cannot be tapped: {reason}; use another model, match its pooled "
+        f"{name} cannot be tapped: {reason}; use another model, match its pooled "
         "feature, or give it an adaptor: --plugin FILE.py with --student-adaptor or "
         "--teacher-adaptor"
     )
