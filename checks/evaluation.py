@@ -75,11 +75,15 @@ def check_student_and_teacher(
         found = diagnose.build_findings(
             args, student, teacher, loaders, runtime.inputs, runtime.device
         )
-        for line in found or [diagnose.check_passed(args, teacher)] * args.check:
+        lines = found.problems
+        if args.check:
+            lines = found.accuracies + (lines or [diagnose.check_passed(args, teacher)])
+        for line in lines:
             print_once("check", line)
     if teacher is None or args.check or not args.teacher_check:
         return {}
-    print_once("teacher", "accuracy on the evaluation set")
+    sizes = {diagnose.size_of(member) for member in teacher.teacher.members if member.classifies}
+    print_once("teacher", f"accuracy on the evaluation set, {' and '.join(sorted(sizes))}")
     return engine.evaluate(loaders.val, teacher, runtime.device, header="Teacher:")
 
 

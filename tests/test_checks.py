@@ -11,7 +11,7 @@ import options
 from base import distributed
 from base.errors import UserError
 from checks import dry_run
-from checks.diagnose import teacher_findings
+from checks.diagnose import teacher_problems
 from checks.dry_run import network_size
 
 
@@ -30,21 +30,21 @@ def test_deit_small_has_the_papers_multiply_adds() -> None:
     assert size.describe() == "22.05 M parameters, 4.60 GMACs an image"
 
 
-def test_a_good_teacher_raises_no_finding() -> None:
+def test_a_good_teacher_has_no_problem() -> None:
     labels = torch.arange(10).repeat(6)
-    assert teacher_findings(torch.eye(10)[labels], labels, None) == []
-    coin = teacher_findings(torch.eye(2)[torch.zeros(60, dtype=torch.long)], labels % 2, None)
-    assert "50% right" in coin[0] and "at least 75%" in coin[0]
+    assert teacher_problems(torch.eye(10)[labels], labels, None) == []
+    coin = teacher_problems(torch.eye(2)[torch.zeros(60, dtype=torch.long)], labels % 2, None)
+    assert "Acc@1 is 50 % on 60" in coin[0] and "at least 75 %" in coin[0]
 
 
-def test_a_shifted_label_order_is_told_from_a_bad_teacher() -> None:
+def test_another_label_order_is_distinguished_from_a_bad_teacher() -> None:
     labels = torch.arange(10).repeat(6)
-    shifted = teacher_findings(torch.eye(10)[(labels + 1) % 10], labels, None)
+    shifted = teacher_problems(torch.eye(10)[(labels + 1) % 10], labels, None)
     assert len(shifted) == 1 and "label order" in shifted[0]
-    constant = teacher_findings(torch.eye(10)[torch.zeros(60, dtype=torch.long)], labels, None)
-    assert "at least 30%" in constant[0]
-    few = teacher_findings(torch.eye(1000)[labels + 1], labels, 80.0)
-    assert "at least 65%" in few[0]
+    constant = teacher_problems(torch.eye(10)[torch.zeros(60, dtype=torch.long)], labels, None)
+    assert "at least 30 %" in constant[0]
+    few = teacher_problems(torch.eye(1000)[labels + 1], labels, 80.0)
+    assert "at least 65 %" in few[0]
 
 
 def planned(*flags: str) -> dict[str, str]:
@@ -244,7 +244,9 @@ def test_check_finds_few_patches_and_a_teacher_with_another_order_is_matched(
 
 
 @pytest.mark.slow
-def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> None:
+def test_check_prints_the_accuracy_and_the_problems_of_every_teacher(
+    run_inside, tmp_path: Path
+) -> None:
     flags = [
         "--check",
         "--distillation-type",
@@ -262,17 +264,23 @@ def test_check_examines_every_teacher_by_name(run_inside, tmp_path: Path) -> Non
     result = run_inside(*flags)
     assert result.returncode == 0, result.stderr
     found = [line for line in result.stdout.splitlines() if line.startswith("check: ")]
-    assert len(found) == 1 and found[0].startswith("check: teacher deit_pico_patch8_32: ")
+    assert len(found) == 3 and all("128 images, input 32x32" in line for line in found[:2])
+    assert found[0].startswith("check: teacher resnet_pico: Acc@1 100.0 on a sample")
+    assert found[2].startswith("check: teacher deit_pico_patch8_32: Acc@1 is ")
     match = "feature=hidden,loss=cos,layer_S=1,layer_T=1,tokens=patch,teacher=1"
     shares = ["--teacher-weight", "1", "--teacher-weight", "0"]
     looked = run_inside(*flags, *shares, "--match", match)
-    assert "suit the data and each other" in looked.stdout, looked.stdout + looked.stderr
+    assert "no problem found in the student and the teacher" in looked.stdout, (
+        looked.stdout + looked.stderr
+    )
 
 
 @pytest.mark.slow
-def test_check_praises_no_teacher_that_it_has_not_asked(run_inside, tmp_path: Path) -> None:
+def test_check_says_why_it_has_not_checked_the_teacher(run_inside, tmp_path: Path) -> None:
     alone = run_inside("--check")
-    assert "check: the student suits the data; there is no teacher" in alone.stdout, alone.stderr
+    assert "check: no problem found in the student; there is no teacher" in alone.stdout, (
+        alone.stderr
+    )
     flags = [
         "--distillation-type",
         "hard",
@@ -289,6 +297,9 @@ def test_check_praises_no_teacher_that_it_has_not_asked(run_inside, tmp_path: Pa
     torch.save({"model": models.create_model("resnet_pico", num_classes=10).state_dict()}, wrong)
     asked = run_inside("--check", *flags, "--teacher-path", str(wrong))
     assert "check: teacher: " in asked.stdout, asked.stdout + asked.stderr
-    assert "teacher: accuracy on" in run_inside(*flags, "--teacher-path", str(wrong)).stdout
+    assert (
+        "teacher: accuracy on the evaluation set, input 32x32"
+        in run_inside(*flags, "--teacher-path", str(wrong)).stdout
+    )
     again = run_inside("--check", *flags, "--teacher-path", str(wrong))
-    assert "its teacher is not asked, since all answers are in the cache" in again.stdout
+    assert "the teacher is not checked, because all its logits are in the cache" in again.stdout
