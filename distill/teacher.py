@@ -62,11 +62,11 @@ class AnyTeacher(Protocol):
 
 
 class InputAdapter(nn.Module):
-    """From images as the student sees them to images as the teacher was trained on them.
+    """Converts the student's images to the teacher's normalisation and size.
 
-    Undoes the student's normalisation, applies the teacher's, and resizes (bicubic, antialiased)
-    where the sizes differ. Affine in the image, so that mixing before it is mixing after it. A
-    teacher that takes any size sees an image of another aspect ratio at the student's size.
+    It undoes the student's normalisation, applies the teacher's, and resizes (bicubic,
+    antialiased) where the sizes differ. It is affine in the image, so it commutes with mixing. A
+    teacher of any size gets images with another aspect ratio at the student's size.
     """
 
     def __init__(
@@ -130,11 +130,11 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode, whatever is asked."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def observe(self, taps: Any, index: int = 0) -> None:
-        """From now on, return `Observed`, its states by (index, tap). taps: as of `Student`."""
+        """Return `Observed` from now on, with states by (index, tap). taps: as of `Student`."""
         self.taps, self.index = taps, index
 
     @torch.no_grad()
@@ -186,8 +186,8 @@ class Teacher(nn.Module):
 
 
 def _compiled(function: Callable, backend: str) -> Callable:
-    """Return `function` compiled for one size of batch. Weights stay what they are: inductor may
-    fold and pack them."""
+    """Return `function` compiled for one batch size. The weights are frozen, so inductor may fold
+    and pack them."""
     freezing = {"options": {"freezing": True}} if backend == "inductor" else {}
     return torch.compile(function, backend=backend, dynamic=False, **freezing)
 
@@ -262,12 +262,12 @@ def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
 
 
 def build_identity(args: Namespace) -> list[str]:
-    """Return what says which weights each teacher has; [] if nobody teaches.
+    """Return the identity of each teacher's weights; [] without a teacher.
 
-    A hash of the file, or of the files in the folder of `local-dir:`. Of published weights only
-    their address is known here, or that they are those of timm's version. A network that a plugin
-    has registered is known by the plugin's file too.
-    Raises UserError for a file that is not there.
+    It is the hash of the file, or of the files in the folder of `local-dir:`. Published weights are
+    identified by their URL, or as those of timm's version. The network of a plugin is identified by
+    the hash of the plugin's file as well.
+    Raises UserError for a missing file.
     """
     if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
         return []
@@ -278,19 +278,21 @@ def build_identity(args: Namespace) -> list[str]:
 
 
 def _code(name: str) -> str:
-    """Return which code a registered network is, where it is neither timm's nor ours; else ""."""
+    """Return the hash of the plugin that registered a network; "" for timm's and ours."""
     file = models.plugins.source_of(name)
     return f", network by {safe_load.fingerprint(file)}" if file else ""
 
 
 def _published(name: str) -> str:
-    """Return what is known, without loading them, of the weights of a teacher without a file."""
+    """Return the identity of the weights of a teacher without a file, without loading them."""
     prefix, _, folder = name.partition("local-dir:")
     if folder and not prefix:
         if not Path(folder).is_dir():
             raise UserError(f"teacher {name}: no such folder")
         files = sorted(path for path in Path(folder).iterdir() if path.is_file())
         return ", ".join(f"{path.name} {safe_load.fingerprint(str(path))}" for path in files)
+    if models.plugins.source_of(name):
+        return "its plugin's"
     file = models.released.find(name)
     return file.url if file else "timm's"
 
@@ -304,12 +306,11 @@ def build_teacher(
     *,
     classes: Sequence[str] | None = None,
 ) -> Teacher | Teachers | None:
-    """Return the teacher of the command line on `device`, or None if nothing is asked of it.
+    """Return the teacher of the command line on `device`, or None if the run needs none.
 
     classes: names of the student's outputs, with which the teacher's are matched.
-
-    Without distillation of logits, or with a share of 0 among several, it needs no classifier:
-    what it saw inside is all that counts.
+    Without distillation of logits, or with a share of 0 among several, only its features are used
+    and it needs no classifier.
     Raises UserError for an unknown model, a file that is missing or of another architecture, and
     another number of classes than the student's.
     """
@@ -359,8 +360,8 @@ def build_teacher(
 
 
 def input_of(name: str, path: str) -> InputConfig:
-    """Return what a teacher was trained on: its name's configuration, or that of the run of this
-    repository which left its file."""
+    """Return the input that a teacher was trained on: of the run of this repository that wrote its
+    file, else of its model name."""
     own, trained = models.data_config(name), _trained_with(name, path)
     size = tuple(trained.get("input_size") or own["input_size"][1:])
     return InputConfig(
@@ -373,9 +374,9 @@ def input_of(name: str, path: str) -> InputConfig:
 
 
 def _trained_with(name: str, path: str) -> dict[str, Any]:
-    """Return the settings of the run that left the file, where this repository's did.
+    """Return the settings of the run of this repository that wrote the file, else {}.
 
-    Raises UserError for an input size, mean or std that is none.
+    Raises UserError for an input size, mean or std that is not one.
     """
     settings = safe_load.read_weights_file(path).get("args") if path else None
     if not isinstance(settings, dict) or settings.get("model") != name:
@@ -435,5 +436,7 @@ def _network(
 
 def _whose(name: str) -> str:
     """Return in words where the weights of a teacher without a file come from."""
+    if plugin := models.plugins.source_of(name):
+        return Path(plugin).name
     file = models.released.find(name)
     return f"{file.file} of DeiT's" if file else "timm"

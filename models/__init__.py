@@ -107,7 +107,8 @@ def create_model(
         else:
             _logger.info("%s: %s", file.file, finetune(network, file.url).describe())
         return network
-    if pretrained and not name.startswith(SOURCES) and not timm.models.is_model_pretrained(name):
+    loads_itself = name.startswith(SOURCES) or plugins.source_of(name)
+    if pretrained and not loads_itself and not timm.models.is_model_pretrained(name):
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
     options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
     options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}

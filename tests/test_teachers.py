@@ -253,6 +253,30 @@ def my_own_cnn(num_classes=10, **kwargs):
 """
 
 
+OWN_WEIGHTS = """
+import torch
+from timm.models import register_model
+
+@register_model
+def cnn_with_weights(pretrained=False, num_classes=10, **options):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, num_classes))
+    torch.nn.init.constant_(network[1].weight, 0.25 if pretrained else 0.0)
+    network.num_classes = num_classes
+    return network
+"""
+
+
+def test_a_registered_teacher_may_load_its_own_weights(tmp_path: Path) -> None:
+    plugin = tmp_path / "weights.py"
+    plugin.write_text(OWN_WEIGHTS)
+    flags = ["--teacher-model", "cnn_with_weights", "--teacher-path", "", "--plugin", str(plugin)]
+    args = options.parse_args(["--distillation-type", "hard", *flags]).args
+    teacher = build_teacher(args, 10, HALF, torch.device("cpu"))
+    assert (teacher.network[1].weight == 0.25).all() and "from weights.py" in teacher.describe()
+    expected = f"its plugin's, network by {safe_load.fingerprint(str(plugin))}"
+    assert build_identity(args) == [expected]
+
+
 def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> None:
     plugin, weights, other = tmp_path / "nets.py", tmp_path / "cnn.pth", tmp_path / "b/nets.py"
     other.parent.mkdir()
