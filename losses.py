@@ -1,11 +1,11 @@
-"""The arithmetic of every objective: tensors in, a scalar out.
+"""The losses of every objective: tensors in, a scalar out.
 
 B batch, N tokens, D width, H heads, C classes; suffix _S student, _T teacher. In a mask, 1 (True)
-keeps a token and 0 leaves it out. No trainable parameter and no file is found here.
+keeps a token and 0 leaves it out. This module has no trainable parameter and reads no file.
 
-All losses compute in at least float32, under autocast too: half precision is raised, float64
-stays. The teacher's side never receives a gradient. Shapes must be equal where a formula compares
-two tensors: nothing is broadcast. To add a loss, write a function and add a line to its map.
+All losses compute in at least float32, under autocast too: half precision becomes float32,
+float64 stays. The teacher's tensors never receive a gradient. Shapes must be equal where a formula
+compares two tensors: nothing is broadcast. To add a loss, write a function and add a line to its map.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class DistillationLoss(nn.Module):
 
     base_criterion: (logits (B,C), labels) -> scalar.
     teacher_model: images -> logits (B,C), frozen and in evaluation mode, or None if every call
-        brings `teacher_outputs`. It is not a submodule: absent from `state_dict`, and untouched
+        passes `teacher_outputs`. It is not a submodule: absent from `state_dict`, and untouched
         by `.train()` and `.to()`.
     distillation_type: "none"; "soft", tau^2 * KL(teacher || student) at temperature tau; or
         "hard", cross entropy with the teacher's most likely class (tau unused, no smoothing).
@@ -93,7 +93,7 @@ class DistillationLoss(nn.Module):
         of `KD_LOSS_MAP`; `reduction` and tau^2 are then its own.
     teacher_weights: shares of several teachers, whose logits then come as a list, a term each.
 
-    `weights` are those of the two terms, (1 - alpha, alpha) until somebody writes others. After a
+    `weights` are those of the two terms, (1 - alpha, alpha) unless they are set. After a
     call `terms` holds {"base", "distillation"} (with "none": only "base"): detached scalars before
     the weights, on the device.
     Raises ValueError for settings that are not the above.
@@ -157,7 +157,7 @@ class DistillationLoss(nn.Module):
     ) -> Tensor:
         """Return the loss, a scalar.
 
-        inputs: (B,3,H,W), what the teacher is shown unless `teacher_outputs` (B,C) is given.
+        inputs: (B,3,H,W), the teacher's images; unused if `teacher_outputs` (B,C) is given.
         outputs: (B,C), or (class, distillation) logits, (B,C) each. "none" reads the class
         logits alone.
         labels: as `base_criterion` takes them, (B,) class numbers or (B,C) shares.
@@ -174,10 +174,10 @@ class DistillationLoss(nn.Module):
             self.terms = {"base": base.detach()}
             return base
         if isinstance(teacher_outputs, list | tuple):
-            answers = zip(self.teacher_weights, teacher_outputs, strict=True)
-            distillation = sum(w * self._distill(logits_S, _from_teacher(t)) for w, t in answers)
+            pairs = zip(self.teacher_weights, teacher_outputs, strict=True)
+            distillation = sum(w * self._distill(logits_S, _from_teacher(t)) for w, t in pairs)
         else:
-            distillation = self._distill(logits_S, self._ask_teacher(inputs, teacher_outputs))
+            distillation = self._distill(logits_S, self._teacher_logits(inputs, teacher_outputs))
         self.terms = {"base": base.detach(), "distillation": distillation.detach()}
         return self.weights[0] * base + self.weights[1] * distillation
 
@@ -187,7 +187,7 @@ class DistillationLoss(nn.Module):
             if self.distillation_type != "none" and self.head == "dist":
                 raise UserError(
                     f"{self.distillation_type} distillation needs (class, distillation) logits, "
-                    f"the student gave one Tensor {_shape(outputs)}; use a student with a "
+                    f"the student returned one Tensor {_shape(outputs)}; use a student with a "
                     "distillation head in training mode, such as deit_tiny_distilled_patch16_224, "
                     "or distil its class head: --distillation-head cls (head='cls')"
                 )
@@ -195,12 +195,12 @@ class DistillationLoss(nn.Module):
         if not isinstance(outputs, tuple | list) or len(outputs) != 2:
             what = f"{len(outputs)}" if isinstance(outputs, tuple | list) else type(outputs)
             raise ValueError(
-                "the student must give one Tensor or a pair of (class, distillation) logits, "
+                "the student must return one Tensor or a pair of (class, distillation) logits, "
                 f"not {what}"
             )
         return outputs[0], outputs[0 if self.head == "cls" else 1]
 
-    def _ask_teacher(self, inputs: Tensor | None, teacher_outputs: Tensor | None) -> Tensor:
+    def _teacher_logits(self, inputs: Tensor | None, teacher_outputs: Tensor | None) -> Tensor:
         if teacher_outputs is None:
             if self.teacher_model is None:
                 raise ValueError(
@@ -211,7 +211,7 @@ class DistillationLoss(nn.Module):
                 teacher_outputs = self.teacher_model(inputs)
         if not isinstance(teacher_outputs, Tensor):
             raise ValueError(
-                f"the teacher gave a {type(teacher_outputs).__name__} instead of logits (B,C); "
+                f"the teacher returned a {type(teacher_outputs).__name__} instead of logits (B,C); "
                 "put it in evaluation mode"
             )
         return _from_teacher(teacher_outputs)
@@ -308,7 +308,7 @@ def build_base_criterion(*, mixing: bool, smoothing: float, bce: bool) -> nn.Mod
 def build_criterion(
     args: Namespace, *, mixing: bool, head: str = "dist", **extensions: Any
 ) -> nn.Module:
-    """Return the objective of the command line; the engine brings the teacher's logits.
+    """Return the objective of the command line; its calls get the teacher's logits.
 
     extensions: `kd_loss` and `teacher_weights` of DistillationLoss.
     """
@@ -376,8 +376,8 @@ class CosubLoss(nn.Module):
         if not isinstance(outputs, Tensor) or len(outputs) != 2 * len(labels):
             what = _shape(outputs) if isinstance(outputs, Tensor) else "several heads"
             raise ValueError(
-                f"cosub: the student gave {what} for {len(labels)} labels; it must run one head "
-                "on the batch twice and give (2B,C)"
+                f"cosub: the student returned {what} for {len(labels)} labels; it must run one "
+                "head on the batch twice and return (2B,C)"
             )
         loss = cosub_loss(*outputs.chunk(2), labels)
         self.terms = {"base": loss.detach()}
@@ -503,7 +503,7 @@ def standardize_logits(logits: Tensor) -> Tensor:
     return (logits - mean) / (std + 1e-7)
 
 
-# --- what the networks saw inside -----------------------------------------------------------
+# --- features --------------------------------------------------------------------------------
 
 
 def _read_mask(
@@ -689,7 +689,7 @@ def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Mask = None) -> Tensor:
     """Squared distance of the two class tokens after scaling both to length 1; mean over B.
 
     state_S, state_T: (B,N,D), of which token 0 is taken, or (B,D); each side may be either. The
-    mask plays no part. A zero vector has no direction: the result is NaN.
+    mask is not used. A zero vector has no direction: the result is NaN.
     Raises ValueError if B or D differ. Source: Sun et al. 2019 (arXiv 1908.09355), TextBrewer.
     """
     if not {state_S.dim(), state_T.dim()} <= {2, 3}:
@@ -811,7 +811,7 @@ MATCH_LOSS_MAP: dict[str, Callable[..., Tensor]] = {
 
 
 def _embedding_pair(one: Tensor, other: Tensor, wanted: str) -> tuple[Tensor, Tensor]:
-    """Return both in one precision; raises ValueError unless their widths are the same."""
+    """Return both in one precision. Raises ValueError unless their widths are equal."""
     if not one.dim() == other.dim() == 2 or one.shape[1] != other.shape[1]:
         raise ValueError(f"embeddings {_shape(one)} and {_shape(other)}; give {wanted}")
     return _raised(one, other)
@@ -853,7 +853,7 @@ def score_kl_loss(scores_S: Tensor, scores_T: Tensor, temperature: float = 1.0) 
     """tau^2 * KL(teacher || student) of the softmax over candidates; mean over B, in nats.
 
     scores_S, scores_T: (B,N), raw similarities of an image to the same N candidates; the
-    teacher's -inf rules a candidate out.
+    teacher's -inf excludes a candidate.
     Raises ValueError if the shapes differ. Source: DistillKLDivLoss of sentence-transformers.
     """
     if scores_S.dim() != 2:
@@ -878,7 +878,7 @@ def in_batch_similarity_loss(
 
     embeddings_S: (B,D_S), embeddings_T: (B,D_T) of the same images; the widths may differ.
     similarity: of all rows with all rows, `cos_sim` or `dot_score`, used on both sides. An image
-    is no candidate of itself: its cosine of 1 would drown the others.
+    is no candidate of itself: its cosine of 1 would dominate the softmax.
     The batch is this process's. Raises ValueError if the batches differ or B < 3.
     """
     _check_same_images("in-batch similarity", embeddings_S, embeddings_T)
@@ -936,8 +936,7 @@ def _without_diagonal(square: Tensor) -> Tensor:
 class DistillKLDivLoss(nn.Module):
     """Make a student rank images as its teacher does: `score_kl_loss` of explicit candidates.
 
-    model: images -> embeddings (B,D). It is not a submodule: its owner trains, moves and saves
-        it.
+    model: images -> embeddings (B,D). It is not a submodule: train, move and save it yourself.
     similarity_fct: of rows with the same rows, (B,D), (B,D) -> (B,); the student's side only.
     temperature: of both softmaxes, above 0.
     Source: DistillKLDivLoss of sentence-transformers, with images for sentences.
@@ -969,7 +968,7 @@ class DistillKLDivLoss(nn.Module):
         """Return the loss of [query, other, ...] embeddings, (B,D) each, and labels (B,n).
 
         Raises ValueError if there is no other, or shapes do not fit. With n = 1 there is nothing
-        to rank: the loss is 0, and a warning says so.
+        to rank: the loss is 0, with a warning.
         """
         if len(embeddings) < 2 or not all(isinstance(each, Tensor) for each in embeddings):
             kinds = [type(each).__name__ for each in embeddings]

@@ -1,4 +1,4 @@
-"""What to match between student and teacher, as the user writes it: flags and files.
+"""Matches between student and teacher, as flags and files state them.
 
 Suffix _S student, _T teacher. A match names one layer of each network (or two, for `fsp` and
 `nst`), a loss of `losses.MATCH_LOSS_MAP` and, where the widths differ, a projection of the
@@ -277,7 +277,7 @@ class DistillationConfig:
         names = {"temperature": "distillation_tau", "intermediate_matches": "match"}
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         flags = {names.get(name, name): value for name, value in values.items()}
-        del flags["is_caching_logits"]  # its place is the teacher cache; the run says so
+        del flags["is_caching_logits"]  # the teacher cache replaces it; the run prints that
         flags["match"] = list(self.intermediate_matches or ())
         distils = self.kd_loss_weight or self.kd_loss_weight_scheduler != "none"
         return flags | {"distillation_type": "soft" if distils else "none"}

@@ -1,8 +1,8 @@
-"""What changes while training goes on: weights of the loss terms, temperatures of the softmax.
+"""Schedules of training: weights of the loss terms, temperatures of the softmax.
 
 B batch, L positions, C classes. A weight schedule is a function of progress; a temperature
-schedule is a function `(logits_S, logits_T, base_temperature)`. Nothing here keeps state, so a
-resumed run needs none. The registries are open: assign an entry, then name it.
+schedule is a function `(logits_S, logits_T, base_temperature)`. None of them has state, so a
+checkpoint stores none. The registries are open: assign an entry, then name it.
 """
 
 import inspect
@@ -30,10 +30,10 @@ def pick(registry: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def takes_parameters(builder: Callable[..., Callable]) -> Callable[..., Callable]:
-    """Mark a registry entry as a builder: it is to be named with parameters, `[name, *values]`.
+    """Mark a registry entry as a builder that needs parameters, `[name, *values]`.
 
-    Without the mark an entry works all the same; with it, leaving out the parameters is a clear
-    error instead of a builder called as if it were the schedule.
+    With the mark, missing parameters raise a clear error. Without it, the builder itself would be
+    called as the schedule.
     """
     builder.takes_parameters = True  # type: ignore[attr-defined]
     return builder
@@ -69,7 +69,7 @@ class ScheduleRegistry(dict):
         schedule = entry(*values, **named)
         if not callable(schedule):
             raise UserError(
-                f"{self.what} {name!r} takes no parameters: called with them it gives "
+                f"{self.what} {name!r} takes no parameters: called with them it returns "
                 f"{type(schedule).__name__}, not a schedule"
             )
         return schedule
@@ -108,7 +108,7 @@ def flsw_temperature(beta: float, gamma: float, eps: float = 1e-4) -> Temperatur
 
     The schedule takes logits (B,C) or (B,L,C) and returns temperatures (B,) or (B,L):
     base + beta * (mean(w) - w), where w = (1 - v.t)^gamma and v, t are the logits divided by
-    their length + eps. No gradient. The mean is over the tensor at hand, which is one process's
+    their length + eps. No gradient. The mean is over the given tensor, which is one process's
     batch. Temperatures can be <= 0: see `clamp_temperature`.
     Source: TextBrewer's `flsw`, whose numbers these are.
     """
@@ -135,8 +135,8 @@ def cwsm_temperature(beta: float) -> TemperatureSchedule:
     """Build confidence-weighted sample mining: a higher temperature where S is confident.
 
     The schedule takes logits (B,C) or (B,L,C) and returns temperatures (B,) or (B,L):
-    base + beta * (mean(w) - w), where w = 1 / (max_c softmax(S) + 1e-3); the teacher plays no
-    part. No gradient, and the mean is over the tensor at hand. With a thousand classes w is in
+    base + beta * (mean(w) - w), where w = 1 / (max_c softmax(S) + 1e-3); the teacher is not
+    used. No gradient, and the mean is over the given tensor. With a thousand classes w is in
     the hundreds, so temperatures are often <= 0: see `clamp_temperature`.
     Source: TextBrewer's `cwsm`, whose numbers these are.
     """
