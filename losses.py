@@ -5,7 +5,8 @@ keeps a token and 0 leaves it out. This module has no trainable parameter and re
 
 All losses compute in at least float32, under autocast too: half precision becomes float32,
 float64 stays. The teacher's tensors never receive a gradient. Shapes must be equal where a formula
-compares two tensors: nothing is broadcast. To add a loss, write a function and add a line to its map.
+compares two tensors: nothing is broadcast. To add a loss, write a function and add a line to its
+map.
 """
 
 import contextlib
