@@ -266,7 +266,7 @@ def _build_loader(
         workers = min(workers, -(-len(sampler) // batch_size))  # type: ignore[arg-type]
     kind: Callable[..., DataLoader] = DataLoader if is_train else EvalLoader
     if isinstance(data.transform, Recorded):
-        kind = partial(DeviceLoader, recorded=data.transform, device=device)
+        kind = partial(DeviceLoader, recorded=data.transform)
     elif is_train and device.type == "cuda":
         data.transform = DeferNormalize(data.transform)
         kind = partial(ByteLoader, deferred=data.transform, device=device)

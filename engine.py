@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from base import distributed
-from base.device import autocast, seed_device, to_device
+from base.device import DeviceBatches, autocast, seed_device
 from base.errors import UserError
 from data.samplers import BatchKey, derive_seed
 from training.metrics import ProgressLogger, accuracy
@@ -52,8 +52,8 @@ def train_one_epoch(
     updater = Updater(model, optimizer, config, state.bad, epoch=epoch, micro_steps=steps)
     finder = _bad_batch_finder(model, criterion, teacher, config, state, hooks)
     progress = _progress(steps, config.header or f"Epoch: [{epoch}]", config, state.micro)
-    for micro_step, (images, labels, *_) in enumerate(progress(data_loader), start=state.micro):
-        images, labels = to_device(images, device), to_device(labels, device)
+    batches = DeviceBatches(progress(data_loader), device)
+    for micro_step, (images, labels) in enumerate(batches, start=state.micro):
         key = BatchKey(epoch, micro_step)
         images, labels, outputs_T = mix_and_query(images, labels, key, teacher, config)
         with updater.micro_step(micro_step):
@@ -67,7 +67,7 @@ def train_one_epoch(
             due = progress.due(micro_step, updater.size(micro_step))
             finder.end_update(updater.describe(micro_step), look=due)
             if due:
-                _log(progress, updater, state, micro_step, len(images), hooks)
+                _log(progress, updater, state, batches, micro_step, hooks)
             hooks.on_update(updater.global_index(micro_step) + 1)
     return state.averages() | {"lr": updater.lr, "skipped_updates": state.bad.in_epoch}
 
@@ -138,13 +138,15 @@ def _log(
     progress: ProgressLogger,
     updater: Updater,
     state: EpochState,
+    batches: DeviceBatches,
     micro_step: int,
-    batch_size: int,
     hooks: Hooks,
 ) -> None:
-    """Print the averages since the last printed line."""
+    """Print the averages since the last printed line, for which the host waits for the device."""
+    count = batches.batch_size * distributed.world_size()
+    if micro_step + 1 < updater.micro_steps:
+        batches.fetch_ahead()
     averages = state.recent() | {"lr": updater.lr}
-    count = batch_size * distributed.world_size()
     rates = progress.log(micro_step, averages, images_per_step=count)
     hooks.on_log(updater.index(micro_step), averages | rates)
 
@@ -160,8 +162,7 @@ def query_epoch(
     """Call the teacher on an epoch's batches, as training would, without a student."""
     steps = len(data_loader)  # type: ignore[arg-type]
     progress = _progress(steps, config.header, config)
-    for micro_step, (images, labels, *_) in enumerate(progress(data_loader)):
-        images, labels = to_device(images, device), to_device(labels, device)
+    for micro_step, (images, labels) in enumerate(DeviceBatches(progress(data_loader), device)):
         mix_and_query(images, labels, BatchKey(epoch, micro_step), teacher, config)
         if progress.due(micro_step):
             count = len(images) * distributed.world_size()
@@ -204,8 +205,7 @@ def evaluate(
     count = stopped = 0
     progress = ProgressLogger(len(data_loader), header, interval=log_interval)  # type: ignore[arg-type]
     share = " (own share)" * (distributed.world_size() > 1)  # of the printed line; the end has all
-    for step, (images, labels, *_) in enumerate(progress(data_loader)):
-        images, labels = to_device(images, device), to_device(labels, device)
+    for step, (images, labels) in enumerate(DeviceBatches(progress(data_loader), device)):
         with autocast(device, amp_dtype):
             logits = model(images)
         sums += batch_scores(logits, labels, among)

@@ -23,7 +23,7 @@ from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
 from training import metrics, recipe, setup
-from training.exit_codes import exit_code_of
+from training.exit_codes import StopWhenClosed, exit_code_of, out_of_memory_as_user_error
 from training.setup import Runtime, Training
 from training.step_config import Hooks
 from training.trained_classes import build_trained_classes
@@ -134,7 +134,8 @@ def parse_and_run(argv: Sequence[str] | None) -> None:
     if settings.args.list_models is not None:
         print(models.released.table(settings.args.list_models))
     else:
-        main(settings.args, settings.notes, settings.about)
+        with out_of_memory_as_user_error(settings.args.batch_size):
+            main(settings.args, settings.notes, settings.about)
 
 
 def run(
@@ -149,6 +150,7 @@ def run(
 
 
 if __name__ == "__main__":
+    StopWhenClosed.install()
     code = run()
     sys.stdout.flush()
     sys.stderr.flush()

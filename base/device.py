@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -16,6 +17,42 @@ def to_device(values: Tensor, device: torch.device, *, pin: bool = False) -> Ten
     if pin and device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+class DeviceBatches:
+    """Iterates over the batches (images, labels, ...) of a loader, with the first two on `device`.
+
+    `fetch_ahead` starts the copy of the next batch early: before the host waits for the device.
+    """
+
+    def __init__(self, batches: Iterable, device: torch.device) -> None:
+        self._batches, self.device = iter(batches), device
+        self._ahead: list[tuple[Tensor, Tensor]] = []
+        self.batch_size = 0  # of the batch that was fetched last
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        return self._ahead.pop() if self._ahead else self._fetch()
+
+    def fetch_ahead(self) -> None:
+        """Fetch the next batch now. There must be one."""
+        self._ahead.append(self._fetch())
+
+    def _fetch(self) -> tuple[Tensor, Tensor]:
+        images, labels, *_ = next(self._batches)
+        self.batch_size = len(labels)
+        return to_device(images, self.device), to_device(labels, self.device)
+
+
+def use_fast_kernels(device: torch.device, fast: bool) -> None:
+    """Turn on cudnn.benchmark and TF32 on a GPU, or turn them off for results that repeat."""
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = fast
+    torch.backends.cudnn.allow_tf32 = fast
+    torch.backends.cuda.matmul.allow_tf32 = fast
 
 
 def seed_device(seed: int) -> None:

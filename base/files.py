@@ -96,6 +96,8 @@ def write_atomically(
         failed = error if isinstance(error, OSError) else recorder and recorder.error
         if failed is None:  # no error of the disk: a CUDA error, a dead DataLoader worker
             raise
+        if "CUDA" in str(error):  # the GPU failed while tensors were copied from it, not the disk
+            raise
         raise UserError(
             f"{path}: cannot be written ({failed.strerror or failed}); the file from before is "
             "untouched"

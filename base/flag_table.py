@@ -151,6 +151,10 @@ RUN = (
         const="inductor",
         metavar="BACKEND",
     ).help("compile student and teacher in training; inductor if no backend"),
+    Flag("--cudnn-benchmark", bool, True, MAY_CHANGE).help(
+        "on a GPU: let cuDNN choose the fastest kernels, and use TF32 in float32 products",
+        off="repeat results more closely on a GPU, slower",
+    ),
     Flag("--device", str, "auto", MAY_CHANGE, COMMON).help("auto, cpu or cuda"),
     Flag("--seed", int, 0, COMPARED, COMMON).help("seed of all random numbers"),
     Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help(

@@ -1,6 +1,7 @@
 """Loaders that leave out unreadable images, or finish batches on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,22 +21,33 @@ class EvalLoader(DataLoader):
         return (batch for batch in super().__iter__() if batch is not None)
 
 
-class DeviceLoader(DataLoader):
-    """A loader whose workers crop and draw, and whose batches are augmented on `device`."""
+@dataclass(frozen=True)
+class PendingImages:
+    """Images (B, 3, H, W) uint8 that are augmented on the device that they are copied to."""
 
-    def __init__(
-        self, dataset: Dataset, *, recorded: Recorded, device: torch.device, **options: Any
-    ):
+    images: Tensor
+    programs: Tensor
+    augment: Callable[[Tensor, Tensor, torch.device], Tensor]
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Tensor:
+        """Return the augmented images (B, 3, H, W) on the device."""
+        return self.augment(self.images, self.programs, device)
+
+
+class DeviceLoader(DataLoader):
+    """A loader whose workers crop and draw, and whose images are `PendingImages`."""
+
+    def __init__(self, dataset: Dataset, *, recorded: Recorded, **options: Any):
         super().__init__(dataset, **options)
-        self.carry_out, self.device = recorded.carry_out, device
+        self.augment = recorded.carry_out
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return map(self.finish, super().__iter__())
 
-    def finish(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return the images (B, 3, H, W) and labels (B,) of a batch that workers have begun."""
+    def finish(self, batch: Any) -> tuple[PendingImages, Tensor]:
+        """Return the images and labels (B,) of a batch that workers have begun."""
         (images, programs), labels = batch
-        return self.carry_out(images, programs, self.device), labels
+        return PendingImages(images, programs, self.augment), labels
 
 
 def collate_present(samples: list[Any]) -> Any:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from base.device import cpu_has_bf16, pick_amp, seed_device
+from base.device import DeviceBatches, cpu_has_bf16, pick_amp, seed_device, use_fast_kernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -54,3 +54,35 @@ def test_only_the_generator_of_this_processes_gpu_is_seeded(monkeypatch) -> None
     before = generators[0].initial_seed()
     seed_device(7)
     assert generators[1].initial_seed() == 7 and generators[0].initial_seed() == before
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_one_flag_sets_cudnn_benchmark_and_tf32_on_a_gpu_alone(fast: bool) -> None:
+    def settings() -> tuple[bool, ...]:
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+
+    before = settings()
+    use_fast_kernels(CPU, fast)
+    assert settings() == before
+    try:
+        use_fast_kernels(GPU, fast)
+        assert settings() == (fast, fast, fast)
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before[:2]
+        torch.backends.cuda.matmul.allow_tf32 = before[2]
+
+
+def test_a_batch_fetched_ahead_comes_next() -> None:
+    fetched = []
+
+    def loader():
+        for i in range(3):
+            fetched.append(i)
+            yield torch.full((2, 3), i), torch.tensor([i, i])
+
+    batches = DeviceBatches(loader(), CPU)
+    assert int(next(batches)[1][0]) == 0 and fetched == [0]
+    batches.fetch_ahead()
+    assert fetched == [0, 1] and batches.batch_size == 2
+    assert [int(labels[0]) for _, labels in batches] == [1, 2]

@@ -14,6 +14,7 @@ from timm.data.auto_augment import LEVEL_TO_ARG, NAME_TO_OP
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from base.device import DeviceBatches
 from base.distributed import Processes
 from base.errors import UserError
 from checks import visualize
@@ -262,23 +263,34 @@ def test_neither_workers_nor_processes_nor_a_resume_change_a_sample() -> None:
     flags = ["--reprob", "0.5"]
     data = load(*flags, "--batch-size", "12")
     data.set_epoch(1)
-    alone = [batch for _, batch in zip(range(3), data.train)]
+    alone = [batch for _, batch in zip(range(3), DeviceBatches(data.train, CPU))]
     assert alone[0][0].dtype == torch.float32 and alone[0][0].shape == (12, 3, 40, 40)
     workers = load(*flags, "--batch-size", "12", "--num-workers", "2")
     workers.set_epoch(1, 1)
-    for (ours, label), (theirs, wanted) in zip(alone[1:], workers.train):
+    for (ours, label), (theirs, wanted) in zip(alone[1:], DeviceBatches(workers.train, CPU)):
         assert ours.equal(theirs) and label.equal(wanted)
     ranks = [load(*flags, "--batch-size", "6", rank=rank, world=2) for rank in (0, 1)]
     for rank in ranks:
         rank.set_epoch(1)
-    for (ours, _), *parts in zip(alone, *(rank.train for rank in ranks)):
+    for (ours, _), *parts in zip(alone, *(DeviceBatches(rank.train, CPU) for rank in ranks)):
         assert torch.stack([images for images, _ in parts], 1).flatten(0, 1).equal(ours)
+
+
+def test_data_wait_does_not_include_the_augmentation_on_the_device() -> None:
+    data = load("--batch-size", "4", "--num-workers", "0")
+    data.set_epoch(0)
+    augmented = []
+    data.train.augment = lambda images, programs, device: augmented.append(len(images))
+    images, _ = next(iter(data.train))
+    assert not augmented, "what is waited for ends here"
+    images.to(CPU)
+    assert augmented == [4]
 
 
 def test_tensorboard_shows_what_the_device_makes_of_the_batch() -> None:
     data = load("--batch-size", "4", "--num-workers", "0")
     data.set_epoch(0)
-    images, labels = next(iter(data.train))
+    images, labels = next(DeviceBatches(data.train, CPU))
     inputs = InputConfig((40, 40), INPUTS.mean, INPUTS.std)
     shown = visualize.train_batch(data.train, inputs, data.classes, CPU, count=4)
     captions = [[visualize.top_classes(row.float(), data.classes)] for row in F.one_hot(labels, 10)]

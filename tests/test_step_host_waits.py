@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 import models
 import options
+from base.device import to_device
 from data.samplers import BatchKey
 from data.transforms import build_mixup
 from distill import objective
@@ -145,7 +146,7 @@ def waits_of_a_step(*flags: str) -> list[str]:
             key = BatchKey(0, step)
             images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
             with waits:
-                images, labels = engine.to_device(images, CUDA), engine.to_device(labels, CUDA)
+                images, labels = to_device(images, CUDA), to_device(labels, CUDA)
                 *batch, outputs_T = engine.mix_and_query(images, labels, key, teacher, config)
                 with updater.micro_step(step):
                     loss = engine.compute_loss(student, criterion, (*batch, outputs_T), key, config)
@@ -203,7 +204,7 @@ def test_an_evaluated_batch_makes_the_host_wait_for_nothing() -> None:
     with fake_run("--distillation-type", "none") as (student, *_), HostWaits() as waits:
         present = torch.arange(2).to(CUDA, non_blocking=True)
         images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
-        images, labels = engine.to_device(images, CUDA), engine.to_device(labels, CUDA)
+        images, labels = to_device(images, CUDA), to_device(labels, CUDA)
         engine.batch_scores(student.network.eval()(images), labels, present)
     assert waits.found == []
 

@@ -1,14 +1,19 @@
 """Exit codes of a run, and the one line that an error prints.
 
-0 done; 1 a fault (a process or a DataLoader worker died, or the GPU is out of memory); 2 a user
-error; 75 stopped by a signal after saving; 130 Ctrl-C.
+0 done; 1 a fault (a process or a DataLoader worker died); 2 a user error, also too little memory
+for the batch; 75 stopped by a signal after saving; 130 Ctrl-C.
 """
 
+import contextlib
+import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from signal import Signals
+
+import torch
 
 from base import distributed
 from base.distributed import print_once
@@ -71,6 +76,63 @@ def resume_command(argv: Sequence[str] | None) -> str:
     if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
         program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", "main.py"]
     return shlex.join([*program, *kept, "--resume", "auto"])
+
+
+@contextlib.contextmanager
+def out_of_memory_as_user_error(batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory for a batch of `batch_size` into a UserError with advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split("Original Traceback")[-1].split())
+        raise UserError(
+            f"--batch-size {batch_size}: does not fit into memory ({reason[:200]}); use a smaller "
+            "one with more --grad-accum-steps, or --grad-checkpointing; see --dry-run"
+        ) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a GPU, pinned memory or a CPU had too little memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(
+        words in str(error) for words in ("CUDA error: out of memory", "DefaultCPUAllocator")
+    )
+
+
+class StopWhenClosed(io.TextIOWrapper):
+    """A standard output that ends the run in good order when its reader has closed it.
+
+    While a run trains, it saves and ends as on SIGTERM. Otherwise the program ends at once.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._stop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._stop()
+
+    def _stop(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            os._exit(0)
+        signal.raise_signal(signal.SIGTERM)
+
+    @classmethod
+    def install(cls) -> None:
+        """Replace sys.stdout."""
+        old = sys.stdout
+        options = {"encoding": old.encoding, "errors": old.errors}
+        sys.stdout = cls(old.detach(), line_buffering=old.line_buffering, **options)
 
 
 def describe_fault(error: Exception) -> tuple[str, str]:

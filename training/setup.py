@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 from base import distributed, files
-from base.device import cpu_has_bf16, pick_amp, seed_device
+from base.device import cpu_has_bf16, pick_amp, seed_device, use_fast_kernels
 from base.distributed import Processes, print_once
 from data.samplers import derive_seed
 from data.transforms import InputConfig, build_mixup
@@ -94,6 +94,7 @@ def build_runtime(args: Namespace) -> Runtime:
     device = processes.device
     if device.type == "cpu":
         models.fast.keep_memory()
+    use_fast_kernels(device, args.cudnn_benchmark)
     amp_dtype = pick_amp(args.amp, device)
     teacher_amp = pick_amp(args.amp if args.teacher_amp == "auto" else args.teacher_amp, device)
     seed_device(derive_seed(args.seed, "model"))
