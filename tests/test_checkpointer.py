@@ -170,7 +170,7 @@ def test_a_killed_worker_ends_the_run_in_one_line_and_it_can_go_on(
     os.kill(children(process.pid)[0], signal.SIGKILL)
     assert process.wait(60) == 1
     said = (tmp_path / "out.log").read_text()
-    assert said.count("error: a DataLoader worker is gone") == 1 and "Traceback" not in said
+    assert said.count("error: a DataLoader worker has died") == 1 and "Traceback" not in said
     assert "resume: " in finish(flags, tmp_path / "out")
 
 

@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -160,6 +161,19 @@ def test_the_teachers_logits_reach_the_loss_and_no_gradient_reaches_the_teacher(
     assert teacher.weight.grad is None
     assert torch.equal(model.cls.weight, before), "alpha 1 leaves the class head alone"
     assert set(criterion.terms) == {"base", "distillation"}
+
+
+def test_a_plain_timm_model_learns_from_a_loss_that_owns_its_teacher() -> None:
+    student = timm.create_model("resnet10t", num_classes=4)
+    teacher = timm.create_model("resnet10t", num_classes=4).eval()
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", 0.5, 3.0, head="cls")
+    optimizer = torch.optim.AdamW(student.parameters())
+    loader = Loader((torch.randn(2, 3, 32, 32), torch.tensor([0, 3])) for _ in range(2))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    stats = engine.train_one_epoch(student, criterion, loader, optimizer, CPU, 0)
+    assert {"loss", "base", "distillation", "grad_norm", "lr"} <= set(stats)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert engine.evaluate(loader, student, CPU)["count"] == 4
 
 
 def test_the_randomness_of_a_step_is_a_function_of_its_place() -> None:

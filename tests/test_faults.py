@@ -90,7 +90,7 @@ def test_a_worker_that_brings_nothing_ends_the_run_in_one_line(
     ]
     result = run_inside(*flags)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.count("error: a DataLoader worker brings nothing") == 1
+    assert result.stderr.count("error: a DataLoader worker returns no batch") == 1
     assert "--loader-timeout" in result.stderr
 
 

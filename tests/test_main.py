@@ -381,14 +381,13 @@ def test_an_output_folder_that_cannot_be_made_is_found_first(run_inside, tmp_pat
         (
             "[/a/gloo/transport/tcp/pair.cc:561] Connection closed by peer. This is typically "
             "caused by a crash",
-            "error: a process of this run has died or does not answer (Connection "
-            "closed by peer); --resume auto goes on; if one is only slow, raise --dist-timeout\n",
+            "error: a process of this run has died or does not respond (Connection closed by "
+            "peer); continue with --resume auto; if one is only slow, raise --dist-timeout\n",
         ),
         (
             "DataLoader worker (pid 7) is killed",
-            "error: a DataLoader worker is gone (DataLoader "
-            "worker (pid 7) is killed); was the memory full? Use fewer --num-workers; --resume "
-            "auto goes on\n",
+            "error: a DataLoader worker has died (DataLoader worker (pid 7) is killed); was the "
+            "memory full? Use fewer --num-workers; continue with --resume auto\n",
         ),
     ],
 )

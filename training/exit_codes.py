@@ -142,14 +142,14 @@ def describe_fault(error: Exception) -> tuple[str, str]:
     """
     reason = " ".join(str(error).split())
     if lost := distributed.peer_lost_reason(error):
-        what, reason = "a process of this run has died or does not answer", lost
-        advice = "--resume auto goes on; if one is only slow, raise --dist-timeout"
+        what, reason = "a process of this run has died or does not respond", lost
+        advice = "continue with --resume auto; if one is only slow, raise --dist-timeout"
     elif "DataLoader timed out" in reason:
-        what = "a DataLoader worker brings nothing"
-        advice = "does its disk still answer? --resume auto goes on; see --loader-timeout"
+        what = "a DataLoader worker returns no batch"
+        advice = "is its disk available? Continue with --resume auto; see --loader-timeout"
     elif "DataLoader worker" in reason or not isinstance(error, RuntimeError):
-        what = "a DataLoader worker is gone"
-        advice = "was the memory full? Use fewer --num-workers; --resume auto goes on"
+        what = "a DataLoader worker has died"
+        advice = "was the memory full? Use fewer --num-workers; continue with --resume auto"
     else:
         raise error
     return what, f"{what} ({reason}); {advice}"
