@@ -1,7 +1,7 @@
-"""Images in memory, read, cropped, resized and warped as Pillow does it, in less time.
+"""Decode, crop, resize and shear images as Pillow does, in less time.
 
-An image is a Pillow image in RGB or an array (H, W, 3) uint8, which may be read-only. What differs
-from Pillow says by how much, in steps of 255; `tests/test_image_ops.py` holds it to that.
+An image is a Pillow image in RGB or an array (H, W, 3) uint8, which may be read-only. Functions
+that differ from Pillow state by how much, in steps of 255; `tests/test_image_ops.py` checks it.
 """
 
 import io
@@ -18,16 +18,16 @@ from torch import Tensor
 
 try:
     import simplejpeg
-except ImportError:  # only faster, by a half
+except ImportError:  # optional; decoding is faster by a half with it
     simplejpeg = None
 
-# Of what becomes of an image by its key (seed, view, index) and its place in a batch. Raise it
-# with any change, here, in augment, device_augment, samplers or the engine's mixing, by which the
-# same key gives other pixels: answers of teachers that were kept before are then refused.
+# Version of the pixels that a key (seed, view, index) and a position in a batch give. Raise it with
+# any change that gives other pixels: here, in transforms, device_augment, samplers, or in mixing.
+# Caches of teacher logits with another version are refused.
 VERSION = 2
 ImageLike = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
-# what Pillow raises for files that are no whole image
+# what Pillow raises for a file that is not a complete image
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -41,20 +41,21 @@ UNREADABLE = (
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image in RGB, 8 bits; those of 16 bits are scaled, where Pillow would clip."""
+    """Return an image in RGB with 8 bits. 16-bit values are scaled; Pillow would clip them."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}, whose white nobody knows; save it with 8 or 16 bits")
+        raise ValueError(
+            f"mode {image.mode}, whose largest value is not defined; save it with 8 or 16 bits"
+        )
     return image.convert("RGB")
 
 
 def decode(data: bytes) -> ImageLike:
     """Return the image in the bytes of a file, in RGB.
 
-    simplejpeg's libjpeg-turbo gives Pillow's pixels, every one. What is no JPEG, what is one for
-    printing (CMYK), and what simplejpeg refuses, goes to Pillow. Raises what Pillow raises for what
-    is no whole image.
+    simplejpeg's libjpeg-turbo gives the same pixels as Pillow. Pillow reads all other formats, CMYK
+    JPEG, and files that simplejpeg refuses. Raises one of `UNREADABLE` for an incomplete image.
     """
     if simplejpeg is not None and data[:2] == JPEG_START:
         try:
@@ -86,15 +87,15 @@ def crop_and_resize(
 
     size: (H, W); mode: "bilinear" or "bicubic", both with Pillow's antialiasing: first along the
     rows, then along the columns, as Pillow below 13. From that it differs by 2 steps at most, 0.01
-    in the mean (torch rounds its weights to 16 bits). Pillow 13 begins with the columns where that
-    is less work, which rounds and clips in between: 0.3 steps in the mean, a dozen at sharp edges.
+    in the mean (torch rounds its weights to 16 bits). Pillow 13 begins with the columns if that
+    is less work, and rounds and clips in between: 0.3 steps in the mean, 12 at sharp edges.
     """
     top, left, height, width = box
     if isinstance(image, np.ndarray):
         pixels = np.array(image[top : top + height, left : left + width])
     else:
         pixels = np.array(image.crop((left, top, left + width, top + height)))
-    # (1, 3, h, w) with every stride of channels last, for which torch has its fastest way
+    # (1, 3, h, w) with the strides of channels-last, for which torch is fastest
     batch = torch.from_numpy(pixels).view(1, height, width, 3).permute(0, 3, 1, 2)
     return F.interpolate(batch, size=size, mode=mode, antialias=True)[0]
 
@@ -121,26 +122,26 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any, *, cubic: bool) -> Image.Image:
     """Return the image with pixel (x, y) taken from (x + shifts[y], y), bicubic or bilinear.
 
-    shifts: (H,) in pixels. What comes from outside is `fill`. Differs from Pillow's affine
-    transform by 1 step at most, in two values of a thousand; in up to one of ten where the shift's
-    fraction is a simple one: there many results are whole, which Pillow often rounds down.
+    shifts: (H,) in pixels. Pixels from outside are `fill`. Differs from Pillow's affine
+    transform by 1 step at most, in two values of a thousand; in up to one of ten if the shift's
+    fraction is a simple one: then many results are integers, which Pillow often rounds down.
     """
     pixels = np.asarray(image)  # (H, W, 3)
     height, width = pixels.shape[:2]
-    first = np.floor(shifts).astype(np.int64)  # from which whole pixel on
+    first = np.floor(shifts).astype(np.int64)  # the first source pixel of each row
     margin = int(np.abs(first).max()) + 2
     wide = np.empty((height, width + 2 * margin, 3), np.uint8)
     wide[:, margin:-margin] = pixels
-    wide[:, margin - 2 : margin] = pixels[:, :1]  # the border goes on outside, as far as the
+    wide[:, margin - 2 : margin] = pixels[:, :1]  # the border is repeated as far as the
     wide[:, -margin : width + margin + 2] = pixels[:, -1:]  # taps of a pixel inside reach
     starts = np.arange(height) * (width + 2 * margin) + first + margin - 1
     taps = sliding_window_view(wide.reshape(-1), 3 * (width + 3))[3 * starts]
     part = torch.from_numpy(shifts - first)[:, None]  # (H, 1)
     values = torch.from_numpy(taps).float()  # (H, 3 (W + 3))
-    steps = values[:, 3:] - values[:, :-3]  # from each pixel to the next
+    steps = values[:, 3:] - values[:, :-3]  # differences of neighbouring pixels
     mixed = values[:, 3 : 3 * (width + 1)]
-    # The cubic with a = -1 through four pixels, as the second plus shares of the three steps, which
-    # leaves an even area exactly as it is.
+    # The cubic with a = -1 through four pixels, as the second plus shares of the three differences,
+    # so that a uniform area stays exactly the same.
     shares = {0: part * (1 - part) ** 2, 1: part, 2: part**2 * (part - 1)} if cubic else {1: part}
     for i, share in shares.items():
         mixed.addcmul_(steps[:, 3 * i : 3 * (i + width)], share.float())

@@ -1,8 +1,8 @@
-"""A data set in a few large files: images once shrunk, read at random places of a memory map.
+"""Prepared data: a data set in a few large files, read through a memory map.
 
-A folder has `manifest.json` and, for each split (`train`, `val`), the images one after another in
-`<split>.bin` and a row about each in `<split>.table`. Raw images are uint8 (height, width, 3);
-JPEG ones are whole files. `tools/prepare_data.py` writes them, `--data-set PREPARED` reads them.
+A folder holds `manifest.json` and two files for `train` and `val`: `<split>.bin` has the images
+one after another, `<split>.table` a row for each. Raw images are uint8 (height, width, 3); JPEG
+images are complete files. `tools/prepare_data.py` writes them, `--data-set PREPARED` reads them.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from data.image_source import Source
 FORMAT = 1
 MANIFEST, PLAN = "manifest.json", "unfinished.json"
 RAW, JPEG = "raw", "jpeg"
-# place: the image's index in the data set it comes from; crc: of its bytes
+# place: the image's index in the original data set; crc: checksum of its bytes
 ROW = np.dtype(
     [
         ("offset", "<u8"),
@@ -40,8 +40,8 @@ ROW = np.dtype(
         ("crc", "<u4"),
     ]
 )
-SYNC_ROWS = 1024  # rows between two moments at which all is safe from a power failure too
-AGAIN = "python tools/prepare_data.py makes it again"
+SYNC_ROWS = 1024  # rows between two calls of fsync
+AGAIN = "write it again with python tools/prepare_data.py"
 
 
 def shrink(image: Image.Image, short_side: int) -> Image.Image:
@@ -55,7 +55,7 @@ def shrink(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def encode(source: ImageLike, kind: str, short_side: int, quality: int) -> tuple[bytes, int, int]:
-    """Return an image's bytes as they are kept, and its height and width in pixels."""
+    """Return the stored bytes of an image, and its height and width in pixels."""
     image = shrink(as_image(source), short_side)
     if kind == RAW:
         return image.tobytes(), image.height, image.width
@@ -65,17 +65,17 @@ def encode(source: ImageLike, kind: str, short_side: int, quality: int) -> tuple
 
 
 class Writer:
-    """Writes one split of `folder`, from where an earlier, interrupted one stopped.
+    """Writes one split of `folder`, and continues one that was interrupted.
 
-    Each image is handed to the system, and then its row, so that a killed process loses no whole
-    one. Both are forced to the disk every `SYNC_ROWS` rows; of what is found, as many rows are
-    checked, and what is not whole is dropped.
+    An image is written before its row, so that a killed process loses no complete image. Both files
+    are synced every `SYNC_ROWS` rows. The last `SYNC_ROWS` rows of an interrupted split are checked
+    against the images, and incomplete ones are removed.
     """
 
     def __init__(self, folder: Path, split: str) -> None:
         self._images, self._table = _open(folder, split, "bin"), _open(folder, split, "table")
         try:
-            # held by this process alone; flock's its workers would share, who outlive it by seconds
+            # flock would share the lock with the workers, which end seconds after this process
             fcntl.lockf(self._table, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{folder}: another process is writing there; wait for it") from error
@@ -112,12 +112,12 @@ class Writer:
             self.sync()
 
     def sync(self) -> None:
-        """Force all to the disk."""
+        """Write everything to the disk."""
         for file in (self._images, self._table):
             os.fsync(file.fileno())
 
     def close(self) -> dict[str, Any]:
-        """Finish the split; return what the manifest says about it."""
+        """Finish the split; return its entry in the manifest."""
         self.sync()
         self._table.seek(0)
         digest = hashlib.sha256(self._table.read()).hexdigest()
@@ -133,10 +133,10 @@ def _open(folder: Path, split: str, ending: str) -> BinaryIO:
 
 
 def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
-    """Make or find `folder` for a data set made by `plan`; return whether it is finished already.
+    """Create or find `folder` for a data set written by `plan`; return whether it is complete.
 
-    plan: plain values that determine every byte. Raises UserError for a folder that holds something
-    else, or a data set made by another plan, naming what differs.
+    plan: plain values that determine every byte. Raises UserError for a folder with other files, or
+    with a data set of another plan, and names the differences.
     """
     plan = json.loads(json.dumps(plan))
     found = None
@@ -146,7 +146,7 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
             break
     if found is not None:
         if differ := "; ".join(differences(found, plan)):
-            raise UserError(f"{folder}: begun otherwise: {differ}; give a new folder")
+            raise UserError(f"{folder}: begun with other settings: {differ}; give a new folder")
         return (folder / MANIFEST).is_file()
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds other files; give a new folder")
@@ -164,7 +164,7 @@ def begin(folder: Path, plan: Mapping[str, Any]) -> bool:
 
 
 def finish(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest, with which the data set is there."""
+    """Write the manifest, which makes the data set complete."""
     _write(folder / MANIFEST, {"format": FORMAT, **manifest})
     (folder / PLAN).unlink(missing_ok=True)
 
@@ -211,9 +211,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest. Raises UserError where there is none, or one of another format."""
+    """Return the manifest. Raises UserError if it is missing or has another format."""
     if not (folder / MANIFEST).is_file():
-        reason = "not finished; start tools/prepare_data.py again, it goes on"
+        reason = "not complete; start tools/prepare_data.py again to continue"
         if not (folder / PLAN).is_file():
             reason = "no prepared data set there; make one with tools/prepare_data.py"
         raise UserError(f"{folder}: {reason}")
@@ -231,9 +231,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 class Prepared(Source):
     """One split of a prepared data set.
 
-    Opening it checks the sizes of both files and the table's checksum. An image's own checksum is
-    looked at whenever a JPEG is read; of a raw image, of which a crop touches only a part, by
-    `damaged`. Workers share the memory.
+    Opening it checks the sizes of both files and the checksum of the table. The checksum of a JPEG
+    image is checked whenever it is read. Raw images are checked by `damaged` only, because a crop
+    reads a part of them. Workers share the memory.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
@@ -275,7 +275,7 @@ class Prepared(Source):
         return f"{index} ({self.split}) of {self.folder}"
 
     def identity(self) -> bytes:
-        """Return what says which images these are, to the last bit, wherever they lie."""
+        """Return a hash of all bytes and labels, which does not depend on the folder."""
         return f"{self.kind} {self._digest}".encode()
 
     def used_classes(self) -> list[int]:

@@ -1,7 +1,7 @@
-"""Which sample comes when, and with which seed: every draw is a function of names, not of history.
+"""The order of the samples, and the seed of each.
 
 A sampler yields keys `(index, view)`. `SeededViews` seeds all generators from (seed, view, index)
-before it loads a sample, so that neither the number of workers nor a resumed run changes a pixel.
+before it loads a sample, so the pixels do not depend on the number of workers or on a resume.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class BatchKey(NamedTuple):
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed in [0, 2**63) that depends on every part, its type and its place."""
+    """Return a seed in [0, 2**63) that depends on every part, its type and its position."""
     words = [
         f"s{len(part)}:{part}" if isinstance(part, str) else f"i{operator.index(part)}"
         for part in parts
@@ -73,8 +73,8 @@ class TrainSampler(Sampler[Key]):
         self.count = kept // num_replicas
         if self.count < 1:
             raise UserError(
-                f"{length} train images cannot be shared by {num_replicas} processes; "
-                "start fewer processes or bring more images"
+                f"{length} train images are too few for {num_replicas} processes; "
+                "start fewer processes or add images"
             )
         self.length, self.num_replicas, self.rank = length, num_replicas, rank
         self.seed, self.repeats, self.shuffle = seed, repeats, shuffle
@@ -85,13 +85,13 @@ class TrainSampler(Sampler[Key]):
         self.epoch, self.start = epoch, 0
 
     def set_start(self, start: int) -> None:
-        """Leave out the first `start` samples of this process, until the next `set_epoch`."""
+        """Skip the first `start` samples of this process, until the next `set_epoch`."""
         if not 0 <= start <= self.count:
             raise ValueError(f"start {start}: this process has {self.count} samples in an epoch")
         self.start = start
 
     def __len__(self) -> int:
-        """Return the samples of this process in a whole epoch, whatever `set_start` said."""
+        """Return the samples of this process in a whole epoch, without regard to `set_start`."""
         return self.count
 
     def __iter__(self) -> Iterator[Key]:
@@ -108,9 +108,9 @@ class TrainSampler(Sampler[Key]):
 
 
 class EvalSampler(Sampler[Key]):
-    """One process's share of all images in order: nothing padded, nothing counted twice.
+    """One process's share of all images in order, without padding or duplicates.
 
-    Shares may differ by one and may be empty. The view of every key is 0.
+    Shares may differ by one image and may be empty. The view of every key is 0.
     """
 
     def __init__(self, length: int, num_replicas: int = 1, rank: int = 0) -> None:
@@ -130,10 +130,10 @@ def _check_place(num_replicas: int, rank: int) -> None:
 
 
 class SeededViews(Dataset):
-    """`dataset` by key `(index, view)`: what it draws at random depends on (seed, view, index).
+    """`dataset` by key `(index, view)`; its random numbers depend on (seed, view, index) alone.
 
-    Python's, NumPy's and torch's CPU generators are seeded; in the main process (no workers) they
-    are afterwards as if nothing had happened, and the GPU's generators are never touched.
+    The CPU generators of Python, NumPy and torch are seeded. In the main process (no workers) their
+    state is restored afterwards. The generators of a GPU are not used.
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:

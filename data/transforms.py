@@ -1,4 +1,4 @@
-"""How an image becomes a tensor, for training and for evaluation, and how batches are mixed.
+"""Transforms from images to tensors, for training and evaluation, and the mixing of batches.
 
 Shapes: B batch, H height, W width, C classes. Sizes are (height, width) in pixels.
 """
@@ -24,17 +24,17 @@ from base.errors import UserError
 from data import image_ops
 from data.image_ops import ImageLike
 
-SMALL = 32  # pixels; up to here DeiT neither crops at evaluation nor zooms in at training
+SMALL = 32  # pixels; up to this size DeiT neither crops at evaluation nor rescales in training
 Transform = Callable[[ImageLike], Tensor]
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """What a network takes in: (H, W) in pixels, mean and std per channel of images in [0, 1].
+    """The input of a network: (H, W) in pixels, mean and std per channel of images in [0, 1].
 
     interpolation: of the evaluation resize, by torchvision's name (`bicubic`).
     crop_ratio: evaluation resizes to input_size / crop_ratio and crops the middle; in (0, 1].
-    Raises UserError for a value no image can be brought to.
+    Raises UserError for a value that no image can have.
     """
 
     input_size: tuple[int, int]
@@ -56,7 +56,7 @@ class InputConfig:
 
     @property
     def is_small(self) -> bool:
-        """Whether images are taken whole, as DeiT does up to 32 pixels."""
+        """Whether images are used without a crop, as in DeiT up to 32 pixels."""
         return max(self.input_size) <= SMALL
 
     @property
@@ -88,9 +88,9 @@ def interpolation_mode(name: str) -> InterpolationMode:
 def build_transform(
     is_train: bool, args: Namespace, inputs: InputConfig, *, hflip: float = 0.5
 ) -> Transform:
-    """Return what turns an image (RGB) into a normalised tensor (3, H, W), float32.
+    """Return a transform from an image (RGB) to a normalised tensor (3, H, W), float32.
 
-    hflip: probability of a mirrored image; 0 for data in which left and right mean something.
+    hflip: probability of a mirrored image; 0 for data in which left and right differ in meaning.
     Raises UserError for an augmentation policy that timm does not know.
     """
     if not is_train:
@@ -132,13 +132,13 @@ def train_transform(
     erase_count: int = 1,
     hflip: float = 0.5,
 ) -> Transform:
-    """Return DeiT's training transform: timm's `create_transform`, its draws and its pixels.
+    """Return DeiT's training transform: timm's `create_transform`, with the same random numbers.
 
-    Above 32 pixels cropping, shearing and shifting are done by `pixels`, which says how near.
+    Above 32 pixels `image_ops` crops, shears and shifts; its docstrings state the differences.
     policy: timm's AutoAugment, RandAugment or AugMix string; None, '' or 'none' for none.
         color_jitter (strength) acts only without a policy, as in timm.
-    erase_prob: of random erasing. Up to 32 pixels the random resized crop gives way to a random
-        crop of the image padded by 4, resized before where it has another size.
+    erase_prob: of random erasing. Up to 32 pixels the random resized crop is replaced by a random
+        crop of the image padded by 4, after a resize if it has another size.
     Raises UserError for a policy that timm does not know.
     """
     if policy is None or policy.strip().lower() in ("", "none"):
@@ -164,6 +164,12 @@ def train_transform(
             f"--aa {policy}: not a policy timm knows ({str(error) or 'unreadable'}); "
             "for example rand-m9-mstd0.5-inc1, original, augmix-m3-w3, or none"
         ) from error
+    _use_faster_steps(transform, inputs)
+    return transform
+
+
+def _use_faster_steps(transform: transforms.Compose, inputs: InputConfig) -> None:
+    """Replace steps of timm's training transform in place by those of `image_ops`."""
     steps = transform.transforms
     at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.Normalize))
     steps[at - 1 : at + 1] = [Normalize(inputs.mean, inputs.std)]  # and timm's MaybeToTensor
@@ -183,7 +189,6 @@ def train_transform(
             op.aug_fn = posterize
         elif op.name in SHIFTS and not inputs.is_small:
             op.aug_fn = Shift(op.aug_fn, op.name)
-    return transform
 
 
 def augment_ops(transform: transforms.Compose) -> Iterator[Any]:
@@ -233,14 +238,14 @@ def three_augment(
 
 
 class RandomResizedCrop:
-    """timm's random resized crop of an image, with its draws, to a tensor (3, H, W) uint8."""
+    """timm's random resized crop with the same random numbers, to a tensor (3, H, W) uint8."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
         self.scale, self.ratio, self.size = crop.scale, crop.ratio, crop.size
         self.interpolation = crop.interpolation
 
     def __call__(self, image: ImageLike) -> Tensor:
-        size = torch.empty(()).expand(*image_ops.size_of(image))  # all that is asked of an image
+        size = torch.empty(()).expand(*image_ops.size_of(image))  # get_params only reads the size
         box = RandomResizedCropAndInterpolation.get_params(size, self.scale, self.ratio)
         mode = self.interpolation
         if isinstance(mode, tuple | list):
@@ -258,7 +263,7 @@ class Normalize:
         return image_ops.normalize(image_ops.to_pixels(image), self.mean, self.std)
 
 
-# Which of timm's operations shift whole rows or columns: by how many pixels, from the operation's
+# timm's operations that shift whole rows or columns, and by how many pixels, from the operation's
 # argument and the image's (height, width)
 SHIFTS: dict[str, tuple[str, Callable[[float, int, int], np.ndarray]]] = {
     "ShearX": ("rows", lambda level, height, width: level * (np.arange(height) + 0.5)),
@@ -270,7 +275,7 @@ SHIFTS: dict[str, tuple[str, Callable[[float, int, int], np.ndarray]]] = {
 
 @dataclass(frozen=True)
 class Shift:
-    """One of timm's operations in `SHIFTS`, done row by row where it is bicubic or bilinear."""
+    """One of timm's operations in `SHIFTS`, computed row by row if it is bicubic or bilinear."""
 
     exact: Callable[..., Image.Image]
     name: str
@@ -314,7 +319,7 @@ class Blur:
 
 @dataclass(frozen=True)
 class ResizeTo:
-    """Resize to exactly (H, W), whatever the shape; an image of that size stays as it is."""
+    """Resize to exactly (H, W), whatever the aspect ratio."""
 
     size: tuple[int, int]
     mode: InterpolationMode
@@ -346,7 +351,7 @@ class Cover:
 
 
 class AnyBatchMixup(Mixup):
-    """timm's Mixup for batches of any size: in an odd one the middle image meets itself."""
+    """timm's Mixup for batches of any size: in an odd one the middle image is mixed with itself."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """images: (B, 3, H, W), mixed in place; labels: (B,). Returns them and (B, C) targets."""
@@ -355,7 +360,7 @@ class AnyBatchMixup(Mixup):
         if self.mode == "elem":
             lam = self._mix_elem(images)
         elif self.mode == "pair":
-            lam = self._mix_pair(images)  # (B - 1, 1): timm knows of no middle
+            lam = self._mix_pair(images)  # (B - 1, 1), without the middle image
             half = len(images) // 2
             lam = torch.cat([lam[:half], lam.new_ones(1, 1), lam[half:]])
         else:
@@ -369,10 +374,10 @@ def is_mixing(mixup: float, cutmix: float, cutmix_minmax: list[float] | None) ->
 
 
 def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
-    """Return what mixes a batch, or None where neither Mixup nor CutMix is on.
+    """Return the function that mixes a batch, or None if neither Mixup nor CutMix is on.
 
     It is called with images (B, 3, H, W) and labels (B,), mixes the images in place, and
-    returns them with targets (B, C) that hold the label smoothing. It draws from NumPy.
+    returns them with targets (B, C), label smoothing included. It uses NumPy's generator.
     """
     check_mixup(args)
     if not is_mixing(args.mixup, args.cutmix, args.cutmix_minmax):
@@ -390,7 +395,7 @@ def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
 
 
 def check_mixup(args: Namespace) -> None:
-    """Raise UserError for mixing settings that fail in a later batch."""
+    """Raise UserError for mixing settings that would fail in a later batch."""
     minmax = args.cutmix_minmax
     if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1):
         raise UserError(f"--cutmix-minmax {minmax}: give two shares, 0 <= smallest < largest <= 1")

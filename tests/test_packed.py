@@ -175,7 +175,7 @@ def test_a_killed_preparation_goes_on_to_the_same_bits(
         (target / packed.PLAN).write_text(json.dumps({"plan": plan}))
         (target / "train.table").write_bytes(whole["train.table"][:table])
         (target / "train.bin").write_bytes(whole["train.bin"][:images])
-        with pytest.raises(UserError, match="not finished; start"):
+        with pytest.raises(UserError, match="not complete; start"):
             Prepared(target, "train")
         assert content(prepare(folder, target, "--format", form)) == whole
 
@@ -258,7 +258,7 @@ def test_other_settings_and_foreign_folders_are_refused(
 ) -> None:
     form = json.loads((made / packed.MANIFEST).read_text())["kind"]
     assert tool.main([str(folder), str(made), "--short-side", "44", "--format", form]) == 2
-    assert "begun otherwise: short side was 45 and is 44" in capsys.readouterr().err
+    assert "begun with other settings: short side was 45 and is 44" in capsys.readouterr().err
     prepare(folder, made, "--format", form)
     assert "complete already" in capsys.readouterr().out
     (tmp_path / "letter.txt").write_text("dear")

@@ -137,7 +137,7 @@ def test_a_start_beyond_the_epoch_is_refused() -> None:
 
 
 def test_fewer_images_than_processes_are_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match="2 train images cannot be shared by 3 processes"):
+    with pytest.raises(UserError, match="2 train images are too few for 3 processes"):
         TrainSampler(2, num_replicas=3)
     with pytest.raises(UserError, match="0 train images"):
         TrainSampler(0)
