@@ -1,4 +1,4 @@
-"""Images for people: an augmented batch with what it is called, and where a student looks.
+"""Images for TensorBoard: an augmented batch with its labels, and the attention of a student.
 
 Shapes: B batch, C classes, H heads, N tokens. All results are uint8 tensors (3, height, width).
 """
@@ -23,7 +23,7 @@ HEAT = (255, 140, 0)  # colour of attention
 
 
 def to_uint8(images: Tensor, inputs: InputConfig) -> Tensor:
-    """Return normalised images (B, 3, height, width) as they looked, values 0 to 255."""
+    """Return images (B, 3, height, width) before normalisation, values 0 to 255."""
     std, mean = (torch.tensor(v)[:, None, None] for v in (inputs.std, inputs.mean))
     return ((images.float().cpu() * std + mean).clamp(0, 1) * 255).byte()
 
@@ -47,7 +47,7 @@ def grid(images: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) ->
 
 
 def top_classes(shares: Tensor, classes: Sequence[str] | None, most: int = 2) -> str:
-    """Return the classes of one distribution (C,) that weigh most, with their percentages."""
+    """Return the most probable classes of one distribution (C,), with their percentages."""
     values, places = shares.topk(min(most, len(shares)))
     return ", ".join(
         f"{classes[place] if classes else place} ({100 * value:.0f}%)"
@@ -67,10 +67,10 @@ def train_batch(
     teacher: Callable[[Tensor], Tensor] | None = None,
     count: int = 8,
 ) -> Tensor | None:
-    """Return images as the student gets them, with their labels and the teacher's opinion.
+    """Return images as the student gets them, with their labels and the teacher's prediction.
 
-    They are the first of the epoch, drawn beside the loader: no order and no random number of the
-    run changes. None for streamed data, which cannot be asked twice.
+    They are the first of the epoch, read without the loader: no order and no random number of the
+    run changes. None for streamed data, which can be read only once.
     """
     if not isinstance(loader.sampler, torch.utils.data.Sampler) or not hasattr(
         loader.sampler, "set_epoch"

@@ -121,10 +121,10 @@ def create_model(
 def _create_by_timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
     """Return timm's network, built without those of the options that it does not take."""
     size, classes = options["img_size"], options["num_classes"]
-    silence = hub.silence() if pretrained or name.startswith(SOURCES[:2]) else ""
+    unreachable = hub.unreachable_reason() if pretrained or name.startswith(SOURCES[:2]) else ""
     while True:
         try:
-            with hub.kept_files_only(bool(silence)):
+            with hub.cached_files_only(bool(unreachable)):
                 return timm.create_model(name, pretrained=pretrained, **options)
         except TypeError as error:
             unknown = [key for key in options if f"'{key}'" in str(error)]
@@ -143,8 +143,8 @@ def _create_by_timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             if pretrained or name.startswith(SOURCES):
                 raise UserError(
-                    f"model {name}: its weights cannot be fetched ({silence or reason}); give a "
-                    "local file (--finetune, a teacher's --teacher-path), or start without any"
+                    f"model {name}: its weights cannot be fetched ({unreachable or reason}); "
+                    "give a local file (--finetune, --teacher-path), or start without any"
                 ) from error
             if isinstance(error, AssertionError | ValueError | RuntimeError):
                 raise UserError(

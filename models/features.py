@@ -153,7 +153,7 @@ class FeatureTaps:
             self._hooks.pop().remove()
 
     def grid(self, tap: Tap, patches: int) -> tuple[int, int]:
-        """Return height and width of a tap's `patches`. Raises UserError if nothing tells them."""
+        """Return height and width of a tap's `patches`. Raises UserError if the grid is unknown."""
         side = math.isqrt(patches)
         for grid in (self.maps.get(tap), self.layout.grid, (side, side)):
             if grid and grid[0] * grid[1] == patches:
@@ -241,7 +241,7 @@ class FeatureTaps:
 
     def _tap_pooled(self, network: nn.Module, tap: Tap, layer: int) -> None:
         classifier = network.get_classifier()
-        if isinstance(classifier, tuple):  # a distilled ViT: what the class token's head sees
+        if isinstance(classifier, tuple):  # a distilled ViT: the input of the class token's head
             classifier = classifier[0]
         self._keep_input(classifier, tap)
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, from which timm fetches weights: whether it answers, asked once."""
+"""The Hugging Face Hub, from which timm downloads weights: can it be reached?"""
 
 import contextlib
 import socket
@@ -11,10 +11,10 @@ from huggingface_hub import constants
 TIMEOUT_S = 5.0
 
 
-def silence() -> str:
-    """Return why the hub will not answer, in a few words, or "" if it does.
+def unreachable_reason() -> str:
+    """Return why the Hub cannot be reached, in a few words, or "" if it can.
 
-    Behind a proxy nobody can tell but the proxy, and "" is returned.
+    Behind a proxy only the proxy could answer this, and "" is returned.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
@@ -25,15 +25,15 @@ def silence() -> str:
     try:
         socket.create_connection((address.hostname, port), TIMEOUT_S).close()
     except OSError as error:
-        return f"{address.hostname} does not answer: {error.strerror or error}"
+        return f"{address.hostname} cannot be reached: {error.strerror or error}"
     return ""
 
 
 @contextlib.contextmanager
-def kept_files_only(wanted: bool) -> Iterator[None]:
-    """Let the hub's library take what it has fetched before, and else fail at once.
+def cached_files_only(wanted: bool) -> Iterator[None]:
+    """Let the Hub's library use files that it has downloaded before, and fail at once otherwise.
 
-    Left alone it tries every file five times, for a minute, and prints a page about it.
+    By default it retries every file five times, for a minute, and prints long warnings.
     """
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = before or wanted

@@ -138,7 +138,7 @@ def _position_layouts(
 def _check_attention_heads(network: nn.Module, source: str, settings: Mapping[str, Any]) -> None:
     """Raise UserError for a file of an architecture with another number of attention heads.
 
-    No tensor shows that number: it is that of the model which the file's settings name.
+    No tensor has this number; it is taken from the model that the file's settings name.
     """
     stated = str(settings.get("model") or "").partition(".")[0]
     own = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")

@@ -1,4 +1,4 @@
-"""Files of the user's own code, which add to the registries."""
+"""Plugins: files with the user's own code that add entries to the registries."""
 
 import importlib.util
 import sys
@@ -21,7 +21,9 @@ def load_plugin(path: str) -> None:
     place = Path(path).absolute()
     if place.suffix != ".py":
         raise UserError(f"--plugin {path}: not a .py file")
-    name = f"plugin_{place.stem}_{zlib.crc32(bytes(place)):08x}"  # others may have the file's name
+    name = (
+        f"plugin_{place.stem}_{zlib.crc32(bytes(place)):08x}"  # unique for files of the same name
+    )
     try:
         spec = importlib.util.spec_from_file_location(name, place)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
@@ -35,7 +37,7 @@ def load_plugin(path: str) -> None:
 def source_of(architecture: str) -> str:
     """Return the file with the code of a registered network, "" for timm's and this repository's.
 
-    What that file imports is not looked at.
+    What that file imports is not included.
     """
     if not timm.is_model(architecture):
         return ""
@@ -46,7 +48,7 @@ def source_of(architecture: str) -> str:
 
 
 def load_given_plugins(given: Sequence[str], named: Sequence[str], source: object) -> None:
-    """Run the plugins that the user gives. Those that a file names are code of whoever wrote it.
+    """Run the plugins of the command line. Those that a file names are never run by themselves.
 
     Raises UserError where the file `source` names some and none is given.
     """

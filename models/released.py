@@ -34,14 +34,14 @@ from base.errors import UserError
 from base.safe_load import HASH_IN_NAME
 from models.deit import FILES, VITS
 
-FULL_VALIDATION_SET = 50_000  # images; on fewer the published number says nothing
+FULL_VALIDATION_SET = 50_000  # images; with fewer the published number cannot be compared
 
 
 @dataclass(frozen=True)
 class Released:
     """A released file: its name below FILES, Acc@1 in percent, and how it was measured.
 
-    timm: the same weights by timm's name. A file name without hash has none that was published.
+    timm: timm's name of the same weights. A file name without hash has no published one.
     """
 
     file: str
@@ -53,17 +53,17 @@ class Released:
 
     @property
     def url(self) -> str:
-        """Where the file is; `#unverified` says that nobody has published its hash."""
+        """URL of the file; `#unverified` marks one without a published hash."""
         return FILES + self.file + ("" if self.hash else "#unverified")
 
     @property
     def hash(self) -> str:
-        """The beginning of the file's SHA-256 that its name tells, or ""."""
+        """The beginning of the file's SHA-256, from its name, or ""."""
         found = HASH_IN_NAME.search(self.file)
         return found.group(1) if found else ""
 
     def beside(self, acc1: float, count: int) -> str:
-        """Return the published number beside a measured Acc@1 (percent) of `count` images.
+        """Return the published accuracy and the difference to `acc1` (percent) of `count` images.
 
         Empty where the two cannot be compared: no published number, or not the full set.
         """
@@ -230,7 +230,7 @@ def plain_timm(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def table(pattern: str = "*") -> str:
-    """Return the released checkpoints whose name matches `pattern`, one a line, for people.
+    """Return the released checkpoints whose name matches `pattern`, one a line, as text.
 
     pattern: a part of the name, or the whole with wildcards, in any case of letters. The hash is
     the beginning of the file's SHA-256, where one is published.
@@ -263,7 +263,7 @@ def table(pattern: str = "*") -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     ]
     if others and pattern.strip("*"):
-        lines.append(f"timm also knows {_some(others)}")
+        lines.append(f"timm also has {_some(others)}")
     return "\n".join(lines)
 
 
@@ -276,9 +276,9 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _instead(pattern: str, others: list[str]) -> str:
-    """Return in words what may have been meant by a pattern that no released name matches."""
+    """Return names close to a pattern that no released name matches."""
     if others:
-        return f"timm knows {_some(others)}, which --model takes too"
+        return f"timm has {_some(others)}, which --model takes too"
     if "patchconv" in pattern.lower():
         return "timm has no PatchConvNet, so DeiT's files of it are left out"
     names = list(dict.fromkeys(key.partition(".")[0] for key in RELEASED))

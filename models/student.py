@@ -1,4 +1,4 @@
-"""The module that trains: the student network, and what of its outputs the loss is to see.
+"""The module that trains: the student network, its projections, and the outputs for the loss.
 
 Shapes: B batch, C classes.
 """
@@ -16,13 +16,13 @@ from models.features import Observed
 class Student(nn.Module):
     """Wraps a network for training; `.network` alone is evaluated, averaged and exported.
 
-    heads: "both" hands (class logits, distillation logits) to the loss, in any mode of the
-        network, so that dropout can be off while it distils; "one" hands over one Tensor, which is
-        the mean of two heads where the network has two, so that none stays untrained.
-    submodels: 2 shows every batch twice, in one pass, under two draws of stochastic depth, and
-        returns the outputs one below the other, (2B, C) (Cosub).
-    origin: where the first weights come from, in words, for the run's first lines.
-    Raises UserError if the network has no distillation head to hand over.
+    heads: "both" returns (class logits, distillation logits), in any mode of the network, so that
+        distillation works with dropout off; "one" returns one Tensor, the mean of both heads where
+        the network has two, so that both train.
+    submodels: 2 passes every batch twice, concatenated, with two draws of stochastic depth, and
+        returns logits (2B, C) (Cosub).
+    origin: where the initial weights come from, in words, for the run's first lines.
+    Raises UserError for "both" with a network without distillation head.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Student(nn.Module):
 
     @property
     def distillation_head(self) -> str:
-        """Which head the teacher's answer goes to: "dist" or "cls"."""
+        """The head that is trained on the teacher's logits: "dist" or "cls"."""
         return "dist" if self.heads == "both" else "cls"
 
     def observe(self, taps: Any, projections: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Student(nn.Module):
         return self._logits(torch.cat([images] * self.submodels))
 
     def look(self, images: Tensor) -> Observed:
-        """Return the network's answer and the tapped states as they are, before projections."""
+        """Return the network's logits and the tapped states, before projections."""
         return self.taps.forward(self._logits, images)
 
     def _logits(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:

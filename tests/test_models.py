@@ -279,13 +279,15 @@ def test_a_model_without_position_embedding_can_be_finetuned(tmp_path: Path) -> 
     assert report.dropped == ["fc.weight", "fc.bias"] and not report.resampled
 
 
-def test_a_hub_that_does_not_answer_is_one_line_at_once(
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
-    with pytest.raises(UserError, match="127.0.0.1 does not answer: Connection refused.*finetune"):
+    with pytest.raises(
+        UserError, match="127.0.0.1 cannot be reached: Connection refused.*finetune"
+    ):
         models.create_model("resnet10t", pretrained=True)
     assert not [r for r in caplog.records if "etry" in r.getMessage()]
     assert hub.constants.HF_HUB_OFFLINE is False  # for who asks next
@@ -295,7 +297,7 @@ def test_a_hub_behind_a_proxy_is_left_to_its_library(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub.urllib.request, "getproxies", lambda: {"http": "http://proxy:1"})
-    assert hub.silence() == ""
+    assert hub.unreachable_reason() == ""
 
 
 def test_attention_only_is_chosen_by_module_type() -> None:

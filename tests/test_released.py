@@ -219,7 +219,7 @@ def test_a_pattern_that_nothing_matches_ends_in_one_line_and_code_2(run_inside) 
     result = run_inside("--list-models", "deit_smal_patch16_224")
     assert result.returncode == 2 and not result.stdout
     assert "no released checkpoint; did you mean deit_small_patch16_224 or" in result.stderr
-    assert "timm knows resnet50" in run_inside("--list-models", "resnet50").stderr
+    assert "timm has resnet50" in run_inside("--list-models", "resnet50").stderr
     assert "timm has no PatchConvNet" in run_inside("--list-models", "patchconv*").stderr
     assert "--list-models alone" in run_inside("--list-models", "???").stderr
     assert run_inside("--list-models", "resmlp_12").returncode == 0
