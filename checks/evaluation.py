@@ -39,6 +39,8 @@ def build_file_results(
         stats = engine.evaluate(loaders.val, student.network, runtime.device, **options)
         print_accuracy(stats, models.released.published(args.model) if args.pretrained else None)
         return stats
+    if changed := models.input_differences(path, runtime.inputs):
+        print_once("WARNING", f"the input differs from training: {'; '.join(changed)}")
     by_key: dict[str, dict[str, float]] = {}
     for key in models.weight_keys(path):
         models.load_weights(student.network, path, key=key)

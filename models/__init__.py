@@ -3,7 +3,7 @@
 import difflib
 import logging
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -11,7 +11,8 @@ from timm.data import resolve_data_config
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from base.errors import UserError
+from base import safe_load
+from base.errors import UserError, differences
 from data.transforms import InputConfig
 from models import fast, hub, plugins, released
 from models.class_names import outputs_to_keep
@@ -43,6 +44,7 @@ __all__ = [
     "freeze_all_but_attention",
     "has_distillation_head",
     "head_names",
+    "input_differences",
     "load_weights",
     "plugins",
     "released",
@@ -206,6 +208,20 @@ def build_input_config(args: Namespace) -> InputConfig:
         interpolation=args.interpolation or own["interpolation"],
         crop_ratio=args.eval_crop_ratio or own["crop_pct"],
     )
+
+
+def input_differences(path: str, inputs: InputConfig) -> list[str]:
+    """Return in words how `inputs` differ from those of the run that wrote a checkpoint.
+
+    Empty for files of other programs, which do not state their input.
+    """
+    settings = safe_load.read_weights_file(path).get("args")
+    names = ("model", "input_size", "mean", "std", "interpolation", "eval_crop_ratio")
+    if not isinstance(settings, Mapping) or not all(name in settings for name in names):
+        return []
+    with safe_load.in_one_line(f"{path}: its settings are damaged"):
+        trained = build_input_config(Namespace(**{name: settings[name] for name in names}))
+    return list(differences(vars(trained), vars(inputs)))
 
 
 def build_student(

@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -313,3 +315,18 @@ def test_a_published_head_that_is_replaced_is_reported_and_the_new_one_starts_at
     caplog.clear()
     models.create_model(name, num_classes=64, pretrained=True)
     assert not caplog.text
+
+
+def test_another_input_than_in_training_is_put_in_words(tmp_path: Path) -> None:
+    settings = {"model": "deit_pico_patch8_32", "input_size": [32], "mean": None, "std": None}
+    settings |= {"interpolation": None, "eval_crop_ratio": 0.9}
+    path = save(tmp_path / "x.pth", {"model": network_of().state_dict(), "args": settings})
+    trained = models.build_input_config(Namespace(**settings))
+    assert models.input_differences(path, trained) == []
+    other = replace(trained, crop_ratio=1.0, mean=(0.0, 0.0, 0.0))
+    assert models.input_differences(path, other) == [
+        "crop_ratio was 0.9 and is 1.0",
+        "mean was (0.5, 0.5, 0.5) and is (0.0, 0.0, 0.0)",
+    ]
+    bare = save(tmp_path / "bare.pth", network_of().state_dict())
+    assert models.input_differences(bare, other) == []
