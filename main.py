@@ -86,7 +86,7 @@ def train(
         print_once(None, f"Max accuracy: {checkpointer.best:.2f}%")
         if left := args.epochs - epoch - 1:
             seconds = (time.time() - started) / (epoch + 1 - first) * left
-            print_once(None, f"{left} epochs left, about {metrics.clock(seconds)}")
+            print_once(None, f"{left} epoch{'s' * (left > 1)} left, about {metrics.clock(seconds)}")
     if not stats:
         print_once(None, f"Nothing to train: {checkpointer.epoch} of {args.epochs} epochs are done")
     elif args.recipe and (line := recipe.find(args.recipe).beside(stats["acc1"])):

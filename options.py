@@ -41,9 +41,7 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split()
         if message.startswith("unrecognized") and unknown[0].startswith("-"):
             known = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
-            if close:
-                message = f"{message}; did you mean {' or '.join(close)}?"
+            message += did_you_mean(unknown[0].split("=")[0], known)
         raise UserError(message)
 
 
@@ -219,9 +217,21 @@ def read_flags(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
+def settings_of_run(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return all settings of a run from those that it saved, with today's defaults for new flags.
+
+    Raises UserError for a value that its flag cannot have. Settings without a flag are kept.
+    """
+    known = {flag.dest for flag in flag_table.FLAGS}
+    defaults = vars(argparse_with_help().parse_args([]))
+    found = read_flags({name: values[name] for name in values if name in known}, where)
+    return defaults | dict(values) | found
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint with the words that are close to a misspelt one, or ""."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.75)
+    bare = {name.lstrip("-"): name for name in known}  # dashes would make any two flags alike
+    close = [bare[name] for name in difflib.get_close_matches(word.lstrip("-"), bare, 3, 0.75)]
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -143,13 +143,7 @@ RUN = (
         "automatic mixed precision; auto: bf16 (else fp16) on a GPU, off on a CPU"
     ),
     Flag(
-        "--torchcompile",
-        str,
-        "",
-        NOT_COMPILED,
-        nargs="?",
-        const="inductor",
-        metavar="BACKEND",
+        "--torchcompile", str, "", NOT_COMPILED, nargs="?", const="inductor", metavar="BACKEND"
     ).help("compile student and teacher in training; inductor if no backend"),
     Flag("--cudnn-benchmark", bool, True, MAY_CHANGE).help(
         "on a GPU: let cuDNN choose the fastest kernels, and use TF32 in float32 products",
@@ -164,13 +158,9 @@ RUN = (
         "checkpoint to resume or to evaluate: file or URL; auto: the newest good one in "
         "--output_dir; auto:FILE: the same, or FILE if there is none"
     ),
-    Flag(
-        "--resume-anyway",
-        bool,
-        False,
-        NO_RESUME,
-        MAY_CHANGE,
-    ).help("resume although settings have changed"),
+    Flag("--resume-anyway", bool, False, NO_RESUME, MAY_CHANGE).help(
+        "resume although settings have changed"
+    ),
     Flag("--checkpoint-steps", int, 0, at_least(0), NOT_SAVED, MAY_CHANGE).help(
         "updates between two checkpoints; 0: off"
     ),
@@ -180,14 +170,9 @@ RUN = (
     Flag("--keep-checkpoints", int, 2, at_least(1), NOT_SAVED, MAY_CHANGE).help(
         "number of newest checkpoints to keep; the best is kept too"
     ),
-    Flag(
-        "--start-epoch",
-        int,
-        0,
-        at_least(0),
-        RESUMES,
-        MAY_CHANGE,
-    ).help("first epoch; a resumed run continues from its checkpoint"),
+    Flag("--start-epoch", int, 0, at_least(0), RESUMES, MAY_CHANGE).help(
+        "first epoch; a resumed run continues from its checkpoint"
+    ),
     Flag("--eval", bool, False, MAY_CHANGE, COMMON).help("evaluate and exit"),
     Flag(
         "--list-models", str, None, MAY_CHANGE, COMMON, nargs="?", const="*", metavar="PATTERN"
@@ -198,26 +183,19 @@ RUN = (
     Flag("--max-bad-steps", int, 10, at_least(1), MAY_CHANGE).help(
         "updates in a row with a non-finite loss before the run stops"
     ),
-    Flag(
-        "--dist-eval",
-        bool,
-        False,
-        ALWAYS_SHARDED,
-        MAY_CHANGE,
-    ).help("no effect: evaluation is always sharded and exact"),
+    Flag("--dist-eval", bool, False, ALWAYS_SHARDED, MAY_CHANGE).help(
+        "no effect: evaluation is always sharded and exact"
+    ),
     Flag("--world-size", int, 1, LAUNCHER_DECIDES, MAY_CHANGE).help(
         "no effect: the launcher sets it"
     ),
     Flag("--dist-url", str, "env://", MAY_CHANGE).help("address at which the processes connect"),
     Flag(
-        "--dist-timeout",
-        float,
-        30.0,
-        Range(0.01, 1e5),
-        ONE_PROCESS,
-        MAY_CHANGE,
-        metavar="MIN",
+        "--dist-timeout", float, 30.0, Range(0.01, 1e5), ONE_PROCESS, MAY_CHANGE, metavar="MIN"
     ).help("minutes that the processes wait for one another before the run ends"),
+    Flag("--local-rank", int, None, MAY_CHANGE).help(
+        "no effect: accepted because torch.distributed.launch passes it"
+    ),
     Flag("--distributed", bool, False, LAUNCHER_DECIDES, MAY_CHANGE).help(
         "no effect: the launcher sets it"
     ),
@@ -236,14 +214,9 @@ STUDENT = (
     Flag("--drop", float, 0.0, SHARE).help("dropout probability"),
     Flag("--drop-path", float, 0.1, SHARE, COMPARED).help("stochastic depth probability"),
     Flag("--pretrained", bool, False, MAY_CHANGE, COMMON).help("start from the published weights"),
-    Flag(
-        "--finetune",
-        str,
-        "",
-        WEIGHTS_RESUMED,
-        MAY_CHANGE,
-        COMMON,
-    ).help("start from the weights of this file or URL; head and grid may differ"),
+    Flag("--finetune", str, "", WEIGHTS_RESUMED, MAY_CHANGE, COMMON).help(
+        "start from the weights of this file or URL; head and grid may differ"
+    ),
     Flag("--attn-only", bool, False).help("train attention, heads and position embedding only"),
     Flag("--mean", float, None, nargs=3).help(
         "mean of the input per channel; default: the model's"
@@ -254,12 +227,9 @@ STUDENT = (
     Flag("--interpolation", str, None).help(
         "interpolation of the evaluation resize; default: the model's"
     ),
-    Flag(
-        "--grad-checkpointing",
-        bool,
-        False,
-        NO_BACKWARD,
-    ).help("recompute blocks in the backward pass: less memory, a third more work"),
+    Flag("--grad-checkpointing", bool, False, NO_BACKWARD).help(
+        "recompute blocks in the backward pass: less memory, a third more work"
+    ),
     Flag("--train-mode", bool, True).help(
         "train in training mode",
         off="disable dropout and stochastic depth in training, as DeiT's fine-tuning did",
@@ -273,38 +243,27 @@ DISTILLATION = (
     Flag("--teacher-path", str, "", NO_TEACHER, MAY_CHANGE, COMMON, repeat="several").help(
         "weights of the teacher: file or URL; empty: timm's pretrained"
     ),
-    Flag(
-        "--teacher-weight",
-        float,
-        None,
-        ONE_TEACHER,
-        repeat="list",
-    ).help("share of a teacher among several; 0: it is only matched; default: equal"),
+    Flag("--teacher-input-size", int, None, at_least(1), NO_TEACHER, TRANSFORM, nargs="+").help(
+        "side of the images that a teacher gets, one value per teacher; default: its file's own"
+    ),
+    Flag("--teacher-weight", float, None, ONE_TEACHER, repeat="list").help(
+        "share of a teacher among several; 0: it is only matched; default: equal"
+    ),
     Flag("--teacher-amp", str, "auto", NO_TEACHER, choices=AMP).help(
         "precision of the teacher; auto: as --amp; half precision also folds BatchNorm"
     ),
-    Flag(
-        "--teacher-logits",
-        str,
-        "mean",
-        NO_TEACHER_LOGITS,
-        choices=("mean", "apart"),
-    ).help("of several teachers: one term of the mean, or a term each"),
+    Flag("--teacher-logits", str, "mean", NO_TEACHER_LOGITS, choices=("mean", "apart")).help(
+        "of several teachers: one term of the mean, or a term each"
+    ),
     Flag(
         "--distillation-type", str, "none", COMPARED, COMMON, choices=("none", "soft", "hard")
     ).help("distillation from a teacher"),
     Flag("--distillation-alpha", float, 0.5, SHARE, NO_DISTILLATION, COMPARED, COMMON).help(
         "loss = (1 - alpha) * base + alpha * distillation"
     ),
-    Flag(
-        "--distillation-tau",
-        float,
-        1.0,
-        above(0),
-        NO_TEMPERATURE,
-        COMPARED,
-        COMMON,
-    ).help("temperature of soft distillation"),
+    Flag("--distillation-tau", float, 1.0, above(0), NO_TEMPERATURE, COMPARED, COMMON).help(
+        "temperature of soft distillation"
+    ),
     Flag("--distillation-head", str, "auto", NO_DISTILLATION, choices=("auto", "dist", "cls")).help(
         "head that is distilled; auto: the distillation head where there is one"
     ),
@@ -372,13 +331,9 @@ OBJECTIVE = (
     Flag("--temperature-scheduler", schedule, "none").help(
         "constant, flsw:BETA:GAMMA or cwsm:BETA, with --kd-loss-type"
     ),
-    Flag(
-        "--temperature-min",
-        float,
-        0.1,
-        above(0),
-        NO_TEMPERATURE_SCHEDULE,
-    ).help("smallest scheduled temperature"),
+    Flag("--temperature-min", float, 0.1, above(0), NO_TEMPERATURE_SCHEDULE).help(
+        "smallest scheduled temperature"
+    ),
     Flag("--probability-shift", bool, False).help(
         "swap the teacher's largest logit with the label's", off="do not swap logits"
     ),
@@ -429,12 +384,9 @@ OPTIMIZER = (
     Flag("--cooldown-epochs", int, 10, NO_COOLDOWN).help(
         "no effect, as in DeiT: the schedule ends with --epochs"
     ),
-    Flag(
-        "--patience-epochs",
-        int,
-        10,
-        NO_PLATEAU,
-    ).help("epochs without gain before the plateau schedule decays"),
+    Flag("--patience-epochs", int, 10, NO_PLATEAU).help(
+        "epochs without gain before the plateau schedule decays"
+    ),
     Flag("--decay-rate", float, 0.1, aliases=("--dr",)).help(
         "factor of one decay of the learning rate"
     ),
@@ -454,38 +406,16 @@ OPTIMIZER = (
 )
 
 AUGMENTATION = (
+    Flag("--color-jitter", float, 0.3, at_least(0), REPLACED_BY_AA, TRANSFORM).help(
+        "strength of colour jitter"
+    ),
+    Flag("--aa", str, "rand-m9-mstd0.5-inc1", THREE_AUGMENT, TRANSFORM, COMPARED).help(
+        "AutoAugment policy; '' or none: off"
+    ),
     Flag(
-        "--color-jitter",
-        float,
-        0.3,
-        at_least(0),
-        REPLACED_BY_AA,
-        TRANSFORM,
-    ).help("strength of colour jitter"),
-    Flag(
-        "--aa",
-        str,
-        "rand-m9-mstd0.5-inc1",
-        THREE_AUGMENT,
-        TRANSFORM,
-        COMPARED,
-    ).help("AutoAugment policy; '' or none: off"),
-    Flag(
-        "--augment-on",
-        str,
-        "worker",
-        ONLY_EVALUATES,
-        TRANSFORM,
-        choices=("worker", "device"),
+        "--augment-on", str, "worker", ONLY_EVALUATES, TRANSFORM, choices=("worker", "device")
     ).help("where images are augmented after crop and flip"),
-    Flag(
-        "--smoothing",
-        float,
-        0.1,
-        SHARE,
-        HARD_TARGETS,
-        COMPARED,
-    ).help("label smoothing"),
+    Flag("--smoothing", float, 0.1, SHARE, HARD_TARGETS, COMPARED).help("label smoothing"),
     Flag(
         "--train-interpolation",
         str,
@@ -500,22 +430,12 @@ AUGMENTATION = (
     Flag("--ThreeAugment", bool, False, TRANSFORM).help(
         "DeiT III's augmentation", off="RandAugment (--aa)"
     ),
-    Flag(
-        "--src",
-        bool,
-        False,
-        NO_THREE_AUGMENT,
-        TRANSFORM,
-    ).help("simple random crop, with --ThreeAugment", off="random resized crop"),
-    Flag(
-        "--reprob",
-        float,
-        0.25,
-        SHARE,
-        THREE_AUGMENT_NO_ERASING,
-        TRANSFORM,
-        COMPARED,
-    ).help("random erasing probability"),
+    Flag("--src", bool, False, NO_THREE_AUGMENT, TRANSFORM).help(
+        "simple random crop, with --ThreeAugment", off="random resized crop"
+    ),
+    Flag("--reprob", float, 0.25, SHARE, THREE_AUGMENT_NO_ERASING, TRANSFORM, COMPARED).help(
+        "random erasing probability"
+    ),
     Flag("--remode", str, "pixel", NO_ERASING, TRANSFORM, choices=("pixel", "rand", "const")).help(
         "fill of erased areas"
     ),
@@ -529,14 +449,9 @@ AUGMENTATION = (
     Flag("--mixup-prob", float, 1.0, SHARE, NO_MIXING, MIXING).help(
         "probability that a batch is mixed"
     ),
-    Flag(
-        "--mixup-switch-prob",
-        float,
-        0.5,
-        SHARE,
-        ONE_MIXING,
-        MIXING,
-    ).help("probability of CutMix where both are on"),
+    Flag("--mixup-switch-prob", float, 0.5, SHARE, ONE_MIXING, MIXING).help(
+        "probability of CutMix where both are on"
+    ),
     Flag("--mixup-mode", str, "batch", NO_MIXING, MIXING, choices=("batch", "pair", "elem")).help(
         "one mixing for a batch, a pair or each image"
     ),
@@ -553,35 +468,21 @@ DATA = (
         f"{', '.join(DATA_SETS)}, or a name of timm's create_dataset (wds/...); "
         "default: IMNET, or DIGITS without --data-path"
     ),
-    Flag(
-        "--val-split",
-        str,
-        "test",
-        NOT_DIGITS,
-        choices=("test", "dev"),
-    ).help("of the embedded digits: the split to evaluate; tune on dev"),
-    Flag(
-        "--inat-category",
-        str,
-        "name",
-        NOT_INAT,
-        choices=INAT_CATEGORIES,
-    ).help("category of INAT's labels"),
+    Flag("--val-split", str, "test", NOT_DIGITS, choices=("test", "dev")).help(
+        "of the embedded digits: the split to evaluate; tune on dev"
+    ),
+    Flag("--inat-category", str, "name", NOT_INAT, choices=INAT_CATEGORIES).help(
+        "category of INAT's labels"
+    ),
     Flag("--eval-crop-ratio", float, None, at_least(0), aliases=("--crop-pct",)).help(
         "crop of the evaluation; default: the model's own, 0.875 for DeiT's"
     ),
     Flag("--num-workers", int, None, at_least(0), MAY_CHANGE, COMMON).help(
         "loader processes per process; default: by the number of cores"
     ),
-    Flag(
-        "--loader-timeout",
-        float,
-        20.0,
-        at_least(0),
-        NO_WORKERS,
-        MAY_CHANGE,
-        metavar="MIN",
-    ).help("minutes that a worker may take for a batch before the run ends; 0: no limit"),
+    Flag("--loader-timeout", float, 20.0, at_least(0), NO_WORKERS, MAY_CHANGE, metavar="MIN").help(
+        "minutes that a worker may take for a batch before the run ends; 0: no limit"
+    ),
     Flag("--on-bad-image", str, "fail", TRANSFORM, choices=("fail", "skip")).help(
         "what to do with an unreadable image"
     ),

@@ -1,5 +1,15 @@
 """Text that is safe to print: names come from files and folders of any origin."""
 
+from collections.abc import Sequence
+
+
+def class_name(classes: Sequence[str] | None, index: int) -> str:
+    """Return the name of a class, or its number where the data has no name for it.
+
+    A model may have more classes than the data (--nb-classes).
+    """
+    return classes[index] if classes and index < len(classes) else str(index)
+
 
 def printable(text: str, *, keep: str = "") -> str:
     r"""Return `text` with control characters, terminal escapes and invalid UTF-8 as \x1b, \udc80.

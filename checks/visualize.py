@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from base.errors import UserError
+from base.text import class_name
 from data.byte_batches import ByteLoader
 from data.transforms import InputConfig
 from datasets import DeviceLoader
@@ -50,7 +51,7 @@ def top_classes(shares: Tensor, classes: Sequence[str] | None, most: int = 2) ->
     """Return the most probable classes of one distribution (C,), with their percentages."""
     values, places = shares.topk(min(most, len(shares)))
     return ", ".join(
-        f"{classes[place] if classes else place} ({100 * value:.0f}%)"
+        f"{class_name(classes, place)} ({100 * value:.0f}%)"
         for value, place in zip(values.tolist(), places.tolist())
         if value >= 0.05
     )

@@ -22,7 +22,7 @@ from base.distributed import print_once
 from base.errors import UserError
 from data.samplers import BatchKey
 from data.transforms import InputConfig
-from distill.teacher_classes import classes_of_teacher, match_outputs
+from distill.teacher_classes import classes_of_teacher, match_outputs, teacher_command
 from models.features import ADAPTORS, AdaptorTaps, Observed
 from schedules import pick
 
@@ -319,6 +319,11 @@ def build_teacher(
         return None
     names, paths = build_sources(args)
     weights = args.teacher_weight or [1.0] * len(names)
+    sides = args.teacher_input_size or [None] * len(names)
+    if len(sides) != len(names):
+        raise UserError(
+            f"--teacher-input-size {sides}: give one value for each of {len(names)} teachers"
+        )
     if not len(names) == len(paths) == len(weights) or min(weights) < 0 or not any(weights):
         raise UserError(
             f"{len(names)} --teacher-model, {len(paths)} --teacher-path, --teacher-weight "
@@ -328,8 +333,8 @@ def build_teacher(
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     is_tapped = args.match or args.ranking_kl_weight or adaptor is not None
     members = []
-    for name, path, weight in zip(names, paths, weights):
-        own, teacher_inputs = models.data_config(name), input_of(name, path)
+    for name, path, weight, side in zip(names, paths, weights, sides):
+        own, teacher_inputs = models.data_config(name), input_of(name, path, side)
         size = teacher_inputs.input_size
         img_size = None if size == tuple(own["input_size"][1:]) else size
         network = _network(
@@ -359,11 +364,11 @@ def build_teacher(
     return Teachers(members, weights, separate=args.teacher_logits == "apart").to(device)
 
 
-def input_of(name: str, path: str) -> InputConfig:
+def input_of(name: str, path: str, side: int | None = None) -> InputConfig:
     """Return the input that a teacher was trained on: of the run of this repository that wrote its
-    file, else of its model name."""
+    file, else of its model name. side: --teacher-input-size, instead of that size."""
     own, trained = models.data_config(name), _trained_with(name, path)
-    size = tuple(trained.get("input_size") or own["input_size"][1:])
+    size = (side,) if side else tuple(trained.get("input_size") or own["input_size"][1:])
     return InputConfig(
         input_size=(size[0], size[-1]),
         mean=tuple(trained.get("mean") or own["mean"]),
@@ -423,8 +428,8 @@ def _network(
             models.load_weights(network, path, without_head=not classifies)
         except UserError as error:
             raise UserError(
-                f"teacher {name}: {error}. To train a teacher on your classes: "
-                f"python main.py --model {name} --data-path ... --output_dir teacher"
+                f"teacher {name}: {error}; for weights of another input size give its "
+                f"--teacher-input-size. To train a teacher on your classes: {teacher_command(name)}"
             ) from error
         outputs = match_outputs(name, known, num_classes, classes)
     if outputs.chosen is not None:

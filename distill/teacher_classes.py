@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from timm.models import is_model, is_model_pretrained
+
 import models
 from base.errors import UserError
 from data.labels import ModelClasses, map_labels
@@ -51,8 +53,7 @@ def match_outputs(
         if known.count != num_classes:
             reason = f"{known.origin} has {known.count} classes, the data has {num_classes}"
         raise UserError(
-            f"teacher {name}: {reason}; train a teacher on them first: "
-            f"python main.py --model {name} --data-path ... --output_dir teacher"
+            f"teacher {name}: {reason}; train a teacher on them first: {teacher_command(name)}"
         ) from error
     chosen = found.outputs
     if len(chosen) < num_classes == known.count:  # --nb-classes: outputs that have no class yet
@@ -66,3 +67,11 @@ def match_outputs(
         return TeacherOutputs(known.count, None, found.note)
     note = f"{name}: {num_classes} of its {known.count} outputs, in the order of the data's classes"
     return TeacherOutputs(known.count, chosen, found.note or note)
+
+
+def teacher_command(name: str) -> str:
+    """Return the command that trains a teacher, from published weights where there are any."""
+    source = ""
+    if models.released.find(name) or (is_model(name) and is_model_pretrained(name)):
+        source = " --pretrained"
+    return f"python main.py --model {name}{source} --data-path ... --output_dir teacher"

@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 from timm.data import resolve_data_config
+from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -253,6 +254,7 @@ def build_student(
             origin = "from that folder"
         if data_config(args.model)["num_classes"] not in (None, num_classes):
             origin += f", with a new head for {num_classes} classes"
+    check_patch_size(network, inputs.input_size)
     if args.finetune and not args.resume and with_weights:
         outputs, note = outputs_to_keep(args.finetune, args.model, classes)
         report = finetune(network, args.finetune, outputs=outputs)
@@ -268,6 +270,19 @@ def build_student(
         submodels=2 if args.cosub else 1,
         origin=origin,
     )
+
+
+def check_patch_size(network: nn.Module, size: tuple[int, int]) -> None:
+    """Raise UserError for an input (height, width) without a whole patch, or with part of one."""
+    for module in network.modules():
+        if isinstance(module, PatchEmbed):
+            height, width = module.patch_size
+            small = size[0] < height or size[1] < width
+            if small or (module.strict_img_size and (size[0] % height or size[1] % width)):
+                raise UserError(
+                    f"--input-size {size[0]} {size[1]}: the model has patches of {height} x "
+                    f"{width} pixels; give multiples of {height} and {width}"
+                )
 
 
 def _build_heads(args: Namespace, network: nn.Module) -> bool:

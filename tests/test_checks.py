@@ -82,7 +82,7 @@ def test_a_dry_run_shows_the_line_of_the_run_itself(run_inside) -> None:
     said = [line for line in run_inside(*flags).stdout.splitlines() if line.startswith("recipe: ")]
     found = planned(*flags)["recipe"]
     assert said == [f"recipe: {found}"]
-    assert found == "1 epochs of 2 updates, effective batch 448, learning rate 0.00875"
+    assert found == "1 epoch of 2 updates, effective batch 448, learning rate 0.00875"
 
 
 def test_a_plan_warns_where_the_scaled_rate_is_below_the_lowest() -> None:

@@ -67,7 +67,7 @@ def test_every_command_on_the_embedded_digits_runs(
     small = "--epochs 1 --warmup-epochs 0 --batch-size 16 --no-teacher-check --no-model-ema"
     result = run_inside(*shlex.split(command), *small.split(), "--output_dir", "")
     assert result.returncode == 0, result.stderr
-    assert "1 epochs of 2 updates" in result.stdout and "Training time" in result.stdout
+    assert "1 epoch of 2 updates" in result.stdout and "Training time" in result.stdout
 
 
 def test_every_objective_has_a_command() -> None:

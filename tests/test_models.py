@@ -390,3 +390,17 @@ def test_strange_weights_are_one_line_and_change_nothing(door, kind: str, tmp_pa
         door(network, path)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("size", "follows"), [("4", "8"), ("30", "32"), ("8 4", "8 8")])
+def test_an_input_without_whole_patches_is_refused(size: str, follows: str) -> None:
+    def student(size: str) -> models.Student:
+        flags = ["--model", "deit_pico_patch8_32", "--input-size", *size.split()]
+        args = options.parse_args(flags).args
+        return models.build_student(args, 10, models.build_input_config(args))
+
+    with pytest.raises(UserError, match="patches of 8 x 8 pixels; give multiples of 8"):
+        student(size)
+    side = student(follows)
+    height, width = (*follows.split(), *follows.split())[:2]
+    assert side(torch.zeros(2, 3, int(height), int(width))).shape == (2, 10)

@@ -178,3 +178,13 @@ def test_the_average_is_timms_own_with_batch_norm_and_its_counters_too() -> None
         timms.update(network, step=step)
     for name, value in timms.module.state_dict().items():
         assert torch.equal(ema.state_dict()[name], value), name
+
+
+def test_an_update_longer_than_an_epoch_is_refused_with_advice_that_works() -> None:
+    args = options.parse_args(["--grad-accum-steps", "100"]).args
+    with pytest.raises(UserError, match="an epoch has 14 micro-steps.*steps 14 or less"):
+        optim.build_batch_plan(args, 14, 1)
+    args = options.parse_args(["--grad-accum-steps", "14"]).args
+    plan = optim.build_batch_plan(args, 14, 1)
+    assert (plan.updates, plan.batch) == (1, 14 * 64)
+    assert plan.describe().startswith("30 epochs of 1 update, effective batch 896")

@@ -211,3 +211,31 @@ def test_a_new_flag_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_value_that_is_no_finite_number_is_refused(line: str) -> None:
     with pytest.raises(UserError, match="must be a finite number"):
         parse(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--wandb", r"unrecognized arguments: --wandb$"),
+        ("--mixupp 1", "did you mean --mixup"),
+        ("--epoch-count 3", "unrecognized arguments: --epoch-count 3$"),
+        ("--warmup-epoch 3 --lerning-rat 2", "unrecognized"),
+    ],
+)
+def test_only_close_names_are_suggested(line: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse(line)
+
+
+@pytest.mark.parametrize("line", ["--local-rank 1", "--local_rank=1"])
+def test_the_rank_that_a_launcher_passes_is_accepted(line: str) -> None:
+    assert parse(line).notes == ()
+    assert parse(line).args.local_rank == 1
+
+
+def test_a_suggestion_works_when_followed() -> None:
+    for wrong in ("--distilation-type hard", "--mixupp 1", "--batchsize 3"):
+        with pytest.raises(UserError) as caught:
+            parse(wrong)
+        name = caught.value.line().rpartition("did you mean ")[2].split(" ")[0].rstrip("?")
+        parse(f"{name} {wrong.split()[1]}")

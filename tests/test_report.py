@@ -430,8 +430,9 @@ def test_a_runs_settings_run_no_code_and_must_be_settings(tmp_path: Path) -> Non
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     for text, words in (
         (f"plugin: [{tmp_path / 'evil.py'}]", "what a file names is not run"),
-        ("- a\n- list", "not the settings of a run"),
-        ("{", "not the settings of a run"),
+        ("- a\n- list", "config.yaml: found .*, expected names with values"),
+        ("{", "config.yaml: not readable as YAML"),
+        ("epochs: [1]", "config.yaml: epochs: found .1., expected a whole number"),
     ):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match=words):

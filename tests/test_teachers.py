@@ -306,3 +306,33 @@ def test_a_plugin_brings_a_network_whose_code_is_remembered(tmp_path: Path) -> N
     assert identities[0].startswith(safe_load.fingerprint(str(weights)))
     assert identities[2].endswith("network by " + safe_load.fingerprint(str(plugin)))
     assert models.plugins.source_of("resnet18") == models.plugins.source_of("resnet_pico") == ""
+
+
+def test_a_teacher_of_another_size_is_read_with_teacher_input_size(tmp_path: Path) -> None:
+    network = models.create_model("deit_pico_patch4_32", num_classes=10, img_size=(48, 48))
+    path = tmp_path / "teacher.pth"
+    torch.save({"model": network.state_dict()}, path)
+    flags = ["--data-path", "x", "--distillation-type", "hard", "--teacher-path", str(path)]
+    flags += ["--teacher-model", "deit_pico_patch4_32"]
+    inputs = InputConfig((32, 32), (0.5,) * 3, (0.5,) * 3)
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="--teacher-input-size"):
+        build_teacher(options.parse_args(flags).args, 10, inputs, cpu)
+    args = options.parse_args([*flags, "--teacher-input-size", "48"]).args
+    teacher = build_teacher(args, 10, inputs, cpu)
+    assert teacher.adapter.size == (48, 48)
+    assert teacher(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    args = options.parse_args([*flags, "--teacher-input-size", "48", "32"]).args
+    with pytest.raises(UserError, match="one value for each of 1 teachers"):
+        build_teacher(args, 10, inputs, cpu)
+
+
+def test_the_printed_teacher_command_parses_and_starts_from_published_weights() -> None:
+    inputs = InputConfig((32, 32), (0.5,) * 3, (0.5,) * 3)
+    args = options.parse_args(
+        ["--data-path", "x", "--distillation-type", "hard", "--teacher-model", "resnet18"]
+    ).args
+    with pytest.raises(UserError, match="main.py --model resnet18 --pretrained") as caught:
+        build_teacher(args, 10, inputs, torch.device("cpu"))
+    command = caught.value.line().partition("main.py ")[2]
+    assert options.parse_args(command.split()).args.pretrained

@@ -104,3 +104,9 @@ def test_tensorboard_gets_numbers_images_text_and_settings(run_inside, tmp_path:
     for (_, loss), (_, base), (_, weighted), (_, distillation) in rows:
         assert weighted == pytest.approx(0.7 * base)
         assert weighted + distillation == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_class_without_a_name_is_shown_by_its_number() -> None:
+    shares = torch.zeros(1000)
+    shares[1], shares[999] = 0.4, 0.6
+    assert visualize.top_classes(shares, ["cat", "dog"]) == "999 (60%), dog (40%)"

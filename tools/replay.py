@@ -79,7 +79,7 @@ def replay(
         raise UserError(f"{path}: has no {', '.join(missing)}, so it is no bad_batch.pth")
     processes = distributed.init_processes(device)
     with safe_load.in_one_line(f"{path}: damaged, or of another version"):
-        settings = vars(options.argparse_with_help().parse_args([])) | saved["args"]
+        settings = options.settings_of_run(saved["args"], str(path))
         args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
         models.plugins.load_given_plugins(plugins, args.plugin, path)
         found = build_terms(args, saved, processes)

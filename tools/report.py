@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -29,8 +28,9 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
-from base import distributed, safe_load  # noqa: E402
+from base import distributed, safe_load, structured  # noqa: E402
 from base.errors import UserError  # noqa: E402
+from base.text import class_name  # noqa: E402
 from data.samplers import EvalSampler  # noqa: E402
 from distill.teacher import build_identity, build_teacher  # noqa: E402
 from models.class_names import classes_of_file  # noqa: E402
@@ -280,11 +280,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder}: no config.yaml in it; give the --output_dir of a run")
-    defaults = vars(options.argparse_with_help().parse_args([]))
-    try:
-        return defaults | yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, TypeError, ValueError) as error:  # no YAML, no mapping, no text
-        raise UserError(f"{path}: not the settings of a run") from error
+    return options.settings_of_run(structured.read(path, dict[str, Any]), str(path))
 
 
 def checkpoint_of(folder: Path, name: str = "") -> Path:
@@ -304,12 +300,12 @@ def strange(
     for nats, image, index in answers.strange:
         row = {
             "nats": nats,
-            "label": classes[answers.labels[index]],
+            "label": class_name(classes, int(answers.labels[index])),
             "image": data_uri(image, mean, std),
         }
         for name in (TEACHER, STUDENT):
             share, answer = answers.logits[name][index].softmax(0).max(0)
-            row[name] = f"{classes[answer]} {100 * share:.0f}%"
+            row[name] = f"{class_name(classes, int(answer))} {100 * share:.0f}%"
         found.append(row)
     return found
 

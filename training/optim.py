@@ -44,10 +44,9 @@ class BatchPlan:
     lr: float
 
     def describe(self) -> str:
-        return (
-            f"{self.epochs} epochs of {self.updates} updates, effective batch {self.batch}, "
-            f"learning rate {self.lr:.3g}"
-        )
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        updates = "1 update" if self.updates == 1 else f"{self.updates} updates"
+        return f"{epochs} of {updates}, effective batch {self.batch}, learning rate {self.lr:.3g}"
 
 
 def build_lr(args: Namespace, world_size: int) -> float:
@@ -59,7 +58,16 @@ def build_lr(args: Namespace, world_size: int) -> float:
 
 
 def build_batch_plan(args: Namespace, steps: int, world_size: int) -> BatchPlan:
-    """Return the pace of a run of `steps` micro-steps an epoch in each process."""
+    """Return the pace of a run of `steps` micro-steps an epoch in each process.
+
+    Raises UserError if an update needs more micro-steps than an epoch has.
+    """
+    if 0 < steps < args.grad_accum_steps:
+        raise UserError(
+            f"--grad-accum-steps {args.grad_accum_steps}: an epoch has {steps} micro-steps of "
+            f"--batch-size {args.batch_size}; set --grad-accum-steps {steps} or less, or a smaller "
+            "--batch-size"
+        )
     return BatchPlan(
         epochs=args.epochs,
         updates=-(-steps // args.grad_accum_steps),
