@@ -1,26 +1,27 @@
-"""A race: all contestants in turn, in an order that rotates, and what comes of it as a table."""
+"""Compare the speed of several functions: all in turn, in an order that rotates, as one table."""
 
-import contextlib
 import multiprocessing
 import signal
 import statistics
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
 
 from base.errors import UserError
 
-WARM_UPS = 2
-Turn = Callable[[int], float]  # steps -> seconds a step
+WARM_UPS = 2  # rounds that are not counted
+Contestant = Callable[[int], float]  # number of steps to seconds per step
+_own: Any = None  # the contestant of this process
 
 
-def race(contestants: Mapping[str, Turn], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Return the seconds a step of every contestant in every round."""
+def race(contestants: Mapping[str, Contestant], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Return the seconds per step of every contestant in every round."""
     names, seconds = list(contestants), {name: [] for name in contestants}
     for number in range(-WARM_UPS, rounds):
         print(f"\rround {number + 1}/{rounds} ", end="", file=sys.stderr, flush=True)
@@ -33,79 +34,66 @@ def race(contestants: Mapping[str, Turn], rounds: int, steps: int) -> dict[str, 
     return seconds
 
 
-class Apart:
-    """A contestant in a process of its own, as a program that runs alone: what others leave in the
-    heap does not reach it.
+class OwnProcess:
+    """A contestant in a process of its own, so that contestants do not share a heap.
 
-    make: returns the contestant, from `arguments` that can be pickled. Called like the contestant;
-    `get` reads one of its attributes, or what it returns if it is a method.
-    Raises UserError when something fails there; the other process prints its traceback.
+    make: returns the contestant. Its arguments must be picklable.
+    Raises UserError if the process ends, and otherwise what the contestant raises.
     """
 
-    def __init__(self, make: Callable[..., Turn], *arguments: Any, **named: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, make, arguments, named), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-        self._answer()  # it is made
+    def __init__(self, make: Callable[..., Contestant], *arguments: Any, **named: Any) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, spawn, initializer=_be_quiet)
+        self._call(_make, make, arguments, named)
 
     def __call__(self, steps: int) -> float:
-        return self.get("__call__", steps)
+        return self._call(_run, steps)
 
-    def get(self, name: str, *arguments: Any) -> Any:
-        with contextlib.suppress(BrokenPipeError):  # whose end the answer tells
-            self.pipe.send((name, arguments))
-        return self._answer()
+    def attribute(self, name: str) -> Any:
+        """Return an attribute of the contestant."""
+        return self._call(_attribute, name)
 
     def end(self) -> None:
-        """End the process, and its memory with it."""
-        self.pipe.close()
-        self.process.join()
+        """End the process, which frees its memory."""
+        self.pool.shutdown()
 
-    def _answer(self) -> Any:
+    def _call(self, function: Callable, *arguments: Any) -> Any:
         try:
-            answer, fault = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self.process.join()
+            return self.pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
             raise UserError(
-                f"a contestant's process ended by itself ({self.process.exitcode}); is there "
-                "memory for all of them? take fewer --precision or --teacher at a time"
+                "the process of a contestant ended, perhaps for lack of memory; "
+                "give fewer --precision or --teacher at a time"
             ) from None
-        if fault:
-            raise UserError(f"a contestant failed: {fault}")
-        return answer
 
 
-def _serve(pipe: Any, make: Callable[..., Turn], arguments: Any, named: Any) -> None:
+def _be_quiet() -> None:
     warnings.filterwarnings("ignore")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the race ends, and with it the pipe
-    contestant: Any = None
-    try:
-        contestant = make(*arguments, **named)
-        pipe.send((None, ""))
-        while True:
-            name, told = pipe.recv()
-            found = getattr(contestant, name)
-            pipe.send((found(*told) if callable(found) else found, ""))
-    except (EOFError, ConnectionResetError, BrokenPipeError):  # the race is over
-        pass
-    except BaseException as error:
-        traceback.print_exc()
-        pipe.send((None, f"{type(error).__name__}: {error}"))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the race in the main process
+
+
+def _make(make: Callable[..., Contestant], arguments: tuple, named: dict[str, Any]) -> None:
+    global _own
+    _own = make(*arguments, **named)
+
+
+def _run(steps: int) -> float:
+    return _own(steps)
+
+
+def _attribute(name: str) -> Any:
+    return getattr(_own, name)
 
 
 class Stopwatch:
-    """Seconds a step over `steps` of them, after `lead` steps and one; the device has then done
-    its work."""
+    """Measures seconds per step over `steps` of them, after `lead` steps and one more."""
 
     def __init__(self, device: torch.device, steps: int, lead: int = 0) -> None:
         self.device, self.steps, self.marks = device, steps, []
         self.ends = lead, lead + steps
 
     def mark(self, *_: Any) -> None:
+        """Note the end of a step."""
         if self.device.type == "cuda" and len(self.marks) in self.ends:
             torch.cuda.synchronize(self.device)
         self.marks.append(time.perf_counter())
@@ -116,34 +104,39 @@ class Stopwatch:
 
 
 def middle(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return median and quartiles."""
+    """Return the median and the quartiles."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return median, low, high
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Return median and quartiles of their time over ours, round by round."""
+    """Return median and quartiles, over the rounds, of their time divided by ours."""
     return middle([their / our for our, their in zip(ours, theirs)])
 
 
-def table(
-    seconds: Mapping[str, list[float]], columns: Mapping[str, Callable[[str], str]]
-) -> list[str]:
-    """Return a race as a table: how many times as fast as others each row is, then milliseconds.
+def spread(values: tuple[float, float, float], digits: int = 2) -> str:
+    """Return a median with its quartiles in brackets."""
+    return "{0:.{3}f} ({1:.{3}f}-{2:.{3}f})".format(*values, digits)
 
-    Brackets hold quartiles over the rounds.
-    columns: from the name of a row to the row that it is compared with; one that did not run
-    leaves the cell empty.
+
+def table(
+    seconds: Mapping[str, list[float]],
+    columns: Mapping[str, Callable[[str], str]],
+    unit: str = "ms per step",
+) -> list[str]:
+    """Return a Markdown table: how many times as fast as others each row is, and its time.
+
+    columns: map the name of a row to the row that it is compared with; the cell is empty if that
+    row was not measured.
     """
-    lines = ["| | " + " | ".join(columns) + " | ms a step |", "|" + "---|" * (len(columns) + 2)]
+    lines = ["| | " + " | ".join([*columns, unit]) + " |", "|" + "---|" * (len(columns) + 2)]
     for name, ours in seconds.items():
         bases = [column(name) for column in columns.values()]
         cells = [
-            "{:.2f} ({:.2f}-{:.2f})".format(*ratio(ours, seconds[base]))
-            if base in seconds and base != name
-            else "1" * (base == name)
+            spread(ratio(ours, seconds[base])) if base in seconds and base != name else ""
             for base in bases
         ]
-        spread = "{:.2f} ({:.2f}-{:.2f})".format(*middle([1e3 * each for each in ours]))
-        lines.append(f"| {name} | " + " | ".join([*cells, spread]) + " |")
+        cells = ["1" if base == name else cell for base, cell in zip(bases, cells)]
+        time_ms = spread(middle([1e3 * each for each in ours]))
+        lines.append("| " + " | ".join([name, *cells, time_ms]) + " |")
     return lines

@@ -1,4 +1,4 @@
-"""The steps that the benchmark compares: DeiT's, timm's and ours, for one student and teacher.
+"""The training steps that the benchmarks compare: DeiT's, timm's and ours.
 
 Shapes: B batch.
 """
@@ -9,9 +9,8 @@ import io
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,28 @@ from timm.task import TokenDistillationTask
 from timm.utils import ModelEma, ModelEmaV3
 from torch import Tensor, nn
 
+import datasets
 import engine
 import models
 import options
 from base.device import autocast
+from checks import evaluation
 from data import transforms
-from distill import cache_store, objective
-from distill.cached_teacher import CachedTeacher
-from distill.teacher import build_teacher
+from data.samplers import TrainSampler
 from experiments.bench_race import Stopwatch
-from training import optim
-from training.step_config import Hooks, StepConfig
+from training import setup
+from training.step_config import Hooks
 
 CLASSES = 1000
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {"fp32": "off", "bf16": "bf16", "fp16": "fp16"}
 
 
 @dataclass
 class Case:
-    """What all contestants share: names, sizes, the batch on the host, the teacher's weights.
+    """What all steps share: the names of the networks, a batch, and the teacher's weights.
 
-    The weights are a file in `folder`, so that a copy in another process has the same.
+    size: pixels of a side. The weights are a file in `folder`, so that all processes have the same.
     """
 
     student: str
@@ -59,7 +59,10 @@ class Case:
         if not self.weights.exists():
             torch.manual_seed(0)
             network = models.create_model(self.teacher, num_classes=CLASSES)
-            settle(network)
+            for module in network.modules():  # statistics as after training
+                if isinstance(module, nn.BatchNorm2d):
+                    module.running_mean.normal_(0, 0.1)
+                    module.running_var.uniform_(0.5, 1.5)
             torch.save(network.state_dict(), self.weights)
         torch.manual_seed(0)
         images = torch.randn(self.batch, 3, self.size, self.size)
@@ -71,54 +74,31 @@ class Case:
         return Case, tuple(getattr(self, each.name) for each in fields(self))
 
     def network_T(self) -> nn.Module:
-        """Return the teacher as it is, in float32."""
+        """Return the teacher's network in float32."""
         network = models.create_model(self.teacher, num_classes=CLASSES)
         network.load_state_dict(torch.load(self.weights))
         return network.to(self.device).eval().requires_grad_(False)
 
     def args(self, *flags: str) -> argparse.Namespace:
-        return options.parse_args(
-            [
-                "--data-path",
-                "none",
-                "--model",
-                self.student,
-                "--input-size",
-                str(self.size),
-                "--batch-size",
-                str(self.batch),
-                "--teacher-model",
-                self.teacher,
-                "--teacher-path",
-                str(self.weights),
-                "--device",
-                str(self.device),
-                "--warmup-epochs",
-                "0",
-                "--min-lr",
-                "0",
-                *flags,
-            ]
-        ).args
-
-
-def settle(network: nn.Module) -> None:
-    """Give BatchNorm statistics as of training, so that no layer of a random network dies."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
+        """Return the settings of a run of this case."""
+        text = (
+            f"--data-path none --model {self.student} --input-size {self.size} "
+            f"--batch-size {self.batch} --teacher-model {self.teacher} --device {self.device} "
+            "--warmup-epochs 0 --min-lr 0 --output_dir= --num-workers 0 --no-teacher-check"
+        )
+        words = [*text.split(), "--teacher-path", str(self.weights), *flags]
+        return options.parse_args(words).args
 
 
 class Reference:
     """DeiT's step (facebookresearch/deit 7e160fe, engine.py and losses.py) on today's libraries.
 
-    Teacher in float32 weights under the student's autocast, plain attention, the default AdamW,
-    timm's first EMA, and the host waits for the loss in every step.
+    The teacher has float32 weights under the student's autocast. Attention is plain, AdamW is
+    torch's default, the moving average is timm's first, and every step reads the loss.
     """
 
-    def __init__(self, case: Case, amp_dtype: torch.dtype | None) -> None:
-        self.case, self.amp_dtype = case, amp_dtype
+    def __init__(self, case: Case, precision: str) -> None:
+        self.case, self.amp_dtype = case, PRECISIONS[precision]
         network = models.create_model(
             case.student, num_classes=CLASSES, img_size=(case.size,) * 2, drop_path_rate=0.1
         )
@@ -141,7 +121,7 @@ class Reference:
         with autocast(self.case.device, self.amp_dtype):
             loss = self.loss(images, self.network(images), labels)
         if not math.isfinite(loss.item()):
-            raise SystemExit("the reference's loss is not finite")
+            raise SystemExit("the loss of the reference is not finite")
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -158,10 +138,10 @@ class Reference:
 
 
 class Timm(Reference):
-    """timm's TokenDistillationTask in the step of its train.py, with its EMA of today."""
+    """timm's TokenDistillationTask in the step of its train.py, with its current EMA."""
 
-    def __init__(self, case: Case, amp_dtype: torch.dtype | None, backend: str = "") -> None:
-        self.case, self.amp_dtype = case, amp_dtype
+    def __init__(self, case: Case, precision: str, backend: str = "") -> None:
+        self.case, self.amp_dtype = case, PRECISIONS[precision]
         factory = getattr(timm.models.deit, case.student)  # the registry has ours by that name
         network = factory(num_classes=CLASSES, img_size=case.size, drop_path_rate=0.1)
         network = network.to(case.device).train()
@@ -193,131 +173,111 @@ class Timm(Reference):
         self.ema.update(self.network, step=self.updates)
 
 
-class Ours:
-    """The engine's step, with what `main.py` would build from the flags.
+class MemoryLoaders(datasets.Loaders):
+    """Loaders that repeat one batch in memory."""
 
-    teacher: "live", "none" (labels alone), or "cached": its answers are read again in every step,
-    from a folder that a live one has written (`answers`), or made up.
+    form, mirrors = "memory", False
+
+    def fingerprint(self, *, of_train: bool = False) -> str:
+        return "one batch in memory"
+
+    def describe(self) -> str:
+        return self.fingerprint()
+
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Do nothing: all epochs are the same."""
+
+
+class Ours:
+    """`engine.train_one_epoch` with what `main.py` builds from the flags.
+
+    teacher: "none" (labels alone), "live" or "cached" (its logits are read from files that the live
+    teacher has written). steps: the most steps of a call. flags: more flags of main.py; with
+    --data-set batches come from its loader instead of memory.
     """
 
     def __init__(
         self,
         case: Case,
-        amp_dtype: torch.dtype | None,
+        precision: str,
         teacher: str,
         *,
         backend: str = "",
-        steps: int = 0,
-        answers: str = "",
+        steps: int = 1,
+        flags: Sequence[str] = (),
     ) -> None:
-        if case.device.type == "cpu":
-            models.fast.keep_memory()
         kind = "none" if teacher == "none" else "hard"
-        compiled = ["--torchcompile", backend] if backend else []
-        args = case.args("--distillation-type", kind, *compiled)
-        inputs = models.build_input_config(args)
-        student = models.build_student(args, CLASSES, inputs).to(case.device)
-        models.fast.select_kernels(student.network, case.device.type, amp_dtype)
-        self.case, self.amp_dtype, self.student = case, amp_dtype, student
-        self.mixup_fn = transforms.build_mixup(args, CLASSES)
-        self.cycle_epochs, self.teacher = 0, None
+        words = ["--distillation-type", kind, "--amp", AMP[precision], *flags]
+        words += ["--torchcompile", backend] if backend else []
         if teacher == "cached":
-            if not answers:
-                answers = tempfile.mkdtemp(dir=case.folder)
-                self._write(answers, steps + 1, lambda x, place: torch.randn(len(x), CLASSES))
-            self.cycle_epochs, self.teacher = 1, self._cached(answers, steps + 1, None)
-        elif teacher == "live":
-            self.teacher = build_teacher(args, CLASSES, inputs, case.device, amp_dtype)
-        criterion = objective.build_objective(
-            args,
-            student,
-            self.teacher,
-            mixing=True,
-            input_size=inputs.input_size,
-            total_updates=10**6,
-        )
-        optimizer, _ = optim.build_optimizer(args, student, 1)
-        if backend:
-            student.compile(backend=backend, dynamic=False)
-        self.engine: dict[str, Any] = {
-            "model": student,
-            "criterion": criterion,
-            "optimizer": optimizer,
-            "device": case.device,
-            "epoch": 0,
-            "teacher": self.teacher,
-        }
-        ema = optim.build_ema(args, student.network)
-        self.config = StepConfig(
-            amp_dtype=amp_dtype,
-            schedule=optim.build_schedule(args, optimizer, 10**6),
-            mixup_fn=self.mixup_fn,
-            update_ema=partial(ema.update, student.network) if ema is not None else None,
-            cycle_epochs=self.cycle_epochs,
-            log_interval=10**9,
-        )
-
-    def loader(self, steps: int) -> list[tuple[Tensor, ...]]:
-        return [self.case.data] * steps
-
-    def _cached(
-        self, folder: str, batches: int, network: Callable[[Tensor, Any], Tensor] | None
-    ) -> CachedTeacher:
-        rows = batches * self.case.batch
-        store = cache_store.Store(
-            folder,
-            rows=rows,
-            num_classes=CLASSES,
-            keep="all",
-            may_create=network is not None,
-            fingerprint={"rows": rows, "classes": CLASSES, "precision": str(self.amp_dtype)},
-        )
-        return CachedTeacher(
-            store,
-            network,
-            epoch_rows=rows,
-            needed=rows,
-            batch_size=self.case.batch,
-            rank=0,
-            world_size=1,
-        )
-
-    def _write(self, folder: str, batches: int, network: Callable[[Tensor, Any], Tensor]) -> float:
-        writer, start = self._cached(folder, batches, network), time.perf_counter()
+            folder = tempfile.mkdtemp(dir=case.folder)
+            words += ["--teacher-cache", folder, "--teacher-cache-views", "1"]
+        self.case, self.write_s, self.in_memory = case, 0.0, "--data-set" not in flags
         with contextlib.redirect_stdout(io.StringIO()):
-            engine.query_epoch(
-                self.loader(batches),
-                writer,
-                self.case.device,
-                0,
-                config=StepConfig(mixup_fn=self.mixup_fn, header="Write:"),
+            args = case.args(*words)
+            runtime = setup.build_runtime(args)
+            if self.in_memory:
+                batches, sampler = [case.data] * (steps + 1), TrainSampler((steps + 1) * case.batch)
+                self.loaders = MemoryLoaders(batches, batches, CLASSES, None, sampler, ())
+            else:
+                self.loaders = datasets.build_loaders(args, runtime.inputs, runtime.processes)
+            student = setup.build_student(args, self.loaders, runtime)
+            cached = setup.build_cache(args, self.loaders, runtime)
+            if cached is not None:
+                self.write_s = self._write(args, cached, runtime)
+                cached = setup.build_cache(args, self.loaders, runtime)  # complete: no network
+            live = setup.build_live_teacher(args, self.loaders, runtime) if cached is None else None
+            self.training = setup.build_training(
+                args, self.loaders, student, cached or live, runtime
             )
-        writer.store.flush()
-        return time.perf_counter() - start
 
-    def write(self, folder: str, batches: int) -> float:
-        """Write the live teacher's answers to `batches` batches; return the seconds an image."""
-        self._write(tempfile.mkdtemp(dir=self.case.folder), batches, self.teacher)  # a warm-up
-        return self._write(folder, batches, self.teacher) / (batches * self.case.batch)
-
-    def reading_s(self, batches: int) -> float:
-        """Return the seconds that a cache's answers to one batch take."""
+    def _write(self, args: argparse.Namespace, cached: Any, runtime: setup.Runtime) -> float:
+        """Write the cache; return the seconds per image."""
         start = time.perf_counter()
-        for micro in range(batches):
-            self.teacher(self.case.data[0], (0, micro))
-        return (time.perf_counter() - start) / batches
+        evaluation.fill_cache(args, self.loaders, cached, runtime)
+        return (time.perf_counter() - start) / (len(self.loaders.train) * self.case.batch)
 
     def __call__(self, steps: int) -> float:
-        return self.turn(self.loader(steps + 1), steps)
-
-    def turn(self, loader: Any, steps: int, lead: int = 0) -> float:
-        """Return the seconds a step over the last `steps` batches of `loader`."""
+        """Return the seconds per step. Batches that workers have ready are used before."""
+        train = self.loaders.train
+        lead = 0 if self.in_memory else train.num_workers * (train.prefetch_factor or 0)
         watch = Stopwatch(self.case.device, steps, lead)
-        with contextlib.redirect_stdout(io.StringIO()):
-            engine.train_one_epoch(
-                **self.engine,
-                data_loader=loader,
-                config=self.config,
-                hooks=Hooks(on_update=watch.mark),
-            )
+        self.train(lead + steps + 1, watch.mark)
         return watch.per_step()
+
+    def train(self, count: int, on_update: Any = lambda step: None, **changes: Any) -> dict:
+        """Train on `count` batches; return the averages. changes: of the engine's arguments."""
+        training = self.training
+        named = {
+            "model": training.model,
+            "criterion": training.criterion,
+            "data_loader": Batches(self.loaders, count),
+            "optimizer": training.optimizer,
+            "device": self.case.device,
+            "epoch": 0,
+            "teacher": training.teacher,
+            "config": training.config,
+            "hooks": Hooks(on_update=on_update),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            return engine.train_one_epoch(**named | changes)
+
+
+@dataclass
+class Batches(Iterable):
+    """The next `count` batches of epoch after epoch."""
+
+    loaders: datasets.Loaders
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        left, epoch = self.count, 0
+        while left > 0:
+            self.loaders.set_epoch(epoch)
+            for _, batch in zip(range(left), self.loaders.train):
+                yield batch
+                left -= 1
+            epoch += 1

@@ -1,12 +1,14 @@
-"""Run several recipes over several seeds and write the table of mean ± standard deviation.
+"""Train several recipes with several seeds; write the table of mean ± standard deviation.
 
-    python experiments/compare.py --seeds 0 1 2 3 4 --write results/quickstart.md \\
+    python experiments/compare.py --seeds 0 1 2 --write results/quickstart.md \\
         --row "none: --distillation-type none" --row "hard: --distillation-type hard" \\
         -- --epochs 30
+    python experiments/compare.py --rows objectives -- --data-set CIFAR10 --data-path CIFAR
 
-Each row is `NAME: FLAGS` of main.py; what follows `--` goes to every run. The number in the table
-is the accuracy after the last epoch, never the best one seen on the way. Runs that are already
-complete under --runs are read, not repeated. One thread per run; --jobs of them at a time.
+Each row is `NAME: FLAGS` of main.py; flags after `--` go to every run. --rows takes the rows from
+`SETS` below; the teacher of a set is trained first. In flags, {runs} is the folder of --runs and
+{seed} the seed. The accuracy is that after the last epoch, never the best one. Complete runs in
+--runs are read, not repeated. Each run uses one thread; --jobs of them run at a time.
 """
 
 import argparse
@@ -20,38 +22,63 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import timm
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
+# For few images and few updates: crops and mirrors alone, and a learning rate for small models
+RECIPE = (
+    "--unscale-lr --lr 2e-3 --warmup-epochs 2 --no-repeated-aug --aa none --color-jitter 0 "
+    "--reprob 0 --mixup 0 --cutmix 0 --drop-path 0 --num-workers 0 --batch-size 64"
+)
+TEACHER = f"--model resnet_pico {RECIPE} --epochs 30"
+STUDENT = (
+    f"--model deit_pico_distilled_patch8_32 {RECIPE} --epochs 20 --teacher-model resnet_pico "
+    "--teacher-path {runs}/teacher/seed0/checkpoint.pth --no-teacher-check"
+)
+HARD = "--distillation-type hard"
+SOFT = "--distillation-type soft --distillation-tau 3"
+CACHE = HARD + " --teacher-cache {{runs}}/logits{0}_{{seed}} --teacher-cache-views {0}"
+SETS = {
+    "objectives": {
+        "none": "--distillation-type none",
+        "soft numel": SOFT,
+        "soft batchmean": f"{SOFT} --distillation-reduction batchmean",
+        "hard": HARD,
+        "hard + hidden": f"{HARD} --match layer_S=4,layer_T=-1,feature=hidden,loss=hidden_mse,"
+        "tokens=patch,resize=bilinear,proj=linear",
+        "hard + ranking": f"{HARD} --ranking-kl-weight 1 --ranking-tau 0.1",
+        "hard + VkD": f"{HARD} --match feature=pooled,loss=vkd,proj=orthogonal",
+        "DIST": "--distillation-type soft --kd-loss-type dist",
+        "soft batchmean standardised": f"{SOFT} --distillation-reduction batchmean "
+        "--logit-standardization",
+    },
+    "views": {  # give each row the epochs that fit into the time of the live run
+        "live": HARD,
+        "none": "--distillation-type none",
+        **{f"{views} views": CACHE.format(views) for views in (1, 4, 16)},
+    },
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--row", action="append", required=True, metavar="'NAME: FLAGS'")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each run")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare")
-    parser.add_argument("--write", type=Path, help="Markdown file for the table")
-    parser.add_argument("common", nargs="*", help="flags for every run, after --")
-    args = parser.parse_args()
-
-    rows = [
-        (name.strip(), shlex.split(flags))
-        for name, _, flags in (row.partition(":") for row in args.row)
-    ]
-    jobs = [(name, seed, flags) for seed in args.seeds for name, flags in rows]
+    args = _parser().parse_args()
+    rows = dict(SETS.get(args.rows, {}))
+    for row in args.row:
+        name, _, flags = row.partition(":")
+        rows[name.strip()] = flags.strip()
+    if not rows:
+        raise SystemExit("give --rows, or --row for each row")
+    common = [*STUDENT.split(), *args.common] if args.rows else args.common
+    if args.rows:
+        one_run(args, "teacher", 0, [*TEACHER.split(), *args.common])
+    jobs = [(name, seed) for seed in args.seeds for name in rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         logs = list(
-            pool.map(
-                lambda job: one_run(
-                    args.runs / job[0] / f"seed{job[1]}", job[1], args.common + job[2], args.threads
-                ),
-                jobs,
-            )
+            pool.map(lambda job: one_run(args, *job, common + shlex.split(rows[job[0]])), jobs)
         )
-    found: dict[str, list[dict]] = {name: [] for name, _ in rows}
-    for (name, _, _), log in zip(jobs, logs):
-        found[name].append(log)
-    text = table(rows, found, args)
+    found = {name: [log for (own, _), log in zip(jobs, logs) if own == name] for name in rows}
+    text = "\n".join([*table(rows, found), *about(args), ""])
     print(text)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
@@ -59,85 +86,80 @@ def main() -> int:
     return 0
 
 
-def one_run(folder: Path, seed: int, flags: list[str], threads: int) -> dict:
-    """Run main.py once; return the last line of its log.txt."""
-    command = [
-        sys.executable,
-        str(ROOT / "main.py"),
-        *flags,
-        "--seed",
-        str(seed),
-        "--output_dir",
-        str(folder),
-    ]
-    if run_once(folder, command, threads):
-        print(f"{folder.parent.name} seed {seed}: done", file=sys.stderr, flush=True)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--row", action="append", default=[], metavar="'NAME: FLAGS'")
+    add("--rows", choices=SETS, help="rows of `SETS`")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    add("--jobs", type=int, default=2, help="runs at a time")
+    add("--runs", type=Path, default=ROOT / "runs" / "compare")
+    add("--write", type=Path, help="Markdown file for the table")
+    add("common", nargs="*", help="flags for every run, after --")
+    return parser
+
+
+def one_run(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict:
+    """Run main.py, unless it is complete in its folder; return the last line of its log.txt."""
+    folder = args.runs / name / f"seed{seed}"
+    places = {"{runs}": str(args.runs), "{seed}": str(seed)}
+    for place, value in places.items():
+        flags = [word.replace(place, value) for word in flags]
+    command = [str(ROOT / "main.py"), *flags, "--seed", str(seed), "--output_dir", str(folder)]
+    done, words = folder / "command.txt", shlex.join(command[1:])
+    if not done.exists() or done.read_text() != words:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "stdout.txt").open("w") as out:
+            result = subprocess.run(
+                [sys.executable, *command],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        if result.returncode:
+            raise SystemExit(f"failed: {words}\nsee {folder / 'stdout.txt'}")
+        done.write_text(words)
+        print(f"{name} seed {seed}: done", file=sys.stderr, flush=True)
     return json.loads((folder / "log.txt").read_text().splitlines()[-1])
 
 
-def run_once(folder: Path, command: list[str], threads: int) -> bool:
-    """Run a Python program, unless `folder` has it complete already; return whether it ran."""
-    done, words = folder / "command.txt", shlex.join(command[2:])
-    if done.exists() and done.read_text() == words:
-        return False
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "stdout.txt").open("w") as out:
-        result = subprocess.run(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-    if result.returncode:
-        raise SystemExit(f"failed: {shlex.join(command)}\nsee {folder / 'stdout.txt'}")
-    done.write_text(words)
-    return True
-
-
-def table(rows: list, found: dict[str, list[dict]], args: argparse.Namespace) -> str:
-    import timm
-    import torch
-
+def table(rows: dict[str, str], found: dict[str, list[dict]]) -> list[str]:
+    """Return the lines of the table. found: the last lines of the logs, by row."""
     lines = ["| run | top-1, % | EMA top-1, % | train loss | flags |", "|---|---|---|---|---|"]
-    for name, flags in rows:
+    for name, flags in rows.items():
         cells = [
             spread([log.get(key) for log in found[name]])
             for key in ("test_acc1", "ema_acc1", "train_loss")
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | `{shlex.join(flags)}` |")
-    rows_again = " ".join(f'--row "{name}: {shlex.join(flags)}"' for name, flags in rows)
-    command = f"python experiments/compare.py --seeds {' '.join(map(str, args.seeds))} {rows_again}"
-    command += f" -- {shlex.join(args.common)}" if args.common else ""
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last epoch.",
-            "",
-            "```",
-            command,
-            "```",
-            "",
-            f"Commit {commit()}, torch {torch.__version__.split('+')[0]}, timm {timm.__version__}, "
-            f"{platform.machine()}, {args.threads} CPU thread(s) per run.",
-            "",
-        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | `{flags}` |")
+    return lines
+
+
+def about(args: argparse.Namespace) -> list[str]:
+    """Return the lines below the table: seeds, command, versions."""
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     )
+    return [
+        "",
+        f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last epoch.",
+        "",
+        "```",
+        shlex.join(["python", "experiments/compare.py", *sys.argv[1:]]),
+        "```",
+        "",
+        f"Commit {answer.stdout.strip() or 'unknown'}, torch {torch.__version__.split('+')[0]}, "
+        f"timm {timm.__version__}, {platform.machine()}, one CPU thread per run.",
+    ]
 
 
 def spread(values: list[float | None]) -> str:
+    """Return the mean and the deviation of the values that are known, or a dash."""
     known = [value for value in values if value is not None]
     if not known:
         return "–"
     deviation = statistics.stdev(known) if len(known) > 1 else 0.0
     return f"{statistics.mean(known):.2f} ± {deviation:.2f}"
-
-
-def commit() -> str:
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return answer.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

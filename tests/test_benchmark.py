@@ -1,4 +1,4 @@
-"""The benchmark: every part runs, and its numbers are put together as they should be."""
+"""The benchmarks: every part runs, and its numbers are computed as they should be."""
 
 import json
 import os
@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 
 from base.errors import UserError
-from experiments import bench_gpu, bench_loader, bench_race, benchmark
-from experiments.bench_steps import Case
+from experiments import bench_loader, bench_race, benchmark, compare, kill_sweep
+from experiments.bench_steps import Batches, Case, Ours
 
 
-def test_a_race_warms_up_and_rotates_the_order(capsys) -> None:
+def test_a_race_warms_up_and_rotates_the_order() -> None:
     ran = []
     entries = {name: lambda steps, name=name: ran.append(name) or 1.0 for name in "abc"}
     seconds = bench_race.race(entries, 3, 5)
@@ -26,45 +25,33 @@ class Counter:
         self.at = start
 
     def __call__(self, steps: int) -> float:
+        if steps == 7:
+            os._exit(7)
         self.at += steps
         return float(os.getpid())
 
-    def fail(self) -> None:
-        raise ValueError("no such thing")
-
-    def die(self) -> None:
-        os._exit(7)
-
 
 def test_contestants_run_in_processes_of_their_own() -> None:
-    both = [bench_race.Apart(Counter, start) for start in (10, 20)]
-    pids = {each(3) for each in both}
-    assert len(pids | {os.getpid()}) == 3
-    assert [each.get("at") for each in both] == [13, 23]
-    with pytest.raises(UserError, match="no such thing"):
-        both[0].get("fail")
-    with pytest.raises(UserError, match="ended by itself .7."):
-        both[1].get("die")
-    with pytest.raises(UserError, match="TypeError"):
-        bench_race.Apart(Counter)
-    waits = bench_race.Apart(Counter, 1)
-    waits.process.kill()
-    waits.process.join()
-    with pytest.raises(UserError, match="ended by itself .-9."):
-        waits(1)
-    last = bench_race.Apart(Counter, 1)
-    last.end()
-    assert last.process.exitcode == 0
+    both = [bench_race.OwnProcess(Counter, start) for start in (10, 20)]
+    assert len({each(3) for each in both} | {os.getpid()}) == 3
+    assert [each.attribute("at") for each in both] == [13, 23]
+    with pytest.raises(AttributeError, match="missing"):
+        both[0].attribute("missing")
+    with pytest.raises(UserError, match="process of a contestant ended"):
+        both[1](7)
+    both[0].end()
+    with pytest.raises(TypeError):
+        bench_race.OwnProcess(Counter)
 
 
-def test_a_ratio_is_taken_within_each_round() -> None:
+def test_a_ratio_is_computed_within_each_round() -> None:
     assert bench_race.ratio([1, 2, 4], [2, 6, 4]) == (2, 1.5, 2.5)  # of 2, 3 and 1
     columns = {"x a": lambda _: "a", "x itself": lambda name: name, "x c": lambda _: "c"}
     row = bench_race.table({"a": [0.002, 0.004], "b": [0.001, 0.002]}, columns)[-1]
     assert row == "| b | 2.00 (2.00-2.00) | 1 |  | 1.50 (1.25-1.75) |"
 
 
-def test_the_watch_leaves_out_the_lead_and_the_first_step(monkeypatch) -> None:
+def test_the_stopwatch_leaves_out_the_lead_and_the_first_step(monkeypatch) -> None:
     times = iter([0, 100, 101, 110, 120, 130])
     monkeypatch.setattr(bench_race.time, "perf_counter", lambda: next(times))
     watch = bench_race.Stopwatch(torch.device("cpu"), steps=2, lead=3)
@@ -73,105 +60,120 @@ def test_the_watch_leaves_out_the_lead_and_the_first_step(monkeypatch) -> None:
     assert watch.per_step() == 10
 
 
-@pytest.mark.parametrize("flag", ["--rounds", "--steps", "--gpu-steps", "--growth-steps"])
-def test_too_few_to_make_a_number_are_refused_before_anything_is_measured(
-    flag: str, monkeypatch
-) -> None:
-    few = "1" if flag == "--rounds" else "0"
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--parts", "optimizer", flag, few])
-    with pytest.raises(SystemExit, match="must be at least"):
-        benchmark.main()
-    with pytest.raises(SystemExit, match="must be at least"):
-        bench_loader.main(["--rounds", "1"])
-
-
 @pytest.mark.parametrize(
-    "flags, told",
+    ("flags", "message"),
     [
-        ("--parts step --student vit_tiny_patch16_224", "no distillation head"),
-        ("--parts optimizer --json nowhere/found.json", "--json nowhere/found.json: No such"),
+        ("--rounds 1", "at least 2"),
+        ("--steps 0", "at least 2, --steps"),
+        ("--teacher resnet_pico", "one for each --teacher"),
+        ("--student vit_tiny_patch16_224", "no distillation head"),
+        ("--parts loader --json nowhere/found.json", "--json nowhere/found.json: No such"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_measured(flags, told, monkeypatch) -> None:
+def test_wrong_flags_are_refused_before_anything_is_measured(flags, message, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags.split()])
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         benchmark.main()
 
 
-@pytest.mark.slow
-def test_a_stretch_from_a_loader_begins_behind_what_workers_have_ready(tmp_path) -> None:
-    words = "--gpu-batch-size 4 --gpu-steps 2 --rounds 2 --teacher resnet_pico --num-workers 1"
-    args = benchmark._parser().parse_args(words.split())
-    cpu = torch.device("cpu")
-    case = Case("deit_tiny_distilled_patch16_224", "resnet_pico", 32, 4, cpu, tmp_path)
-    sources = bench_gpu.images(args, tmp_path)
-    stretch = bench_gpu.Stretch(case, "cached", args, sources["prepared"])
-    seen = []
-    stretch.engine["model"].register_forward_pre_hook(lambda *_: seen.append(1))
-    assert stretch.lead == 2 and stretch(2) > 0
-    assert len(seen) == 2 + 1 + 2
-    assert stretch.teacher.network is None and not stretch.teacher.missing()
-    found = bench_gpu.measure_student(case, args, {}, peak=1e12)
-    assert len(found["seconds"]) == 5 and all(len(each) == 2 for each in found["seconds"].values())
-    row = next(line for line in found["lines"] if line.startswith("| no teacher |"))
-    rate = 4 / (sum(found["seconds"]["no teacher"]) / 2)
-    mfu = 100 * rate * 3 * found["forward_flops"] / 1e12
-    assert f"| 1 | {mfu:.1f} |" in row
-
-
-def test_the_break_even_is_told_in_runs_and_in_views() -> None:
+def test_the_break_even_is_a_number_of_runs() -> None:
     text = benchmark.break_even(0.010, 0.020, 0.012)
-    assert "10.0 ms" in text and "saves 8.0 ms" in text
-    assert "1.25 runs" in text and "0.80 views" in text
+    assert "10.0 ms" in text and "saves 8.0 ms" in text and "1.25 runs" in text
     assert "saves nothing" in benchmark.break_even(0.010, 0.020, 0.021)
 
 
-def test_a_copy_is_the_softer_the_smaller_it_is(tmp_path) -> None:
-    bench_loader.make_up(tmp_path, 3)
-    found = bench_loader.softness(tmp_path, 3)
-    small, middle, jpeg, large = (
-        found[f"copy of {name}"]
-        for name in ("256 px, raw", "288 px, raw", "288 px, jpeg", "320 px, raw")
-    )
-    for at in range(4):
-        assert small[at] > middle[at] > large[at] > 0 and jpeg[at] > middle[at]
-    image = Image.effect_noise((50, 40), 40).convert("RGB")
-    assert bench_loader.difference(image, image, 0.25, Image.Resampling.BICUBIC, 0) == 0
+@pytest.mark.slow
+def test_the_loaders_rows_are_measured() -> None:
+    found = bench_loader.measure("", 2, 2)
+    rows = found["seconds"]
+    assert len(rows) == 12 and all(len(each) == 2 and min(each) > 0 for each in rows.values())
+    assert any(line.startswith("| timm again |") for line in found["lines"])
 
 
 @pytest.mark.slow
-def test_the_loaders_rows_are_measured_and_put_into_tables(monkeypatch) -> None:
-    monkeypatch.setattr(bench_loader, "GROWTH", (100,))
-    found = bench_loader.run("", 0, 2, 2)
-    json.dumps(found)
-    assert set(bench_loader.TARGETS) < set(found["rows"]) and set(found["growth"]) == {100}
-    assert found["rows"][bench_loader.FULL]["ratio"] == 1
-    out = "\n".join(found["lines"])
-    assert "| timm again |" in out and "| 100 entries |" in out and "takes real images" in out
+def test_the_timed_steps_start_after_the_batches_that_workers_have_ready(
+    image_folder, tmp_path
+) -> None:
+    student, cpu = "deit_pico_distilled_patch8_32", torch.device("cpu")
+    case = Case(student, "resnet_pico", 32, 4, cpu, tmp_path)
+    data = ["--data-set", "IMNET", "--data-path", str(image_folder), "--num-workers", "1"]
+    ours = Ours(case, "fp32", "none", flags=data)
+    seen = []
+    ours.training.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    assert ours(2) > 0
+    assert len(seen) == 2 + 2 + 1, "two batches that the worker has ready, two, and one more"
+    assert len(list(Batches(ours.loaders, 7))) == 7, "one epoch has six batches"
 
 
 @pytest.mark.slow
-def test_every_part_runs_and_says_what_was_not_measured(capsys, monkeypatch, tmp_path) -> None:
+def test_every_row_of_the_steps_runs_and_the_cache_needs_no_network(
+    capsys, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(benchmark, "OwnProcess", InProcess)
     words = f"--student deit_tiny_distilled_patch16_224 --teacher resnet_pico --img-size 32 \
-        --batch-size 4 --rounds 2 --steps 1 --growth-steps 10 --growth-batches 2 4 \
-        --parts step optimizer agreement gpu growth --json {tmp_path}/found.json"
+        --batch-size 4 --rounds 2 --steps 1 --parts step --precision bf16 \
+        --json {tmp_path}/found.json"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words.split()])
     assert benchmark.main() == 0
     out = capsys.readouterr().out
-    for row in (
-        "reference, fp32",
-        "timm, bf16",
-        "live, bf16",
-        "cached, bf16",
-        "no teacher, bf16 again",
-        "ours again",
-        "bf16, folded, channels-last",
-        "`main.py` with two workers",
-    ):
-        assert row in out, row
-    assert "no GPU" in out and "Reading the answers to a batch takes" in out
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert all(len(each) == 2 for each in found["step resnet_pico"]["seconds"].values())
-    for told, there in found["growth"]["cache"].values():
-        assert told == there > 0
-    assert all(len(each) == 2 and min(each) > 0 for each in found["growth"]["memory"].values())
+    for row in ("reference, bf16", "timm, bf16", "live, bf16", "no teacher again, bf16"):
+        assert f"| {row} |" in out, row
+    assert "Cache, bf16: writing takes" in out
+    found = json.loads((tmp_path / "found.json").read_text())["step resnet_pico"]
+    assert len(found["seconds"]) == 6
+    assert all(len(each) == 2 and min(each) > 0 for each in found["seconds"].values())
+    cached = InProcess.made["cached"]
+    assert cached.training.teacher.network is None and not cached.training.teacher.missing()
+
+
+class InProcess:
+    """A contestant in this process."""
+
+    made: dict[str, Ours] = {}
+
+    def __init__(self, make, *arguments, **named) -> None:
+        self.own = self.made[arguments[-1]] = make(*arguments, **named)
+
+    def __call__(self, steps: int) -> float:
+        return self.own(steps)
+
+    def attribute(self, name: str):
+        return getattr(self.own, name)
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", compare.SETS["objectives"])
+def test_every_row_of_the_objectives_runs(name: str, run_inside) -> None:
+    flags = [*compare.STUDENT.split(), *compare.SETS["objectives"][name].split()]
+    at = flags.index("--teacher-path")
+    del flags[at : at + 2]
+    result = run_inside(*flags, "--epochs", "1", "--batch-size", "300", "--output_dir", "")
+    assert result.returncode == 0, result.stderr
+    assert "* Acc@1" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_the_teacher_once_and_reads_what_is_complete(
+    monkeypatch, tmp_path, capsys
+) -> None:
+    rows = {name: compare.SETS["views"][name] for name in ("live", "1 views")}
+    monkeypatch.setitem(compare.SETS, "views", rows)
+    page = tmp_path / "page.md"
+    argv = f"compare.py --rows views --seeds 0 --runs {tmp_path} --write {page} --jobs 1 -- \
+        --epochs 1 --batch-size 300 --warmup-epochs 0"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    assert compare.main() == 0
+    assert "teacher seed 0: done" in capsys.readouterr().err
+    assert compare.main() == 0 and "done" not in capsys.readouterr().err
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if " ± " in line]
+    live, cached = rows
+    assert live[1:4] == cached[1:4], "in its only epoch the live run uses the view of the cache"
+
+
+def test_a_sweep_reports_how_many_runs_are_identical() -> None:
+    rows = [[1, "0 workers", "writing", "", "identical"], [2, "2 workers", "evaluation", "", ".x"]]
+    page = kill_sweep.report(rows)
+    assert "1 of 2 killed runs are identical" in page and page.endswith("| .x |\n")
