@@ -230,9 +230,9 @@ def test_fine_tuning_takes_the_head_by_name(case) -> None:
         assert outputs == rows
         assert ("no class four" in note) == (not rows)
         new = timm.create_model(MODEL, num_classes=len(classes))
-        fresh = new.state_dict()[f"{head}.weight"].clone()
+        new_head = torch.zeros_like(new.state_dict()[f"{head}.weight"])  # a new head starts at zero
         models.finetune(new, path, outputs=outputs)
-        wanted = old[f"{head}.weight"][rows] if rows else fresh
+        wanted = old[f"{head}.weight"][rows] if rows else new_head
         torch.testing.assert_close(new.state_dict()[f"{head}.weight"], wanted)
     assert outputs_to_keep(path, MODEL, ["two", "zero", "one"]) == (None, "")
     nameless = str(folder / "nameless.pth")
