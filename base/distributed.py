@@ -253,13 +253,13 @@ def shutdown() -> None:
 
 
 def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """Return a part of `store` that only the processes of this start know.
+    """Return a part of `store` that only the processes of this start use.
 
-    torchrun lends its processes one store for all restarts, in which the addresses of those that
-    died are still to be found; who takes an old one waits for the dead. No variable tells the
-    starts apart: on several nodes each counts its own restarts. So everyone greets with a word
-    that is new, the first process answers each greeting with the name of this start, and goes on
-    when all have come to that name.
+    torchrun keeps one store through all restarts, with the addresses of processes that have died;
+    a process that reads an old address waits for it. No environment variable numbers the starts:
+    on several nodes each counts its own restarts. So each process writes a random token to the
+    store, the first process replies to each token with the name of this start, and all use the
+    part of that name.
     """
     name = uuid.uuid4().hex
     if rank > 0:
@@ -271,10 +271,10 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
     end = time.monotonic() + store.timeout.total_seconds()
     while missing := [other for other in missing if not store.check([f"{name}/{other}"])]:
         for other in missing:
-            if store.check([f"greeting/{other}"]):  # perhaps that of a dead one: harmless
+            if store.check([f"greeting/{other}"]):  # a dead process's is harmless
                 store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
         if time.monotonic() > end:
-            raise PeerLost(f"{len(missing)} have not come, number {missing[0]} among them")
+            raise PeerLost(f"{len(missing)} did not start, process {missing[0]} among them")
         time.sleep(0.02)
     return dist.PrefixStore(name, store)
 
