@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, Dataset
 from base.distributed import Processes, leave_signals_to_parent
 from base.errors import UserError
 from base.text import printable
-from data.byte_batches import ByteLoader, DeferNormalize
-from data.device_augment import Recorded
 from data.image_dataset import (
     ImageDataset,
     Stream,
@@ -64,6 +62,8 @@ def build_dataset(
     hflip = 0.5 if source.mirrors else 0.0
     transform = build_transform(is_train, args, inputs, hflip=hflip)
     if is_train and args.augment_on == "device":
+        from data.device_augment import Recorded  # few runs use it
+
         transform = Recorded(transform)
     if isinstance(source, Shards):
         num_classes = count_classes(source.classes, args.nb_classes, source.what)
@@ -186,6 +186,7 @@ def build_loaders(
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         rank=processes.rank,
         device=processes.device,
+        augments_on_device=args.augment_on == "device",
     )
     train = sampler = None
     if not args.eval:
@@ -257,6 +258,7 @@ def _build_loader(
     pin_memory: bool,
     rank: int,
     device: torch.device,
+    augments_on_device: bool,
 ) -> DataLoader:
     dataset: Dataset = data
     if isinstance(data, Stream):
@@ -265,9 +267,11 @@ def _build_loader(
         dataset = SeededViews(data, seed)
         workers = min(workers, -(-len(sampler) // batch_size))  # type: ignore[arg-type]
     kind: Callable[..., DataLoader] = DataLoader if is_train else EvalLoader
-    if isinstance(data.transform, Recorded):
-        kind = partial(DeviceLoader, recorded=data.transform)
+    if is_train and augments_on_device:
+        kind = partial(DeviceLoader, augment=data.transform.carry_out)
     elif is_train and device.type == "cuda":
+        from data.byte_batches import ByteLoader, DeferNormalize  # only a GPU needs it
+
         data.transform = DeferNormalize(data.transform)
         kind = partial(ByteLoader, deferred=data.transform, device=device)
     return kind(

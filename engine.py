@@ -51,9 +51,9 @@ def train_one_epoch(
     steps = len(data_loader)  # type: ignore[arg-type]
     updater = Updater(model, optimizer, config, state.bad, epoch=epoch, micro_steps=steps)
     finder = _bad_batch_finder(model, criterion, teacher, config, state, hooks)
-    progress = _progress(steps, config.header or f"Epoch: [{epoch}]", config, state.micro)
+    progress = _progress(steps, config.header or f"Epoch: [{epoch}]", config, state.micro_step)
     batches = DeviceBatches(progress(data_loader), device)
-    for micro_step, (images, labels) in enumerate(batches, start=state.micro):
+    for micro_step, (images, labels) in enumerate(batches, start=state.micro_step):
         key = BatchKey(epoch, micro_step)
         images, labels, outputs_T = mix_and_query(images, labels, key, teacher, config)
         with updater.micro_step(micro_step):

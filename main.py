@@ -18,7 +18,7 @@ import engine
 import models
 import options
 from base.distributed import print_once
-from checks import board, dry_run, evaluation
+from checks import evaluation
 from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
@@ -33,6 +33,8 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
     """Do what `args` asks for. notes: warnings about flags; about: lines about the recipe."""
     runtime = setup.build_runtime(args)
     if args.dry_run:
+        from checks import dry_run  # a run that trains never needs it
+
         plan = dry_run.build_plan(args, runtime.processes, runtime.inputs, runtime.amp_dtype)
         print_once(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return
@@ -69,7 +71,10 @@ def train(
     """Train and evaluate for the epochs that are left. teacher_stats: its accuracy, if known."""
     checkpointer, started = training.checkpointer, time.time()
     log, first = setup.build_log(args, training), checkpointer.epoch
-    board.log_first_batch(log, training, loaders, runtime, teacher_stats)
+    if log.has_board:
+        from checks import board  # only TensorBoard needs it
+
+        board.log_first_batch(log, training, loaders, runtime, teacher_stats)
     stats: dict[str, float] = {}
     for epoch in checkpointer.epochs(args.epochs):
         train_stats = train_epoch(args, training, loaders, runtime, log, epoch)
@@ -80,7 +85,8 @@ def train(
         parameters = training.student.num_parameters()
         images_seen = training.images_seen(epoch + 1)
         log.epoch(epoch, train_stats, stats, ema_stats, parameters, images_seen)
-        board.log_attention(log, training, loaders, runtime, teacher_stats)
+        if log.has_board:
+            board.log_attention(log, training, loaders, runtime, teacher_stats)
         checkpointer.end_epoch(stats["acc1"])  # after the log: a resumed run drops later lines
         evaluation.print_accuracy(stats)
         print_once(None, f"Max accuracy: {checkpointer.best:.2f}%")
@@ -107,7 +113,7 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train for one epoch, or for the rest of a resumed one; return its averages."""
     config = replace(training.config, header=f"Epoch: [{epoch + 1}/{args.epochs}]")
-    loaders.set_epoch(config.within_cycle(BatchKey(epoch, 0)).epoch, training.state.micro)
+    loaders.set_epoch(config.within_cycle(BatchKey(epoch, 0)).epoch, training.state.micro_step)
     seen = training.images_seen(epoch)
 
     def on_log(update: int, averages: dict[str, float]) -> None:

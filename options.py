@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import matching
 from base import flag_table, structured
 from base.distributed import find_launcher
 from base.errors import UserError, shorten
@@ -113,6 +112,8 @@ def read_distill_config(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
     path = given.get("distill_config")
     if not path:
         return {}, []
+    import matching  # most runs have no such file
+
     config, stated = matching.read_config(path)
     flags = config.flags()
     stated |= {"distillation_alpha"}
@@ -245,7 +246,10 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> None:
     """Raise UserError for flags that cannot go together, before any work is done."""
-    matching.check_objective(args)
+    if any(getattr(args, flag.dest) != flag.default for flag in flag_table.OBJECTIVE):
+        import matching  # most runs have no setting of this group
+
+        matching.check_objective(args)
     distils = args.distillation_type != "none"
     if args.data_set == "DIGITS" and args.data_path:
         raise UserError("--data-set DIGITS is embedded; leave out --data-path")

@@ -16,8 +16,6 @@ def log_first_batch(
     teacher_stats: Mapping[str, float],
 ) -> None:
     """Log the first augmented batch with the teacher's logits, and the teacher's accuracy."""
-    if not log.has_board:
-        return
     loaders.set_epoch(0)
     log.scalars("val_teacher", teacher_stats, 0)
     batch = visualize.train_batch(
@@ -39,8 +37,6 @@ def log_attention(
     teacher_stats: Mapping[str, float],
 ) -> None:
     """Log the student's attention after an epoch, and the teacher's accuracy again."""
-    if not log.has_board:
-        return
     images_seen = training.images_seen(training.checkpointer.epoch + 1)
     log.scalars("val_teacher", teacher_stats, images_seen)
     images, _ = diagnose.sample(loaders.val, 4)

@@ -3,7 +3,7 @@
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import engine
 import models
@@ -11,13 +11,15 @@ from base.distributed import print_once
 from base.errors import UserError
 from checks import diagnose
 from datasets import Loaders
-from distill.cached_teacher import CachedTeacher
 from distill.teacher import LogitsOnly
 from models import Student
 from models.released import Released
 from training import setup
 from training.checkpointer import resolve
 from training.setup import Runtime, Training
+
+if TYPE_CHECKING:
+    from distill.cached_teacher import CachedTeacher
 
 
 def build_file_results(
@@ -103,7 +105,7 @@ def evaluate_epoch(
     )
 
 
-def fill_cache(args: Namespace, loaders: Loaders, cache: CachedTeacher, runtime: Runtime) -> None:
+def fill_cache(args: Namespace, loaders: Loaders, cache: "CachedTeacher", runtime: Runtime) -> None:
     """Write the missing rows of the teacher's cache, or compare all rows with the teacher."""
     config = setup.build_step_config(args, loaders, cache, runtime)
     what = "Write" if args.teacher_cache_mode == "write" else "Verify"

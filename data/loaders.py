@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from data.device_augment import Recorded
-
 
 class EvalLoader(DataLoader):
     """A loader whose images may be left out (None), whole batches included."""
@@ -37,9 +35,9 @@ class PendingImages:
 class DeviceLoader(DataLoader):
     """A loader whose workers crop and draw, and whose images are `PendingImages`."""
 
-    def __init__(self, dataset: Dataset, *, recorded: Recorded, **options: Any):
+    def __init__(self, dataset: Dataset, *, augment: Callable[..., Tensor], **options: Any):
         super().__init__(dataset, **options)
-        self.augment = recorded.carry_out
+        self.augment = augment
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return map(self.finish, super().__iter__())

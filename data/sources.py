@@ -23,7 +23,6 @@ from base.errors import UserError
 from base.text import printable
 from data.folders import list_images, some
 from data.image_source import Files, Pairs, Shards, Source
-from data.packed import open_prepared
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,12 @@ def _read_json(path: str) -> Any:
         raise UserError(f"{path}: not readable as JSON ({error})") from error
 
 
+def _open_prepared(root: str, part: Part) -> Source:
+    from data.packed import open_prepared  # only packed data needs it
+
+    return open_prepared(root, part)
+
+
 DATA_SETS: dict[str, Callable[[str, Part], Source]] = {
     "DIGITS": open_digits,
     "CIFAR10": partial(open_cifar, num_classes=10),
@@ -146,7 +151,7 @@ DATA_SETS: dict[str, Callable[[str, Part], Source]] = {
     "IMNET": open_imagenet,
     "INAT": partial(open_inat, year=2018),
     "INAT19": partial(open_inat, year=2019),
-    "PREPARED": open_prepared,
+    "PREPARED": _open_prepared,
 }
 
 

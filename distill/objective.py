@@ -6,18 +6,21 @@ Shapes: B batch, C classes; suffix _S student, _T teacher.
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 import losses
 from base.errors import UserError
-from distill.match_builder import Ranking, Term, build_terms
 from distill.teacher import AnyTeacher, build_sources
-from matching import IntermediateMatch, read_match
 from models import Student
 from models.features import ADAPTORS, Observed
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, clamp_temperature
+
+# Matching is imported where an objective has a match, a ranking or an adaptor.
+if TYPE_CHECKING:
+    from distill.match_builder import Term
+    from matching import IntermediateMatch
 
 _logger = logging.getLogger(__name__)
 SMALL = 0.01  # a term below this share of the other one hardly changes the student
@@ -67,7 +70,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         criterion: losses.DistillationLoss,
-        extra: Mapping[str, Term],
+        extra: "Mapping[str, Term]",
         *,
         weights: tuple[float, float] | None = None,
         schedules: Sequence[Callable[[float], float] | None] = (None, None),
@@ -162,22 +165,22 @@ def build_objective(
     members = teacher.members if teacher is not None else ()
     shares = teacher.weights if teacher is not None else ()
     criterion = _build_criterion(args, student, shares, mixing=mixing)
-    matches = [read_match(match) for match in args.match]
+    matches = _build_matches(args)
     of_teacher = _teachers_of(matches, build_sources(args)[0], shares)
     if not _build_is_extended(args):
         return criterion
-    ranking = None
-    if args.ranking_kl_weight:
-        similarity = args.ranking_similarity, args.ranking_tau, args.ranking_gather
-        ranking = Ranking(args.ranking_kl_weight, *similarity)
     extra: dict[str, Term] = {}
-    if matches or ranking or args.student_adaptor:
+    if matches or args.ranking_kl_weight or args.student_adaptor:
+        from distill.match_builder import Ranking, build_terms
+
+        similarity = args.ranking_similarity, args.ranking_tau, args.ranking_gather
+        weight = args.ranking_kl_weight
         extra = build_terms(
             student,
             members,
             matches,
             input_size=input_size,
-            ranking=ranking,
+            ranking=Ranking(weight, *similarity) if weight else None,
             of_teacher=of_teacher,
             adaptors=(ADAPTORS.get(args.student_adaptor), ADAPTORS.get(args.teacher_adaptor)),
         )
@@ -192,6 +195,15 @@ def build_objective(
         total_updates=max(1, total_updates),
         probability_shift=args.probability_shift,
     )
+
+
+def _build_matches(args: Namespace) -> "list[IntermediateMatch]":
+    """Return the matches of --match."""
+    if not args.match:
+        return []
+    from matching import read_match
+
+    return [read_match(match) for match in args.match]
 
 
 def _build_criterion(
@@ -225,7 +237,7 @@ def _build_is_extended(args: Namespace) -> bool:
 
 
 def _teachers_of(
-    matches: Sequence[IntermediateMatch], names: Sequence[str], shares: Sequence[float]
+    matches: "Sequence[IntermediateMatch]", names: Sequence[str], shares: Sequence[float]
 ) -> list[int]:
     """Return which teacher each match uses. Raises UserError for a teacher without any use."""
     found = [_index_of_teacher(match, names) for match in matches]
@@ -238,7 +250,7 @@ def _teachers_of(
     return found
 
 
-def _index_of_teacher(match: IntermediateMatch, names: Sequence[str]) -> int:
+def _index_of_teacher(match: "IntermediateMatch", names: Sequence[str]) -> int:
     """Return the index of the teacher that a match names."""
     if list(names).count(match.teacher) > 1:
         raise UserError(

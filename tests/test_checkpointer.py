@@ -404,12 +404,12 @@ def test_what_does_not_reach_the_weights_may_change(tmp_path: Path) -> None:
 
 def test_with_another_batch_the_place_is_that_of_as_many_images(tmp_path: Path) -> None:
     first = checkpointer(tmp_path)
-    first.state.micro = 5  # of 4 images
+    first.state.micro_step = 5  # of 4 images
     first.state.add({"loss": torch.tensor(2.0)})
     first.save()
     again = checkpointer(tmp_path, batch_size=8, grad_accum_steps=2)
     again.resume("auto", anyway=True)
-    assert again.state.micro == 2, "two and a half of 8 images, whole updates of two"
+    assert again.state.micro_step == 2, "two and a half of 8 images, whole updates of two"
     assert again.state.meters["loss"].average() == 2.0
 
 
@@ -608,7 +608,7 @@ def test_of_300_damaged_checkpoints_none_loads_wrong_runs_code_or_ends_in_a_trac
 ) -> None:
     good = checkpointer(tmp_path / "good")
     good.best = 12.5
-    good.state.micro = 2
+    good.state.micro_step = 2
     good.state.add({"loss": torch.tensor(2.0)})
     good.save()
     refused = 0
@@ -855,7 +855,7 @@ def test_an_epoch_taken_up_again_has_the_means_of_the_whole(tmp_path: Path) -> N
                 )
             saved, state = state.state_dict(), EpochState(CPU)
             state.load_state_dict(saved)
-        rest = Rest(loader[state.micro :])
+        rest = Rest(loader[state.micro_step :])
         stats.append(engine.train_one_epoch(model, criterion, rest, optimizer, CPU, 0, state=state))
         weights.append(model.layer.weight)
     assert stats[0] == stats[1] and torch.equal(*weights)

@@ -254,7 +254,7 @@ class Checkpointer:
             _logger.warning("resumed anyway: %s", change)
         self._restore(path, saved)
         self._warn(saved)
-        return f"{path}, epoch {self.epoch}, step {self.state.micro} of {self.steps}"
+        return f"{path}, epoch {self.epoch}, step {self.state.micro_step} of {self.steps}"
 
     def _warn(self, saved: Mapping[str, Any]) -> None:
         """Warn about changes that are allowed and that change what follows."""

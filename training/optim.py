@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from models import Student
-from training.optimizer_step import SkipOnDevice
 
 _logger = logging.getLogger(__name__)
 REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this many images
@@ -142,6 +141,8 @@ def build_optimizer(
         group = {"params": list(projection.parameters()), "weight_decay": args.weight_decay}
         optimizer.add_param_group(group | own)  # a rate of its own is taken as it is
     if device.type == "cuda" and optimizer.defaults.get("foreach"):
+        from training.optimizer_step import SkipOnDevice  # only a GPU needs it
+
         SkipOnDevice(optimizer)
     return optimizer, lr
 

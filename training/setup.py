@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,13 +22,15 @@ from data.samplers import derive_seed
 from data.transforms import InputConfig, build_mixup
 from datasets import Loaders
 from distill import objective
-from distill.cached_teacher import CachedTeacher, build_cached_teacher
 from distill.teacher import AnyTeacher, LogitsOnly, build_identity, build_teacher
 from models import Student
 from training import metrics, optim
 from training.checkpointer import Checkpointer, build_checkpointer
 from training.state import EpochState
 from training.step_config import StepConfig
+
+if TYPE_CHECKING:
+    from distill.cached_teacher import CachedTeacher
 
 _logger = logging.getLogger("main")
 
@@ -123,10 +125,12 @@ def build_student(args: Namespace, loaders: Loaders, runtime: Runtime) -> Studen
     return student
 
 
-def build_cache(args: Namespace, loaders: Loaders, runtime: Runtime) -> CachedTeacher | None:
+def build_cache(args: Namespace, loaders: Loaders, runtime: Runtime) -> "CachedTeacher | None":
     """Return the teacher's cached logits, or None without --teacher-cache."""
     if not args.teacher_cache:
         return None
+    from distill.cached_teacher import build_cached_teacher  # most runs have no cache
+
     return build_cached_teacher(
         args, loaders, runtime.inputs, runtime.processes, runtime.teacher_amp
     )

@@ -23,7 +23,7 @@ class EpochState:
 
     def reset(self) -> None:
         """Go to the beginning of an epoch."""
-        self.micro = 0
+        self.micro_step = 0
         self.meters: dict[str, Meter] = {}
         self.bad.start_epoch()
 
@@ -34,7 +34,7 @@ class EpochState:
 
     def end_update(self, micro_step: int, *, grad_norm: Tensor) -> None:
         """Count an update as done, whose last micro-step is `micro_step`."""
-        self.micro = micro_step + 1
+        self.micro_step = micro_step + 1
         self.add({"grad_norm": grad_norm})
 
     def recent(self) -> dict[str, float]:
@@ -49,7 +49,7 @@ class EpochState:
         """Return plain values with the sums of every process (axis 0); all must call it."""
         sums = [meter.sums for meter in self.meters.values()]
         return {
-            "micro_steps": self.micro,
+            "micro_steps": self.micro_step,
             "meters": list(self.meters),
             "sums": distributed.all_gather(torch.stack(sums)).cpu() if sums else None,
             "bad": self.bad.counts.cpu(),
@@ -60,7 +60,7 @@ class EpochState:
 
         If the number of processes has changed, the first process takes the sums of all.
         """
-        self.micro = state["micro_steps"]
+        self.micro_step = state["micro_steps"]
         self.bad.counts.copy_(state["bad"])
         sums = state["sums"]  # (processes, meters, 2, 2)
         if sums is not None and len(sums) != distributed.world_size():
