@@ -295,7 +295,7 @@ def probe(
     side: (height, width) of the images.
     """
     network = network.to(device).train(trains)
-    models.fast.select_kernels(network, device.type, amp_dtype)
+    models.select_kernels(network, device.type, amp_dtype)
     images = torch.randn(batch, 3, *side, device=device)
     began = 0.0
     for step in range(steps + 1):

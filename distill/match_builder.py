@@ -1,7 +1,7 @@
 """From matches to terms of the loss: taps, projections, and a check of every match.
 
 Shapes: B batch, N tokens, D width, H heads; suffix _S student, _T teacher.
-Both networks return their features beside their logits (`Observed`), so the engine passes them
+Both networks return their features beside their logits (`TappedOutput`), so the engine passes them
 on without knowing about them. Projections are part of the student, which DDP wraps.
 """
 
@@ -22,7 +22,7 @@ from base.errors import UserError
 from distill.teacher import Teacher
 from matching import NO_DECAY, PROJ_MAP, IntermediateMatch, several
 from models import Student
-from models.features import Observed, Tap, taps_on
+from models.features import Tap, TappedOutput, taps_on
 
 _logger = logging.getLogger(__name__)
 SIMILARITIES = {"cos": losses.cos_sim, "dot": losses.dot_score}
@@ -175,7 +175,7 @@ def _student_states(student: Student, images: Tensor, *, in_training: bool) -> M
 
 def _teacher_states(teachers: Sequence[Teacher], images: Tensor) -> dict[Any, Tensor]:
     outputs = [teacher(images) for teacher in teachers]
-    observed = [output for output in outputs if isinstance(output, Observed)]
+    observed = [output for output in outputs if isinstance(output, TappedOutput)]
     return {tap: state for each in observed for tap, state in each.states.items()}
 
 

@@ -14,7 +14,7 @@ import losses
 from base.errors import UserError
 from distill.teacher import AnyTeacher, build_sources
 from models import Student
-from models.features import ADAPTORS, Observed
+from models.features import ADAPTORS, TappedOutput
 from schedules import TEMPERATURE_SCHEDULER, WEIGHT_SCHEDULER, clamp_temperature
 
 # Matching is imported where an objective has a match, a ranking or an adaptor.
@@ -103,7 +103,7 @@ class Objective(nn.Module):
     def forward(
         self, images: Tensor | None, outputs: Any, labels: Tensor, *, teacher_outputs: Any = None
     ) -> Tensor:
-        """Return the loss. outputs, teacher_outputs: logits as there, or `Observed`."""
+        """Return the loss. outputs, teacher_outputs: logits as there, or `TappedOutput`."""
         student, teacher = _observed(outputs), _observed(teacher_outputs)
         logits_T = teacher.logits
         if self.probability_shift:
@@ -143,8 +143,8 @@ class Objective(nn.Module):
         return "\n".join([" + ".join(parts), *table])
 
 
-def _observed(outputs: Any) -> Observed:
-    return outputs if isinstance(outputs, Observed) else Observed(outputs, {})
+def _observed(outputs: Any) -> TappedOutput:
+    return outputs if isinstance(outputs, TappedOutput) else TappedOutput(outputs, {})
 
 
 def build_objective(

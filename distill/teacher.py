@@ -2,7 +2,7 @@
 
 Shapes: B batch, C classes. A teacher maps the student's images to logits. `AnyTeacher` is the
 interface of all of them; `cached_teacher.CachedTeacher` has it too. A teacher whose features are
-matched returns `Observed`: logits and features.
+matched returns `TappedOutput`: logits and features.
 """
 
 import logging
@@ -23,7 +23,7 @@ from base.errors import UserError
 from data.samplers import BatchKey
 from data.transforms import InputConfig
 from distill.teacher_classes import classes_of_teacher, match_outputs, teacher_command
-from models.features import ADAPTORS, AdaptorTaps, Observed
+from models.features import ADAPTORS, AdaptorTaps, TappedOutput
 from schedules import pick
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class AnyTeacher(Protocol):
     def __call__(self, images: Tensor, key: BatchKey | None = None) -> Any:
         """images: (B, 3, height, width), normalised for the student. key: the batch, in training.
 
-        Returns logits (B, C); a list of them with a separate term for each teacher; `Observed`
+        Returns logits (B, C); a list of them with a separate term for each teacher; `TappedOutput`
         with features.
         """
 
@@ -134,14 +134,14 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def observe(self, taps: Any, index: int = 0) -> None:
-        """Return `Observed` from now on, with states by (index, tap). taps: as of `Student`."""
+        """Return `TappedOutput` from now on, with states by (index, tap). taps: as of `Student`."""
         self.taps, self.index = taps, index
 
     @torch.no_grad()
-    def forward(self, images: Tensor, key: BatchKey | None = None) -> Tensor | Observed:
+    def forward(self, images: Tensor, key: BatchKey | None = None) -> Tensor | TappedOutput:
         """images: (B, 3, height, width), normalised for the student. key: None in evaluation.
 
-        Returns logits (B, C), or `Observed`.
+        Returns logits (B, C), or `TappedOutput`.
         """
         device = images.device.type
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -212,16 +212,16 @@ class Teachers(nn.Module):
     @torch.no_grad()
     def forward(
         self, images: Tensor, key: BatchKey | None = None
-    ) -> Tensor | list[Tensor] | Observed:
-        """images, key: as of `Teacher`. Returns logits (B, C), a list of them, or `Observed`."""
+    ) -> Tensor | list[Tensor] | TappedOutput:
+        """images, key: as of `Teacher`. Returns logits (B, C), a list, or `TappedOutput`."""
         outputs = [member(images, key) for member in self.members]
-        observed = [output for output in outputs if isinstance(output, Observed)]
+        observed = [output for output in outputs if isinstance(output, TappedOutput)]
         used = [(w, _logits_of(x)) for w, x in zip(self.weights, outputs) if w > 0]
         logits: Any = [x for _, x in used]
         if not self.separate and len({x.shape for x in logits}) == 1:
             logits = sum(w * x for w, x in used)
         states = {tap: state for each in observed for tap, state in each.states.items()}
-        return Observed(logits, states) if observed else logits
+        return TappedOutput(logits, states) if observed else logits
 
     def describe(self) -> str:
         shares = zip(self.members, self.weights)
@@ -237,7 +237,7 @@ class Teachers(nn.Module):
 
 
 def _logits_of(output: Any) -> Any:
-    return output.logits if isinstance(output, Observed) else output
+    return output.logits if isinstance(output, TappedOutput) else output
 
 
 class LogitsOnly(nn.Module):
@@ -343,7 +343,7 @@ def build_teacher(
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
         lean = ""
-        models.fast.select_kernels(network.eval(), device.type, amp_dtype)
+        models.select_kernels(network.eval(), device.type, amp_dtype)
         if amp_dtype is not None:
             network = network.to(memory_format=torch.channels_last)
             lean = f"{str(amp_dtype).removeprefix('torch.')}, channels last"

@@ -102,7 +102,7 @@ class Reference:
         network = models.create_model(
             case.student, num_classes=CLASSES, img_size=(case.size,) * 2, drop_path_rate=0.1
         )
-        models.fast.set_attention(network, fused=False)
+        models.set_attention(network, fused=False)
         self.network, self.network_T = network.to(case.device).train(), case.network_T()
         self.optimizer = create_optimizer_v2(self.network, opt="adamw", lr=1e-4, weight_decay=0.05)
         self.ema = ModelEma(self.network, decay=0.99996)

@@ -46,7 +46,7 @@ class Tap(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Observed:
+class TappedOutput:
     """A network's output and its tapped features, by key.
 
     mask: (B,N), 1 keeps a token, and losses, scalars of the network's own: only from an adaptor.
@@ -133,7 +133,7 @@ class FeatureTaps:
         for tap in self._taps:
             self._install(network, tap)
 
-    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
+    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> TappedOutput:
         """Run `network` once on images (B, 3, height, width); return its output and features."""
         self._record.active = True
         try:
@@ -145,7 +145,7 @@ class FeatureTaps:
             reason = f"its forward pass does not call the module of {unused[0].feature} layer "
             raise _unreadable(self._name, f"{reason}{unused[0].layer}")
         # Attention is computed here, outside blocks that gradient checkpointing runs again.
-        return Observed(output, {tap: _finished(state, tap) for tap, state in seen.items()})
+        return TappedOutput(output, {tap: _finished(state, tap) for tap, state in seen.items()})
 
     def remove(self) -> None:
         """Take the hooks off the network."""
@@ -319,7 +319,7 @@ class AdaptorTaps:
     ) -> None:
         self.adaptor, self.taps = adaptor, tuple(dict.fromkeys(taps))
 
-    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> Observed:
+    def forward(self, network: Callable[[Tensor], Any], images: Tensor) -> TappedOutput:
         """Run `network` once on images (B, 3, height, width) and read its output."""
         found = self.adaptor(images, network(images))
         known = {"logits", "losses", "inputs_mask", *FEATURES}
@@ -327,7 +327,7 @@ class AdaptorTaps:
             given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
             raise UserError(f"adaptor: returned {given}; for images the keys are {sorted(known)}")
         logits, own = found.get("logits"), found.get("losses", ())
-        return Observed(
+        return TappedOutput(
             logits[0] if isinstance(logits, list) and len(logits) == 1 else logits,
             {tap: self._state(found, tap) for tap in self.taps},
             found.get("inputs_mask"),

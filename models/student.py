@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import UserError
-from models.features import Observed
+from models.features import TappedOutput
 
 
 class Student(nn.Module):
@@ -47,7 +47,7 @@ class Student(nn.Module):
         return "dist" if self.heads == "both" else "cls"
 
     def observe(self, taps: Any, projections: nn.Module) -> None:
-        """From now on, return `Observed` instead of bare logits.
+        """From now on, return `TappedOutput` instead of bare logits.
 
         taps: `FeatureTaps` on the network, or what has its `forward`. projections: from the
         tapped states to those that the loss compares; they train, and no copy of the network has
@@ -55,8 +55,8 @@ class Student(nn.Module):
         """
         self.taps, self.projections = taps, projections
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor] | Observed:
-        """images: (B, 3, height, width). Returns logits (B, C), a pair, (2B, C), or `Observed`."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor] | TappedOutput:
+        """images: (B, 3, height, width). Returns (B, C), a pair, (2B, C), or `TappedOutput`."""
         if self.taps is not None:
             seen = self.look(images)
             return replace(seen, states=self.projections(seen.states))
@@ -64,7 +64,7 @@ class Student(nn.Module):
             return self._logits(images)
         return self._logits(torch.cat([images] * self.submodels))
 
-    def look(self, images: Tensor) -> Observed:
+    def look(self, images: Tensor) -> TappedOutput:
         """Return the network's logits and the tapped states, before projections."""
         return self.taps.forward(self._logits, images)
 
@@ -103,3 +103,23 @@ def both_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     tokens = network.forward_features(images)  # type: ignore[operator]
     cls, dist = network.head_drop(tokens[:, 0]), network.head_drop(tokens[:, 1])
     return network.head(cls), network.head_dist(dist)
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """Keep only the inputs of the blocks, and recompute the rest in the backward pass.
+
+    Raises UserError for a network without this option, or with BatchNorm, whose statistics would
+    count a batch twice.
+    """
+    name = type(network).__name__
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise UserError(
+            f"--grad-checkpointing: {name} has BatchNorm, whose statistics would count every "
+            "batch twice; leave the flag out"
+        )
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"--grad-checkpointing: {name} does not support it; leave the flag out"
+        ) from error

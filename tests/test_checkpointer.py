@@ -27,7 +27,7 @@ from base import distributed, files, safe_load
 from base.errors import EXIT_STOPPED, Stopped, UserError
 from experiments.kill_sweep import children, compare_runs, differences, finish, kill, start
 from losses import DistillationLoss
-from models.features import Observed, Tap
+from models.features import Tap, TappedOutput
 from training.checkpointer import Checkpointer, is_auto
 from training.optim import compatible
 from training.state import EpochState
@@ -774,7 +774,7 @@ def test_a_run_of_bad_losses_leaves_a_file_that_reproduces_the_batch(tmp_path: P
 
 
 def test_the_file_of_a_bad_batch_is_read_again_also_with_what_a_teacher_saw(tmp_path: Path) -> None:
-    seen = Observed(torch.ones(2, 3), {(0, Tap("hidden", 1)): torch.full((2, 5, 4), torch.inf)})
+    seen = TappedOutput(torch.ones(2, 3), {(0, Tap("hidden", 1)): torch.full((2, 5, 4), torch.inf)})
     path = checkpointer(tmp_path).save_bad_batch({"teacher_outputs": seen, "epoch": 1})
     saved = safe_load.read_weights_file(path)["teacher_outputs"]
     assert torch.equal(saved["logits"], seen.logits)

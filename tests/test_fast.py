@@ -31,7 +31,7 @@ def test_both_kinds_of_attention_give_the_same_logits_and_gradients() -> None:
     images, found = torch.randn(3, 3, 32, 32), []
     for fused in (False, True):
         network = vit().train()
-        fast.set_attention(network, fused=fused)
+        models.set_attention(network, fused=fused)
         assert [block.attn.fused_attn for block in network.blocks] == [fused] * 4
         sum(logits.square().sum() for logits in network(images)).backward()
         found.append((network(images)[0], network.blocks[0].attn.qkv.weight.grad))
@@ -39,9 +39,9 @@ def test_both_kinds_of_attention_give_the_same_logits_and_gradients() -> None:
 
 
 def test_attention_is_plain_on_a_cpu_in_half_precision_and_fused_elsewhere() -> None:
-    assert not fast.prefers_fused_attention("cpu", torch.bfloat16)
-    assert fast.prefers_fused_attention("cpu", None)
-    assert fast.prefers_fused_attention("cuda", torch.bfloat16)
+    assert not models.prefers_fused_attention("cpu", torch.bfloat16)
+    assert models.prefers_fused_attention("cpu", None)
+    assert models.prefers_fused_attention("cuda", torch.bfloat16)
 
 
 def big_linear(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
@@ -94,7 +94,7 @@ def test_a_cpu_gets_its_products_in_float32_alone(dtype, monkeypatch: pytest.Mon
     monkeypatch.setattr(fast, "prefers_onednn", lambda: True)
     for device in (CPU, "cuda"):
         layer = nn.Linear(128, 128)
-        fast.select_kernels(layer, device, dtype)
+        models.select_kernels(layer, device, dtype)
         theirs = device == CPU and dtype is None
         assert type(layer) is (fast.OneDnnLinear if theirs else nn.Linear)
 
@@ -132,7 +132,7 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_bit_for_bit() -> N
     for checkpointed in (False, True):
         network, calls = vit(drop_path=0.5).train(), []
         if checkpointed:
-            fast.checkpoint_blocks(network)
+            models.checkpoint_blocks(network)
         network.blocks[1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
         seen = FeatureTaps(network, [Tap("hidden", 2)]).forward(network, images)
@@ -146,9 +146,9 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_bit_for_bit() -> N
 
 
 @pytest.mark.parametrize(
-    ("network", "words"), [("resnet_pico", "BatchNorm"), ("linear", "Linear cannot")]
+    ("network", "words"), [("resnet_pico", "BatchNorm"), ("linear", "Linear does not support")]
 )
 def test_a_network_that_cannot_be_checkpointed_is_one_line(network: str, words: str) -> None:
     made = nn.Linear(2, 2) if network == "linear" else models.create_model(network)
     with pytest.raises(UserError, match=words):
-        fast.checkpoint_blocks(made)
+        models.checkpoint_blocks(made)

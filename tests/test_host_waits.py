@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.features import Observed
+from models.features import TappedOutput
 from tests.test_objective import IMAGES, LABELS, MATCH_ALL, build, config, matches, several
 
 SOFT = ["--distillation-type", "soft"]
@@ -65,8 +65,8 @@ def on_cuda(value):
     """Return fake CUDA tensors with the shapes and types of those in `value`."""
     if torch.is_tensor(value):
         return torch.empty(value.shape, dtype=value.dtype, device="cuda")
-    if isinstance(value, Observed):
-        return Observed(on_cuda(value.logits), on_cuda(value.states))
+    if isinstance(value, TappedOutput):
+        return TappedOutput(on_cuda(value.logits), on_cuda(value.states))
     if isinstance(value, dict):
         return {key: on_cuda(each) for key, each in value.items()}
     return type(value)(on_cuda(each) for each in value)

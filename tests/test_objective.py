@@ -20,7 +20,7 @@ from distill import match_builder, objective
 from distill.teacher import InputAdapter, Teacher, Teachers
 from engine import train_one_epoch
 from matching import ADAPTORS, PROJ_MAP
-from models.features import AdaptorTaps, Observed, Tap
+from models.features import AdaptorTaps, Tap, TappedOutput
 from training import optim
 from training.step_config import StepConfig
 
@@ -523,7 +523,7 @@ def test_a_term_lost_beside_the_other_is_warned_of(distillation: float, warns: b
 def test_observed_outputs_pass_through_untouched_projections() -> None:
     student, *_ = build(*matches("feature=pooled,loss=vkd,proj=orthogonal"))
     observed = student(IMAGES)
-    assert isinstance(observed, Observed) and list(observed.states) == ["pooled_vkd_0_0"]
+    assert isinstance(observed, TappedOutput) and list(observed.states) == ["pooled_vkd_0_0"]
     assert "orthogonal" in PROJ_MAP and observed.states["pooled_vkd_0_0"][0].shape == (4, 18)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import has_distillation_head
-from models.features import FeatureTaps, Observed, Tap, layout_of
+from models.features import FeatureTaps, Tap, TappedOutput, layout_of
 from training.metrics import accuracy
 
 BINS = 15  # of confidence, all of one width (Guo et al. 2017)
@@ -140,7 +140,7 @@ def collect(
     for images, label, *_ in batches:
         room = len(label) if limit is None else min(len(label), limit - seen)
         images, label = images[:room].to(device), label[:room]
-        seen_inside = taps.forward(network, images) if taps else Observed(network(images), {})
+        seen_inside = taps.forward(network, images) if taps else TappedOutput(network(images), {})
         output, hidden = seen_inside.logits, seen_inside.states
         answers = {STUDENT: output, **said}
         if teacher is not None:

@@ -98,7 +98,7 @@ def build_terms(
     inputs = models.build_input_config(args)
     start = {"pretrained": False, "finetune": ""}  # the weights are in the file
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
-    models.fast.select_kernels(student.network, device.type, amp_dtype)
+    models.select_kernels(student.network, device.type, amp_dtype)
     names = saved.get("classes")  # a file of an older version has none
     teacher = build_teacher(args, classes, inputs, device, teacher_amp, classes=names)
     criterion = objective.build_objective(

@@ -94,8 +94,6 @@ def build_runtime(args: Namespace) -> Runtime:
     )
     metrics.set_up_logging(processes.rank)
     device = processes.device
-    if device.type == "cpu":
-        models.fast.keep_memory()
     use_fast_kernels(device, args.cudnn_benchmark)
     amp_dtype = pick_amp(args.amp, device)
     teacher_amp = pick_amp(args.amp if args.teacher_amp == "auto" else args.teacher_amp, device)
@@ -118,7 +116,7 @@ def build_student(args: Namespace, loaders: Loaders, runtime: Runtime) -> Studen
     student = models.build_student(
         args, loaders.num_classes, runtime.inputs, classes=loaders.classes
     ).to(runtime.device)
-    models.fast.select_kernels(student.network, runtime.device.type, runtime.amp_dtype)
+    models.select_kernels(student.network, runtime.device.type, runtime.amp_dtype)
     print_once("data", loaders.describe())
     inputs = runtime.inputs.describe()
     print_once("student", f"{args.model}, {student.describe()}; input {inputs}")
