@@ -300,63 +300,48 @@ def read_config(path: str) -> tuple[DistillationConfig, set[str]]:
 
 
 def check_objective(args: Namespace) -> None:
-    """Raise UserError for an objective that cannot be, before any work is done."""
-    matches = [read_match(match) for match in args.match]
-    scheduled = args.temperature_scheduler != "none"
+    """Raise UserError for settings of the objective that contradict each other."""
+    for match in args.match:
+        read_match(match)
     for name in (args.kd_loss_weight_scheduler, args.hard_label_weight_scheduler):
         if name != "none":
             pick(WEIGHT_SCHEDULER, name, "weight schedule")
-    if scheduled:
+    if args.temperature_scheduler != "none":
         TEMPERATURE_SCHEDULER[args.temperature_scheduler]
     if args.kd_loss_type:
         pick(losses.KD_LOSS_MAP, args.kd_loss_type, "kd loss")
     for name in filter(None, (args.student_adaptor, args.teacher_adaptor)):
         pick(ADAPTORS, name, "adaptor")
-    soft, teaches = args.distillation_type == "soft", args.distillation_type != "none"
-    mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
-    for wrong, message in (
-        (
-            args.kd_loss_type and not soft and not args.distill_config,
-            f"--kd-loss-type {args.kd_loss_type} belongs to --distillation-type soft",
-        ),
-        (
-            args.logit_standardization and not soft,
-            "--logit-standardization belongs to --distillation-type soft",
-        ),
-        (
-            scheduled and not args.kd_loss_type,
+    if message := _contradiction(args):
+        raise UserError(message)
+
+
+def _contradiction(args: Namespace) -> str:
+    """Return the first contradiction of an objective's settings, or ""."""
+    scheduled, kd_loss = args.temperature_scheduler != "none", args.kd_loss_type
+    soft = args.distillation_type == "soft"
+    if kd_loss and not soft and not args.distill_config:
+        return f"--kd-loss-type {kd_loss} belongs to --distillation-type soft"
+    if args.logit_standardization and not soft:
+        return "--logit-standardization belongs to --distillation-type soft"
+    if scheduled and not kd_loss:
+        return (
             "--temperature-scheduler needs --kd-loss-type ce or mse: DeiT's loss has one "
-            "temperature",
-        ),
-        (
-            scheduled and args.kd_loss_type == "dist",
-            "--kd-loss-type dist takes one temperature: leave out --temperature-scheduler",
-        ),
-        (
-            args.probability_shift and mixes,
-            "probability_shift needs one true class an image: set --mixup 0 --cutmix 0",
-        ),
-        (
-            args.probability_shift and not teaches,
-            "probability_shift needs a teacher's logits: set --distillation-type soft",
-        ),
-        (
-            args.ranking_kl_weight and args.batch_size < 3,
-            f"--batch-size {args.batch_size}: ranking "
-            "needs 3 images a batch, so that each has two others to choose from",
-        ),
-        (
-            args.cosub
-            and (
-                matches
-                or args.ranking_kl_weight
-                or args.distill_config
-                or args.student_adaptor
-                or args.hard_label_weight is not None
-                or args.hard_label_weight_scheduler != "none"
-            ),
-            "--cosub has no teacher to match, and no weights",
-        ),
-    ):
-        if wrong:
-            raise UserError(message)
+            "temperature"
+        )
+    if scheduled and kd_loss == "dist":
+        return "--kd-loss-type dist takes one temperature: leave out --temperature-scheduler"
+    if args.probability_shift and is_mixing(args.mixup, args.cutmix, args.cutmix_minmax):
+        return "probability_shift needs one true class an image: set --mixup 0 --cutmix 0"
+    if args.probability_shift and args.distillation_type == "none":
+        return "probability_shift needs a teacher's logits: set --distillation-type soft"
+    if args.ranking_kl_weight and args.batch_size < 3:
+        return (
+            f"--batch-size {args.batch_size}: ranking needs 3 images a batch, so that each has two "
+            "others to choose from"
+        )
+    weighted = args.hard_label_weight is not None or args.hard_label_weight_scheduler != "none"
+    matched = args.match or args.ranking_kl_weight or args.distill_config or args.student_adaptor
+    if args.cosub and (matched or weighted):
+        return "--cosub has no teacher to match, and no weights"
+    return ""

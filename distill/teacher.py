@@ -24,6 +24,7 @@ from data.samplers import BatchKey
 from data.transforms import InputConfig
 from distill.teacher_classes import classes_of_teacher, match_outputs, teacher_command
 from models.features import ADAPTORS, AdaptorTaps, TappedOutput
+from models.loading import TEACHER_ADVICE
 from schedules import pick
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class AnyTeacher(Protocol):
         """Return the network as a map from images to logits, or None if there is none."""
 
     def describe(self) -> str:
-        """Return a line that says what the teacher is."""
+        """Return a description of the teacher in one line."""
 
 
 class InputAdapter(nn.Module):
@@ -147,12 +148,12 @@ class Teacher(nn.Module):
         with torch.autocast(device, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             if self.taps is None:
                 return (self._logits if key is None else self._in_training)(images).float()
-            seen = self.taps.forward(self.network, self._adapted(images))
-        logits = seen.logits.float() if isinstance(seen.logits, Tensor) else seen.logits
+            output = self.taps.forward(self.network, self._adapted(images))
+        logits = output.logits.float() if isinstance(output.logits, Tensor) else output.logits
         if self.index is None:
             return logits
-        states = {(self.index, tap): state for tap, state in seen.states.items()}
-        return replace(seen, logits=logits, states=states)
+        states = {(self.index, tap): state for tap, state in output.states.items()}
+        return replace(output, logits=logits, states=states)
 
     def _adapted(self, images: Tensor) -> Tensor:
         images = self.adapter(images)
@@ -186,8 +187,7 @@ class Teacher(nn.Module):
 
 
 def _compiled(function: Callable, backend: str) -> Callable:
-    """Return `function` compiled for one batch size. The weights are frozen, so inductor may fold
-    and pack them."""
+    """Return `function` compiled for one batch size, with inductor's freezing of weights."""
     freezing = {"options": {"freezing": True}} if backend == "inductor" else {}
     return torch.compile(function, backend=backend, dynamic=False, **freezing)
 
@@ -317,6 +317,47 @@ def build_teacher(
     classifies = args.distillation_type != "none"
     if not (classifies or args.match or args.ranking_kl_weight):
         return None
+    names, paths, weights, sides = _listed_teachers(args)
+    adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
+    is_tapped = args.match or args.ranking_kl_weight or adaptor is not None
+    backend = "" if is_tapped else args.torchcompile  # taps are not compiled
+    members = []
+    for name, path, weight, side in zip(names, paths, weights, sides):
+        has_head = classifies and weight > 0
+        own, teacher_inputs = models.data_config(name), input_of(name, path, side)
+        size = teacher_inputs.input_size
+        img_size = None if size == tuple(own["input_size"][1:]) else size
+        network = _network(name, path, num_classes, has_head, img_size=img_size, classes=classes)
+        takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
+        models.select_kernels(network.eval(), device.type, amp_dtype)
+        lean = ""
+        if amp_dtype is not None:
+            network = network.to(memory_format=torch.channels_last)
+            lean = f"{str(amp_dtype).removeprefix('torch.')}, channels last"
+        members.append(
+            Teacher(
+                network,
+                InputAdapter(student_inputs, teacher_inputs, any_size=takes_any),
+                name=f"{name} from {path or _weights_source(name)}",
+                amp_dtype=amp_dtype,
+                adaptor=adaptor,
+                lean=lean,
+                backend=backend,
+                classifies=has_head,
+            )
+        )
+    if len(members) == 1:
+        return members[0].to(device)
+    return Teachers(members, weights, separate=args.teacher_logits == "apart").to(device)
+
+
+def _listed_teachers(
+    args: Namespace,
+) -> tuple[list[str], list[str], list[float], list[int | None]]:
+    """Return names, files, weights and input sizes of the teachers.
+
+    Raises UserError unless each list has one entry per teacher.
+    """
     names, paths = build_sources(args)
     weights = args.teacher_weight or [1.0] * len(names)
     sides = args.teacher_input_size or [None] * len(names)
@@ -330,43 +371,15 @@ def build_teacher(
             f"{weights}; give one of each for every teacher, a weight above 0, or 0 to one that "
             "is only matched"
         )
-    adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
-    is_tapped = args.match or args.ranking_kl_weight or adaptor is not None
-    members = []
-    for name, path, weight, side in zip(names, paths, weights, sides):
-        own, teacher_inputs = models.data_config(name), input_of(name, path, side)
-        size = teacher_inputs.input_size
-        img_size = None if size == tuple(own["input_size"][1:]) else size
-        network = _network(
-            name, path, num_classes, classifies and weight > 0, img_size=img_size, classes=classes
-        )
-        takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
-        adapter = InputAdapter(student_inputs, teacher_inputs, any_size=takes_any)
-        lean = ""
-        models.select_kernels(network.eval(), device.type, amp_dtype)
-        if amp_dtype is not None:
-            network = network.to(memory_format=torch.channels_last)
-            lean = f"{str(amp_dtype).removeprefix('torch.')}, channels last"
-        members.append(
-            Teacher(
-                network,
-                adapter,
-                name=f"{name} from {path or _whose(name)}",
-                amp_dtype=amp_dtype,
-                adaptor=adaptor,
-                lean=lean,
-                backend="" if is_tapped else args.torchcompile,  # taps are not compiled
-                classifies=classifies and weight > 0,
-            )
-        )
-    if len(members) == 1:
-        return members[0].to(device)
-    return Teachers(members, weights, separate=args.teacher_logits == "apart").to(device)
+    return names, paths, weights, sides
 
 
 def input_of(name: str, path: str, side: int | None = None) -> InputConfig:
-    """Return the input that a teacher was trained on: of the run of this repository that wrote its
-    file, else of its model name. side: --teacher-input-size, instead of that size."""
+    """Return the input that a teacher was trained on.
+
+    A file that a run of this repository wrote states it; else it is that of the model name.
+    side: --teacher-input-size, which replaces the size.
+    """
     own, trained = models.data_config(name), _trained_with(name, path)
     size = (side,) if side else tuple(trained.get("input_size") or own["input_size"][1:])
     return InputConfig(
@@ -425,11 +438,11 @@ def _network(
     network = models.create_model(name, num_classes=count, pretrained=not path, img_size=img_size)
     if path:
         try:
-            models.load_weights(network, path, without_head=not classifies)
+            models.load_weights(network, path, without_head=not classifies, advice=TEACHER_ADVICE)
         except UserError as error:
             raise UserError(
-                f"teacher {name}: {error}; for weights of another input size give its "
-                f"--teacher-input-size. To train a teacher on your classes: {teacher_command(name)}"
+                f"teacher {name}: {error}. To train a teacher on your classes: "
+                f"{teacher_command(name)}"
             ) from error
         outputs = match_outputs(name, known, num_classes, classes)
     if outputs.chosen is not None:
@@ -439,7 +452,7 @@ def _network(
     return network
 
 
-def _whose(name: str) -> str:
+def _weights_source(name: str) -> str:
     """Return in words where the weights of a teacher without a file come from."""
     if plugin := models.plugins.source_of(name):
         return Path(plugin).name

@@ -1,7 +1,7 @@
-"""Weights of files in a network: strict loading, and fine-tuning from another head or resolution.
+"""Load weights from files: strictly, or for fine-tuning with another head or resolution.
 
-Shapes: D width, N tokens, C classes. What the names in a file mean is in `file_layouts`, what its
-position embedding means in `positions`.
+Shapes: D width, N tokens, C classes. `file_layouts` reads the names of tensors, `positions` the
+position embedding.
 """
 
 import logging
@@ -48,6 +48,29 @@ MIN_MATCH = 0.5  # fine-tuning from less than this share of the parameters is a 
 REGISTERS = ("reg_token", "register_tokens")
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What to do about weights that do not fit a model, by reason."""
+
+    classes: str = (
+        "set --nb-classes {} if the data has no more classes; else train a new head with "
+        "--finetune, without --eval"
+    )
+    no_head: str = "train a head with --finetune, without --eval"
+    square: str = "set --input-size {}, or train at another size with --finetune"
+    not_square: str = square
+    model: str = "use --model {}"
+
+
+TEACHER_ADVICE = Advice(
+    classes="use a teacher with the student's classes",
+    no_head="give it a head by training it with --finetune",
+    square="set --teacher-input-size {}",
+    not_square="use a checkpoint of this repository that has its --input-size {}",
+    model="use --teacher-model {}",
+)
+
+
 def weight_keys(source: str) -> list[str]:
     """Return under which keys a file holds weights: raw ones, then the average; [""] if bare.
 
@@ -68,7 +91,12 @@ def read_weights(source: str, key: str | None = None) -> Weights:
 
 
 def load_weights(
-    network: nn.Module, source: str, *, key: str | None = None, without_head: bool = False
+    network: nn.Module,
+    source: str,
+    *,
+    key: str | None = None,
+    without_head: bool = False,
+    advice: Advice = Advice(),
 ) -> None:
     """Load any released format into `network`, strictly: every tensor, every shape.
 
@@ -77,12 +105,13 @@ def load_weights(
         the names of DeiT III, CaiT, ResMLP or Hugging Face for a timm model.
     key: what to take from a file with several (`model_ema` is the average); default: `model`.
     without_head: the network has no classifier (0 classes), and the file's is left out.
+    advice: what the error says to do.
     Raises UserError with what the file seems to be, if it is not for this network.
     """
     with safe_load.in_one_line(f"{source}: its weights do not fit the model"):
         content = safe_load.read_weights_file(source)
         weights = find_weights(content, source, key)
-        _load(network, source, weights, _settings_of(content), without_head)
+        _load(network, source, weights, _settings_of(content), without_head, advice)
 
 
 def _settings_of(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -97,13 +126,14 @@ def _load(
     weights: Weights,
     settings: Mapping[str, Any],
     without_head: bool,
+    advice: Advice,
 ) -> None:
     wanted = network.state_dict()
     weights = in_timms_names(weights, network, source)
     if without_head:
         heads = tuple(f"{name}." for name in head_names(network))
         weights = {name: value for name, value in weights.items() if not name.startswith(heads)}
-    _check_attention_heads(network, source, settings)
+    _check_attention_heads(network, source, settings, advice)
     own, file = _position_layouts(network, weights, settings)
     stated = positions.grid_of_settings(settings, weights)
     if own and file and not stated and math.prod(file.grid) == math.prod(own.grid):
@@ -119,7 +149,7 @@ def _load(
     if own and file and file.grid != own.grid and "pos_embed" not in wrong:
         wrong.append("pos_embed")  # as many patches, in another grid
     if set(weights) != set(wanted) or wrong:
-        raise UserError(f"{source}: {_mismatch(weights, wanted, wrong, network, settings)}")
+        raise UserError(f"{source}: {_mismatch(weights, wanted, wrong, network, settings, advice)}")
     safe_load.check_numbers(weights, wanted)
     network.load_state_dict(weights)
 
@@ -135,7 +165,9 @@ def _position_layouts(
     return own, positions.layout_of_file(weights, own, stated)
 
 
-def _check_attention_heads(network: nn.Module, source: str, settings: Mapping[str, Any]) -> None:
+def _check_attention_heads(
+    network: nn.Module, source: str, settings: Mapping[str, Any], advice: Advice
+) -> None:
     """Raise UserError for a file of an architecture with another number of attention heads.
 
     No tensor has this number; it is taken from the model that the file's settings name.
@@ -150,7 +182,7 @@ def _check_attention_heads(network: nn.Module, source: str, settings: Mapping[st
     if counts[0] and counts[1] and counts[0] != counts[1]:
         raise UserError(
             f"{source}: is of {stated}, which has {counts[1]} attention heads; the model has "
-            f"{counts[0]}; use --model {stated}"
+            f"{counts[0]}; {advice.model.format(stated)}"
         )
 
 
@@ -165,28 +197,21 @@ def _mismatch(
     wrong: list[str],
     network: nn.Module,
     settings: Mapping[str, Any],
+    advice: Advice,
 ) -> str:
     """Return why a file does not fit: classifier, resolution, tokens, or the architecture."""
     heads = tuple(f"{name}." for name in head_names(network))
     missing, surplus = sorted(set(wanted) - set(weights)), sorted(set(weights) - set(wanted))
     if not missing and not surplus and wrong and all(name.startswith(heads) for name in wrong):
         found, own = weights[wrong[0]].shape[0], wanted[wrong[0]].shape[0]
-        return (
-            f"holds {found} classes, the model has {own}; set --nb-classes {found}, or train a new "
-            "head with --finetune"
-        )
+        return f"holds {found} classes, the model has {own}; {advice.classes.format(found)}"
     if not missing and not surplus and wrong == ["pos_embed"]:
-        return _other_resolution(network, weights, settings)
-    if (
-        heads
-        and missing
-        and not surplus
-        and not wrong
-        and all(n.startswith(heads) for n in missing)
-    ):
+        return _other_resolution(network, weights, settings, advice)
+    lacks_head = heads and missing and all(name.startswith(heads) for name in missing)
+    if lacks_head and not surplus and not wrong:
         return (
-            f"has no classifier ({some(missing, 2)}), as self-supervised weights have none; train "
-            "a head with --finetune"
+            f"has no classifier ({some(missing, 2)}), as self-supervised weights have none; "
+            f"{advice.no_head}"
         )
     if not missing and not wrong and all(name.startswith(REGISTERS) for name in surplus):
         count = weights[surplus[0]].shape[1]
@@ -195,7 +220,7 @@ def _mismatch(
     if missing:
         parts.append(f"the file lacks {len(missing)} of {len(wanted)} tensors ({some(missing, 2)})")
     if surplus:
-        parts.append(f"{len(surplus)} of its own fit nowhere ({some(surplus, 2)})")
+        parts.append(f"{len(surplus)} of its tensors are not in the model ({some(surplus, 2)})")
     if wrong:
         name = wrong[0]
         parts.append(
@@ -205,7 +230,9 @@ def _mismatch(
     return "; ".join(parts)
 
 
-def _other_resolution(network: nn.Module, weights: Weights, settings: Mapping[str, Any]) -> str:
+def _other_resolution(
+    network: nn.Module, weights: Weights, settings: Mapping[str, Any], advice: Advice
+) -> str:
     own, file = _position_layouts(network, weights, settings)
     if own is None or file is None:
         return (
@@ -213,11 +240,14 @@ def _other_resolution(network: nn.Module, weights: Weights, settings: Mapping[st
             f"{network.state_dict()['pos_embed'].shape[1]}"
         )
     patch = weights["patch_embed.proj.weight"].shape[-2:]
-    size = [side * pixels for side, pixels in zip(file.grid, patch)]
-    flag = " ".join(map(str, dict.fromkeys(size) if size[0] == size[1] else size))
+    height, width = (side * pixels for side, pixels in zip(file.grid, patch))
+    if height == width:
+        todo = advice.square.format(height)
+    else:
+        todo = advice.not_square.format(f"{height} {width}")
     return (
         f"its position embedding has {file.describe()}, the model's {own.describe()}: another "
-        f"resolution; set --input-size {flag}, or use --finetune to resample it"
+        f"resolution; {todo}"
     )
 
 
@@ -253,7 +283,7 @@ def select_outputs(network: nn.Module, outputs: Sequence[int]) -> None:
 
 
 def zero_heads(network: nn.Module, names: list[str]) -> None:
-    """Let new classifiers start at zero: the first loss is then the logarithm of the classes."""
+    """Set new classifiers to zero, so that the first loss is log(C)."""
     with torch.no_grad():
         for name in names:
             for parameter in network.get_submodule(name).parameters():
@@ -288,7 +318,7 @@ class FinetuneReport:
 def finetune(
     network: nn.Module, source: str, *, outputs: Sequence[int] | None = None
 ) -> FinetuneReport:
-    """Start `network` from a file with another head, resolution or number of prefix tokens.
+    """Initialise `network` from a file with another head, resolution or number of prefix tokens.
 
     The position embedding is resampled (bicubic) to the network's patch grid, square or not; the
     class and distillation entries are kept. A tensor whose name or shape fits nowhere is dropped. A
@@ -341,7 +371,7 @@ def _finetune(
             f"--finetune {source}: only {100 * share:.0f}% of the parameters fit; it looks like "
             f"{seems_to_be(weights)}, the model is {seems_to_be(wanted)}"
         )
-    _check_attention_heads(network, source, settings)
+    _check_attention_heads(network, source, settings, Advice())
     network.load_state_dict(taken, strict=False)
     new_heads = [name for name in head_names(network) if f"{name}.weight" not in taken]
     zero_heads(network, new_heads)

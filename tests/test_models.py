@@ -208,13 +208,13 @@ def test_deit_3_names_load_into_timms_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        (DISTILLED, {"num_classes": 7}, ["10 classes", "has 7"]),
+        (DISTILLED, {"num_classes": 7}, ["10 classes", "has 7", "set --nb-classes 10 ", "--eval"]),
         (
             DISTILLED,
             {"img_size": (48, 48)},
             ["8x8 patches", "12x12 patches", "set --input-size 32,"],
         ),
-        (PLAIN, {}, ["looks like deit_pico_distilled_patch4_32", "fit nowhere", "dist_token"]),
+        (PLAIN, {}, ["looks like deit_pico_distilled_patch4_32", "are not in the model", "dist_token"]),
         ("deit_tiny_distilled_patch16_224", {}, ["width 64", "width 192"]),
         ("resnet_pico", {}, ["looks like deit_pico_distilled", "a CNN"]),
     ],

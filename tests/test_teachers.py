@@ -1,5 +1,6 @@
 """The teacher: frozen, fed what it was trained on, refused when it cannot teach."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import options
 from base import safe_load
 from base.errors import UserError
 from data.transforms import InputConfig
-from distill.teacher import InputAdapter, Teacher, _whose, build_identity, build_teacher
+from distill.teacher import InputAdapter, Teacher, _weights_source, build_identity, build_teacher
+from models.class_names import classes_of_file
 
 SHIPPED = Path(__file__).resolve().parents[1] / "models/weights/resnet_pico_digits.safetensors"
 HALF = InputConfig((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -160,6 +162,8 @@ def test_the_shipped_teacher_loads_and_teaches() -> None:
     teacher = build(10, "--teacher-model", "resnet_pico", "--teacher-path", str(SHIPPED))
     assert teacher(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert "resnet_pico" in teacher.describe()
+    known = classes_of_file(str(SHIPPED), "resnet_pico")
+    assert known is not None and known.names == tuple("0123456789")
     assert SHIPPED.stat().st_size < 400_000
 
 
@@ -237,8 +241,8 @@ def test_a_teacher_comes_from_a_timm_folder(tmp_path: Path) -> None:
 
 
 def test_deits_own_teacher_is_not_said_to_be_timms() -> None:
-    assert _whose("regnety_160") == "regnety_160-a5fe301d.pth of DeiT's"
-    assert _whose("resnet50") == "timm"
+    assert _weights_source("regnety_160") == "regnety_160-a5fe301d.pth of DeiT's"
+    assert _weights_source("resnet50") == "timm"
 
 
 OWN_NETWORK = """
@@ -316,15 +320,31 @@ def test_a_teacher_of_another_size_is_read_with_teacher_input_size(tmp_path: Pat
     flags += ["--teacher-model", "deit_pico_patch4_32"]
     inputs = InputConfig((32, 32), (0.5,) * 3, (0.5,) * 3)
     cpu = torch.device("cpu")
-    with pytest.raises(UserError, match="--teacher-input-size"):
+    with pytest.raises(UserError) as caught:
         build_teacher(options.parse_args(flags).args, 10, inputs, cpu)
-    args = options.parse_args([*flags, "--teacher-input-size", "48"]).args
+    advice = re.findall(r"set (--teacher-input-size) (\d+)", str(caught.value))
+    assert " --input-size" not in str(caught.value)
+    args = options.parse_args([*flags, *advice[0]]).args
     teacher = build_teacher(args, 10, inputs, cpu)
     assert teacher.adapter.size == (48, 48)
     assert teacher(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     args = options.parse_args([*flags, "--teacher-input-size", "48", "32"]).args
     with pytest.raises(UserError, match="one value for each of 1 teachers"):
         build_teacher(args, 10, inputs, cpu)
+
+
+def test_a_teacher_file_without_classifier_gets_one_by_the_printed_advice(tmp_path: Path) -> None:
+    weights = models.create_model("deit_pico_patch4_32", num_classes=0).state_dict()
+    path = tmp_path / "teacher.pth"
+    torch.save(weights, path)
+    flags = ["--teacher-model", "deit_pico_patch4_32", "--teacher-path", str(path)]
+    with pytest.raises(UserError, match="training it with --finetune") as caught:
+        build(10, *flags)
+    command = str(caught.value).partition("main.py ")[2].replace("...", "x").split()
+    args = options.parse_args([*command, "--finetune", str(path)]).args
+    student = models.build_student(args, 10, HALF)
+    torch.save({"model": student.network.state_dict()}, path)
+    assert build(10, *flags)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_the_printed_teacher_command_parses_and_starts_from_published_weights() -> None:
