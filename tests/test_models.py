@@ -214,7 +214,11 @@ def test_deit_3_names_load_into_timms_model(tmp_path: Path) -> None:
             {"img_size": (48, 48)},
             ["8x8 patches", "12x12 patches", "set --input-size 32,"],
         ),
-        (PLAIN, {}, ["looks like deit_pico_distilled_patch4_32", "are not in the model", "dist_token"]),
+        (
+            PLAIN,
+            {},
+            ["looks like deit_pico_distilled_patch4_32", "are not in the model", "dist_token"],
+        ),
         ("deit_tiny_distilled_patch16_224", {}, ["width 64", "width 192"]),
         ("resnet_pico", {}, ["looks like deit_pico_distilled", "a CNN"]),
     ],
