@@ -312,36 +312,36 @@ def check_objective(args: Namespace) -> None:
         pick(losses.KD_LOSS_MAP, args.kd_loss_type, "kd loss")
     for name in filter(None, (args.student_adaptor, args.teacher_adaptor)):
         pick(ADAPTORS, name, "adaptor")
-    if message := _contradiction(args):
-        raise UserError(message)
+    check_contradictions(args)
 
 
-def _contradiction(args: Namespace) -> str:
-    """Return the first contradiction of an objective's settings, or ""."""
+def check_contradictions(args: Namespace) -> None:
+    """Raise UserError for two settings of the objective that exclude each other."""
     scheduled, kd_loss = args.temperature_scheduler != "none", args.kd_loss_type
     soft = args.distillation_type == "soft"
     if kd_loss and not soft and not args.distill_config:
-        return f"--kd-loss-type {kd_loss} belongs to --distillation-type soft"
+        raise UserError(f"--kd-loss-type {kd_loss} belongs to --distillation-type soft")
     if args.logit_standardization and not soft:
-        return "--logit-standardization belongs to --distillation-type soft"
+        raise UserError("--logit-standardization belongs to --distillation-type soft")
     if scheduled and not kd_loss:
-        return (
+        raise UserError(
             "--temperature-scheduler needs --kd-loss-type ce or mse: DeiT's loss has one "
             "temperature"
         )
     if scheduled and kd_loss == "dist":
-        return "--kd-loss-type dist takes one temperature: leave out --temperature-scheduler"
+        raise UserError(
+            "--kd-loss-type dist takes one temperature: leave out --temperature-scheduler"
+        )
     if args.probability_shift and is_mixing(args.mixup, args.cutmix, args.cutmix_minmax):
-        return "probability_shift needs one true class an image: set --mixup 0 --cutmix 0"
+        raise UserError("probability_shift needs one true class an image: set --mixup 0 --cutmix 0")
     if args.probability_shift and args.distillation_type == "none":
-        return "probability_shift needs a teacher's logits: set --distillation-type soft"
+        raise UserError("probability_shift needs a teacher's logits: set --distillation-type soft")
     if args.ranking_kl_weight and args.batch_size < 3:
-        return (
+        raise UserError(
             f"--batch-size {args.batch_size}: ranking needs 3 images a batch, so that each has two "
             "others to choose from"
         )
     weighted = args.hard_label_weight is not None or args.hard_label_weight_scheduler != "none"
     matched = args.match or args.ranking_kl_weight or args.distill_config or args.student_adaptor
     if args.cosub and (matched or weighted):
-        return "--cosub has no teacher to match, and no weights"
-    return ""
+        raise UserError("--cosub has no teacher to match, and no weights")

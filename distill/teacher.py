@@ -317,7 +317,7 @@ def build_teacher(
     classifies = args.distillation_type != "none"
     if not (classifies or args.match or args.ranking_kl_weight):
         return None
-    names, paths, weights, sides = _listed_teachers(args)
+    names, paths, weights, sides = _build_teacher_lists(args)
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     is_tapped = args.match or args.ranking_kl_weight or adaptor is not None
     backend = "" if is_tapped else args.torchcompile  # taps are not compiled
@@ -351,7 +351,7 @@ def build_teacher(
     return Teachers(members, weights, separate=args.teacher_logits == "apart").to(device)
 
 
-def _listed_teachers(
+def _build_teacher_lists(
     args: Namespace,
 ) -> tuple[list[str], list[str], list[float], list[int | None]]:
     """Return names, files, weights and input sizes of the teachers.
