@@ -95,8 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         flags = read_recipe(QUICK_START)
         del flags["distillation_type"]
         args = _parse(argv, defaults=flags | defaults)
-    elif args.data_set is None:
-        args.data_set = "IMNET"
+    if args.data_set is None:
+        args.data_set = "IMNET" if args.data_path else "DIGITS"
     check_ranges(args)
     check_combinations(args, explicit)
     return Options(

@@ -255,6 +255,16 @@ class Prepared(Source):
         self._rows = self._map("table", facts["pictures"], ROW)
         if hashlib.sha256(self._rows).hexdigest() != self._digest:
             raise UserError(f"{self.folder / split}.table: damaged (checksum); {AGAIN}")
+        self._check_labels(len(manifest["classes"] or []))
+
+    def _check_labels(self, count: int) -> None:
+        """Raise UserError for a label beyond the `count` class names. 0: there are no names."""
+        last = max(self.used_classes(), default=0)
+        if count and last >= count:
+            raise UserError(
+                f"{self.folder / MANIFEST}: names {count} classes, and an image of {self.split} "
+                f"has label {last}; {AGAIN}"
+            )
 
     def _map(self, ending: str, count: int, kind: np.dtype) -> np.ndarray:
         path = self.folder / f"{self.split}.{ending}"

@@ -59,7 +59,7 @@ def write_seeds(folder: Path) -> None:
                 image = Image.fromarray((row * 15.9).astype("uint8")).convert("RGB")
                 ending = "jpg" if number % 2 else "png"
                 image.resize((32, 32)).save(folder / "images" / split / name / f"{number}.{ending}")
-    flags = [*TRAIN, "--data-path", "images"]
+    flags = [*TRAIN, "--data-path", str(folder / "images")]
     teacher = [*DISTIL, "run/checkpoint.pth", "--teacher-cache", "cache"]
     for request in (
         Input([*flags, "--output_dir", "run"]),
@@ -81,6 +81,7 @@ def start(request: Input, folder: Path, as_program: bool) -> int:
         os.chdir(folder)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, errors="replace"))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.environ.update(request.environ)
         if as_program:

@@ -22,13 +22,17 @@ SMALL = {"model": MODEL, "epochs": 1, "warmup-epochs": 0, "batch-size": 4, "aa":
 SMALL |= {"repeated-aug": False, "model-ema": False, "num-workers": 0, "teacher-check": False}
 CONFIG = {"temperature": 4, "kd_loss_type": "ce", "hard_label_weight": 1, "kd_loss_weight": 0.5}
 MATCH = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
-CONFIG |= {"intermediate_matches": [MATCH | {"proj": ["linear", 64, 64]}], "is_caching_logits": 0}
+CONFIG |= {
+    "intermediate_matches": [MATCH | {"proj": ["linear", 64, 64]}],
+    "is_caching_logits": False,
+}
 CANARY = "canary"
 COMMAND = f"touch {CANARY}"
 WORDS = ["", "0", "-1", "2", "0.5", "1e999", "nan", "-inf", "9" * 400, "true", "null", "[1, 2]"]
 WORDS += ["{a: 1}", "é", "\x1b[31m", "\u202e", "\udcff", "x" * 5000, "../..", "/", "/dev/zero"]
 WORDS += ["/dev/null", "%s%n", "{0}", "&a [*a]", "auto", "none", "all", "linear", "a=b", "a,b"]
 WORDS += [f"$({COMMAND})", f"`{COMMAND}`", f"!!python/object/apply:os.system ['{COMMAND}']"]
+NUMBERS = ("0", "1", "2", "3", "7", "0.5", "0.9", "1e-9", "1e9", "1000000", "-1")
 VALUES = [None, True, 0, -1, 3, 0.5, 1e308, 2**63, float("nan"), float("-inf"), [], {}, [1, "a"]]
 VALUES += [{"a": {"b": [1]}}, [[[[]]]], *WORDS]
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -185,10 +189,11 @@ def checkpoint(rng: random.Random, seeds: Path, folder: Path) -> Input:
     match rng.randrange(7):
         case 0:
             return Input(
-                ["run", "--checkpoint", path, "--out", "a.html"], program="tools/report.py"
+                ["run", "--checkpoint", "checkpoint.pth", "--out", "a.html"],
+                program="tools/report.py",
             )
         case 1:
-            return Input([path, "export"], program="tools/export.py")
+            return Input([path, "export", "--formats", "safetensors"], program="tools/export.py")
         case 2:
             words = ["--epochs", "2", "--resume", "auto", "--output_dir", "run"]
         case 3:
@@ -262,9 +267,10 @@ def flag(rng: random.Random, seeds: Path, folder: Path) -> Input:
     argv += rng.choice(([], ["--dry-run"], [*DISTIL, str(seeds / "run/checkpoint.pth")]))
     known = [flag for flag in flag_table.FLAGS if flag.dest not in LONG]
     for flag in rng.sample(known, rng.randint(1, 3)):
-        numbers = rng.choice(([], ["1"], ["0.5", "0.5", "0.5"], ["2", "3"]))
-        words = [rng.choice([*WORDS, *flag.choices, str(flag.default)])]
-        argv += [flag.name] if flag.kind is bool else [flag.name, *(numbers or words)]
+        words = [rng.choice((*WORDS, *flag.choices * 8, str(flag.default)))]
+        if flag.kind in (int, float) and rng.random() < 0.7:
+            words = [rng.choice(NUMBERS) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+        argv += [flag.name] if flag.kind is bool else [flag.name, *words]
     if rng.random() < 0.1:
         argv.insert(rng.randrange(len(argv)), rng.choice(WORDS))
     return Input(argv)

@@ -400,6 +400,15 @@ def test_every_checksum_is_of_its_images_bytes(made: Path) -> None:
         assert zlib.crc32(data[start : start + int(row["size"])]) == row["crc"]
 
 
+def test_labels_beyond_the_class_names_are_refused(made: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(made, tmp_path / "copy")
+    manifest = json.loads((target / packed.MANIFEST).read_text())
+    manifest["classes"] = manifest["classes"][:1]
+    (target / packed.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="names 1 classes, and an image of train has label 1; "):
+        load(target)
+
+
 def test_a_manifest_that_lacks_a_word_is_refused(tmp_path: Path) -> None:
     (tmp_path / packed.MANIFEST).write_text(json.dumps({"format": 1, "splits": {}, "flips": True}))
     with pytest.raises(UserError, match="lacks `kind:`; "):

@@ -248,6 +248,13 @@ def test_a_recipe_of_ones_own_is_a_file(tmp_path, monkeypatch: pytest.MonkeyPatc
     assert (args.input_size, args.teacher_path) == ([40], "here.pth")  # not the repository's
 
 
+def test_a_recipe_without_a_data_set_reads_folders_or_the_digits(tmp_path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("flags: {model: resnet18}")
+    for words, data_set in ((["--data-path", "x"], "IMNET"), ([], "DIGITS")):
+        assert options.parse_args(["--recipe", str(path), *words]).args.data_set == data_set
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
