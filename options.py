@@ -8,6 +8,7 @@ prefixes (`--batch`) work. What is new takes timm's name where timm's train.py h
 import argparse
 import difflib
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from base import flag_table, structured
 from base.distributed import find_launcher
 from base.errors import UserError, shorten
-from base.flags import idle_notes
+from base.flags import COMMON, idle_notes
 from models import plugins
 from training import recipe
 from training.checkpointer import is_auto
@@ -173,10 +174,32 @@ def _parse(
     return parser.parse_args(argv)
 
 
+EXAMPLES = """examples:
+  torchrun main.py --distillation-type hard        # the embedded digits
+  torchrun --nproc_per_node=8 main.py --data-path DIR --output-dir RUN
+  python main.py --eval --resume RUN/best_checkpoint.pth --data-path DIR
+"""
+
+
+class ShortHelp(argparse.Action):
+    """--help: the common flags and three examples, on one screen."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        common = [flag for flag in flag_table.FLAGS if COMMON in flag.facts]
+        print("usage: main.py [flags]   common flags (all with defaults: --help-all)\n")
+        for flag in common:
+            line = f"  {flag.name:<20}  {flag.text}"
+            print(textwrap.fill(line, 79, subsequent_indent=" " * 24, replace_whitespace=False))
+        print(f"\n{EXAMPLES}", end="")
+        parser.exit()
+
+
 def argparse_with_help() -> argparse.ArgumentParser:
-    return Parser(
-        "main.py", parents=[get_args_parser()], description="Train, distil and evaluate ViTs."
-    )
+    about = "Train, distil and evaluate ViTs."
+    parser = Parser("main.py", parents=[get_args_parser()], description=about, add_help=False)
+    parser.add_argument("-h", "--help", action=ShortHelp, nargs=0, help="common flags")
+    parser.add_argument("--help-all", action="help", help="all flags, by group")
+    return parser
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

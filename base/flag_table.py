@@ -14,15 +14,16 @@ from base.distributed import find_launcher
 from base.flags import (
     COMMON,
     COMPARED,
+    FROM_0,
+    FROM_1,
     MAY_CHANGE,
     MIXING,
+    POSITIVE,
     SHARE,
     TRANSFORM,
     Flag,
     Idle,
     Range,
-    above,
-    at_least,
 )
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR", "IMNET", "INAT", "INAT19", "PREPARED")
@@ -30,6 +31,10 @@ INAT_CATEGORIES = tuple(
     ["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"]
 )
 AMP = ("auto", "off", "bf16", "fp16")
+TYPES = ("none", "soft", "hard")
+CACHE_MODES = ("auto", "write", "read", "verify")
+REDUCTIONS = ("numel", "batchmean")
+CROPS = ("random", "bilinear", "bicubic")
 
 
 # --- when a flag has no effect ----------------------------------------------------------------
@@ -55,11 +60,13 @@ def _uses_randaugment(s: Namespace) -> bool:
     return s.aa not in ("", "none", None)
 
 
-def _always(s: Namespace) -> bool:
-    return True
+def no_effect(name: str, kind: Any, default: Any, why: str) -> Flag:
+    """Return a flag of DeiT that is accepted and has no effect."""
+    return Flag(name, kind, default, Idle(lambda s: True, why), MAY_CHANGE).help(
+        f"no effect: {why}"
+    )
 
 
-LAUNCHER_DECIDES = Idle(_always, "the launcher decides")
 NOT_SAVED = Idle(lambda s: not s.output_dir, "nothing is saved without --output_dir")
 NO_TEACHER = Idle(lambda s: not _has_teacher(s), "--distillation-type is none")
 NO_DISTILLATION = Idle(lambda s: not _distils(s), "--distillation-type is none")
@@ -71,33 +78,20 @@ NO_AVERAGE = Idle(lambda s: not s.model_ema, "there is no average")
 NOT_COMPILED = Idle(lambda s: s.eval, "evaluation is not compiled")
 NO_RESUME = Idle(lambda s: not s.resume, "it belongs to --resume")
 RESUMES = Idle(lambda s: s.resume, "the checkpoint has its epoch")
-ALWAYS_SHARDED = Idle(_always, "evaluation is always sharded and exact")
 ONE_PROCESS = Idle(lambda s: find_launcher(os.environ)[3] == 1, "there is one process")
 WEIGHTS_RESUMED = Idle(lambda s: s.resume, "--resume brings its own weights")
 NO_BACKWARD = Idle(lambda s: s.eval, "evaluation keeps nothing for a backward pass")
 ONE_TEACHER = Idle(lambda s: not _has_several_teachers(s), "there is one teacher")
-NO_TEACHER_LOGITS = Idle(
-    lambda s: not _has_several_teachers(s) or not _distils(s), "no logits of several teachers"
-)
+ONE_TERM = Idle(lambda s: not (_has_several_teachers(s) and _distils(s)), "one teacher's logits")
 NO_TEMPERATURE = Idle(lambda s: s.distillation_type != "soft", "only soft has a temperature")
-NO_REDUCTION = Idle(
-    lambda s: s.distillation_type != "soft" or bool(s.kd_loss_type), "only soft is reduced so"
-)
-NO_TEMPERATURE_SCHEDULE = Idle(
-    lambda s: s.temperature_scheduler == "none", "no temperature is scheduled"
-)
-NO_COOLDOWN = Idle(_always, "the schedule ends with --epochs")
+NO_REDUCTION = Idle(lambda s: s.distillation_type != "soft" or s.kd_loss_type, "only soft has it")
+NO_SCHEDULE = Idle(lambda s: s.temperature_scheduler == "none", "no temperature is scheduled")
 NO_PLATEAU = Idle(lambda s: s.sched != "plateau", "it belongs to --sched plateau")
-REPLACED_BY_AA = Idle(
-    lambda s: _uses_randaugment(s) and not s.ThreeAugment, "timm leaves it out while --aa is set"
-)
+AA = Idle(lambda s: _uses_randaugment(s) and not s.ThreeAugment, "timm omits it if --aa is set")
 THREE_AUGMENT = Idle(lambda s: s.ThreeAugment, "--ThreeAugment replaces it")
 ONLY_EVALUATES = Idle(lambda s: s.eval, "nothing trains")
 HARD_TARGETS = Idle(lambda s: s.cosub and not _mixes(s), "--cosub uses hard targets")
-THREE_AUGMENT_BICUBIC = Idle(lambda s: s.ThreeAugment, "--ThreeAugment is bicubic")
 NO_THREE_AUGMENT = Idle(lambda s: s.src and not s.ThreeAugment, "it belongs to --ThreeAugment")
-THREE_AUGMENT_NO_ERASING = Idle(lambda s: s.ThreeAugment, "--ThreeAugment has no erasing")
-NEVER_USED = Idle(_always, "DeiT never used it either")
 ONE_MIXING = Idle(lambda s: not (s.mixup > 0 and s.cutmix > 0), "only one kind of mixing")
 COSUB_IS_BCE = Idle(lambda s: s.cosub, "--cosub always is binary cross entropy")
 NOT_DIGITS = Idle(lambda s: s.data_set != "DIGITS", "only for the embedded digits")
@@ -125,126 +119,90 @@ def schedule(text: str) -> str | list[Any]:
 # --- the table --------------------------------------------------------------------------------
 
 RUN = (
-    Flag("--recipe", str, "", COMMON, metavar="NAME").help(
-        "a published run (recipes/) or a YAML file; other flags replace its values"
-    ),
-    Flag("--dry-run", bool, False, MAY_CHANGE, COMMON).help(
-        "print settings, sizes, memory and time of the run, and exit"
-    ),
-    Flag("--check", bool, False, MAY_CHANGE, COMMON).help("check student and teacher, and exit"),
-    Flag("--batch-size", int, 64, at_least(1), MIXING, COMPARED, COMMON).help(
+    Flag("--recipe", str, "", COMMON, metavar="NAME").help("published run or YAML file (recipes/)"),
+    Flag("--dry-run", bool, False, MAY_CHANGE, COMMON).help("print settings, sizes and time; exit"),
+    Flag("--check", bool, False, MAY_CHANGE, COMMON).help("check the run and exit"),
+    Flag("--batch-size", int, 64, FROM_1, MIXING, COMPARED, COMMON).help(
         "images per process and micro-step"
     ),
-    Flag("--epochs", int, 300, at_least(0), MAY_CHANGE, COMPARED, COMMON).help("epochs to train"),
-    Flag("--grad-accum-steps", int, 1, at_least(1), COMPARED).help(
-        "micro-steps per optimizer update"
-    ),
-    Flag("--amp", str, "auto", COMMON, choices=AMP).help(
-        "automatic mixed precision; auto: bf16 (else fp16) on a GPU, off on a CPU"
-    ),
+    Flag("--epochs", int, 300, FROM_0, MAY_CHANGE, COMPARED, COMMON).help("epochs to train"),
+    Flag("--grad-accum-steps", int, 1, FROM_1, COMPARED).help("micro-steps per update"),
+    Flag("--amp", str, "auto", COMMON, choices=AMP).help("mixed precision; auto: on a GPU"),
     Flag(
         "--torchcompile", str, "", NOT_COMPILED, nargs="?", const="inductor", metavar="BACKEND"
     ).help("compile student and teacher in training; inductor if no backend"),
     Flag("--cudnn-benchmark", bool, True, MAY_CHANGE).help(
-        "on a GPU: let cuDNN choose the fastest kernels, and use TF32 in float32 products",
-        off="repeat results more closely on a GPU, slower",
+        "on a GPU: fastest kernels, and TF32", off="on a GPU: repeatable, slower"
     ),
     Flag("--device", str, "auto", MAY_CHANGE, COMMON).help("auto, cpu or cuda"),
     Flag("--seed", int, 0, COMPARED, COMMON).help("seed of all random numbers"),
-    Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help(
-        "folder of checkpoints, log.txt and TensorBoard; empty: save nothing"
-    ),
-    Flag("--resume", str, "", MAY_CHANGE, COMMON).help(
-        "checkpoint to resume or to evaluate: file or URL; auto: the newest good one in "
-        "--output_dir; auto:FILE: the same, or FILE if there is none"
-    ),
-    Flag("--resume-anyway", bool, False, NO_RESUME, MAY_CHANGE).help(
-        "resume although settings have changed"
-    ),
-    Flag("--checkpoint-steps", int, 0, at_least(0), NOT_SAVED, MAY_CHANGE).help(
+    Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help("folder of checkpoints and logs"),
+    Flag("--resume", str, "", MAY_CHANGE, COMMON).help("checkpoint: file, URL, auto or auto:FILE"),
+    Flag("--resume-anyway", bool, False, NO_RESUME, MAY_CHANGE).help("ignore changed settings"),
+    Flag("--checkpoint-steps", int, 0, FROM_0, NOT_SAVED, MAY_CHANGE).help(
         "updates between two checkpoints; 0: off"
     ),
-    Flag("--checkpoint-minutes", float, 30.0, at_least(0), NOT_SAVED, MAY_CHANGE).help(
+    Flag("--checkpoint-minutes", float, 30.0, FROM_0, NOT_SAVED, MAY_CHANGE).help(
         "minutes between two checkpoints, besides the one of every epoch; 0: off"
     ),
-    Flag("--keep-checkpoints", int, 2, at_least(1), NOT_SAVED, MAY_CHANGE).help(
+    Flag("--keep-checkpoints", int, 2, FROM_1, NOT_SAVED, MAY_CHANGE).help(
         "number of newest checkpoints to keep; the best is kept too"
     ),
-    Flag("--start-epoch", int, 0, at_least(0), RESUMES, MAY_CHANGE).help(
+    Flag("--start-epoch", int, 0, FROM_0, RESUMES, MAY_CHANGE).help(
         "first epoch; a resumed run continues from its checkpoint"
     ),
     Flag("--eval", bool, False, MAY_CHANGE, COMMON).help("evaluate and exit"),
     Flag(
         "--list-models", str, None, MAY_CHANGE, COMMON, nargs="?", const="*", metavar="PATTERN"
-    ).help("print the released checkpoints whose name matches, and exit; * and ? are wildcards"),
-    Flag("--log-interval", int, 10, at_least(1), MAY_CHANGE).help(
-        "steps between two printed lines"
-    ),
-    Flag("--max-bad-steps", int, 10, at_least(1), MAY_CHANGE).help(
-        "updates in a row with a non-finite loss before the run stops"
-    ),
-    Flag("--dist-eval", bool, False, ALWAYS_SHARDED, MAY_CHANGE).help(
-        "no effect: evaluation is always sharded and exact"
-    ),
-    Flag("--world-size", int, 1, LAUNCHER_DECIDES, MAY_CHANGE).help(
-        "no effect: the launcher sets it"
-    ),
+    ).help("print matching released checkpoints; exit"),
+    Flag("--log-interval", int, 10, FROM_1, MAY_CHANGE).help("steps between two printed lines"),
+    Flag("--max-bad-steps", int, 10, FROM_1, MAY_CHANGE).help("most non-finite updates in a row"),
+    no_effect("--dist-eval", bool, False, "evaluation is always sharded and exact"),
+    no_effect("--world-size", int, 1, "the launcher decides"),
     Flag("--dist-url", str, "env://", MAY_CHANGE).help("address at which the processes connect"),
     Flag(
         "--dist-timeout", float, 30.0, Range(0.01, 1e5), ONE_PROCESS, MAY_CHANGE, metavar="MIN"
     ).help("minutes that the processes wait for one another before the run ends"),
-    Flag("--local-rank", int, None, MAY_CHANGE).help(
-        "no effect: accepted because torch.distributed.launch passes it"
-    ),
-    Flag("--distributed", bool, False, LAUNCHER_DECIDES, MAY_CHANGE).help(
-        "no effect: the launcher sets it"
-    ),
+    Flag("--local-rank", int, None, MAY_CHANGE).help("no effect: a launcher passes it"),
+    no_effect("--distributed", bool, False, "the launcher decides"),
 )
 
 STUDENT = (
     Flag("--model", str, "deit_base_patch16_224", COMPARED, COMMON).help(
-        "student: any model name of timm or of this repository"
+        "student: a model name of timm or of this repository"
     ),
-    Flag("--nb-classes", int, None, at_least(1)).help(
-        "number of classes; default: counted in the data"
-    ),
-    Flag("--input-size", int, None, at_least(1), COMPARED, COMMON, nargs="+", metavar="PX").help(
-        "one side, or height and width; default: the model's own"
+    Flag("--nb-classes", int, None, FROM_1).help("classes; default: counted"),
+    Flag("--input-size", int, None, FROM_1, COMPARED, COMMON, nargs="+", metavar="PX").help(
+        "side, or height and width; default: the model's"
     ),
     Flag("--drop", float, 0.0, SHARE).help("dropout probability"),
     Flag("--drop-path", float, 0.1, SHARE, COMPARED).help("stochastic depth probability"),
     Flag("--pretrained", bool, False, MAY_CHANGE, COMMON).help("start from the published weights"),
     Flag("--finetune", str, "", WEIGHTS_RESUMED, MAY_CHANGE, COMMON).help(
-        "start from the weights of this file or URL; head and grid may differ"
+        "initial weights: file or URL; the head may differ"
     ),
     Flag("--attn-only", bool, False).help("train attention, heads and position embedding only"),
-    Flag("--mean", float, None, nargs=3).help(
-        "mean of the input per channel; default: the model's"
-    ),
-    Flag("--std", float, None, nargs=3).help(
-        "standard deviation of the input per channel; default: the model's"
-    ),
-    Flag("--interpolation", str, None).help(
-        "interpolation of the evaluation resize; default: the model's"
-    ),
+    Flag("--mean", float, None, nargs=3).help("mean per channel; default: the model's"),
+    Flag("--std", float, None, nargs=3).help("deviation per channel; default: the model's"),
+    Flag("--interpolation", str, None).help("of the evaluation resize; default: the model's"),
     Flag("--grad-checkpointing", bool, False, NO_BACKWARD).help(
         "recompute blocks in the backward pass: less memory, a third more work"
     ),
     Flag("--train-mode", bool, True).help(
         "train in training mode",
-        off="disable dropout and stochastic depth in training, as DeiT's fine-tuning did",
+        off="no dropout or stochastic depth in training, as DeiT's fine-tuning",
     ),
 )
 
 DISTILLATION = (
     Flag(
         "--teacher-model", str, "regnety_160", NO_TEACHER, COMPARED, COMMON, repeat="several"
-    ).help("timm name, hf-hub: or local-dir: source; repeat for several"),
+    ).help("timm name, hf-hub: or local-dir:; repeatable"),
     Flag("--teacher-path", str, "", NO_TEACHER, MAY_CHANGE, COMMON, repeat="several").help(
-        "weights of the teacher: file or URL; empty: timm's pretrained"
+        "its weights: file or URL; empty: timm's pretrained"
     ),
-    Flag("--teacher-input-size", int, None, at_least(1), NO_TEACHER, TRANSFORM, nargs="+").help(
-        "side of the images that a teacher gets, one value per teacher; default: its file's own"
+    Flag("--teacher-input-size", int, None, FROM_1, NO_TEACHER, TRANSFORM, nargs="+").help(
+        "sides of the teachers' images; default: their files' own"
     ),
     Flag("--teacher-weight", float, None, ONE_TEACHER, repeat="list").help(
         "share of a teacher among several; 0: it is only matched; default: equal"
@@ -252,47 +210,34 @@ DISTILLATION = (
     Flag("--teacher-amp", str, "auto", NO_TEACHER, choices=AMP).help(
         "precision of the teacher; auto: as --amp; half precision also folds BatchNorm"
     ),
-    Flag("--teacher-logits", str, "mean", NO_TEACHER_LOGITS, choices=("mean", "apart")).help(
+    Flag("--teacher-logits", str, "mean", ONE_TERM, choices=("mean", "apart")).help(
         "of several teachers: one term of the mean, or a term each"
     ),
-    Flag(
-        "--distillation-type", str, "none", COMPARED, COMMON, choices=("none", "soft", "hard")
-    ).help("distillation from a teacher"),
-    Flag("--distillation-alpha", float, 0.5, SHARE, NO_DISTILLATION, COMPARED, COMMON).help(
-        "loss = (1 - alpha) * base + alpha * distillation"
+    Flag("--distillation-type", str, "none", COMPARED, COMMON, choices=TYPES).help(
+        "loss of the teacher's logits"
     ),
-    Flag("--distillation-tau", float, 1.0, above(0), NO_TEMPERATURE, COMPARED, COMMON).help(
+    Flag("--distillation-alpha", float, 0.5, SHARE, NO_DISTILLATION, COMPARED, COMMON).help(
+        "weight: (1 - alpha) * base + alpha * distillation"
+    ),
+    Flag("--distillation-tau", float, 1.0, POSITIVE, NO_TEMPERATURE, COMPARED, COMMON).help(
         "temperature of soft distillation"
     ),
     Flag("--distillation-head", str, "auto", NO_DISTILLATION, choices=("auto", "dist", "cls")).help(
-        "head that is distilled; auto: the distillation head where there is one"
+        "distilled head; auto: the distillation head if there is one"
     ),
-    Flag(
-        "--distillation-reduction",
-        str,
-        "numel",
-        NO_REDUCTION,
-        COMPARED,
-        choices=("numel", "batchmean"),
-    ).help("soft: numel is DeiT's mean over B*C, batchmean Hinton's over B"),
+    Flag("--distillation-reduction", str, "numel", NO_REDUCTION, COMPARED, choices=REDUCTIONS).help(
+        "soft: numel is DeiT's mean over B*C, batchmean Hinton's over B"
+    ),
     Flag("--teacher-check", bool, True, NO_DISTILLATION, MAY_CHANGE).help(
         "print the teacher's accuracy at the start", off="do not print the teacher's accuracy"
     ),
     Flag("--teacher-cache", str, "", MAY_CHANGE, COMMON, metavar="DIR").help(
-        "folder of cached teacher logits, read in later runs"
+        "folder of cached teacher logits"
     ),
-    Flag(
-        "--teacher-cache-mode",
-        str,
-        "auto",
-        NO_CACHE,
-        MAY_CHANGE,
-        choices=("auto", "write", "read", "verify"),
-    ).help(
-        "auto: read what is there, write what is missing; write: fill it and stop; "
-        "read: no teacher is loaded; verify: compare it with the teacher and stop"
+    Flag("--teacher-cache-mode", str, "auto", NO_CACHE, MAY_CHANGE, choices=CACHE_MODES).help(
+        "auto: read and complete; write: fill, stop; read: no teacher; verify: compare, stop"
     ),
-    Flag("--teacher-cache-views", int, 0, at_least(0), NO_CACHE, metavar="V").help(
+    Flag("--teacher-cache-views", int, 0, FROM_0, NO_CACHE, metavar="V").help(
         "epochs after which augmentation and mixing repeat; 0: the cache's own, or --epochs"
     ),
     Flag("--teacher-cache-topk", str, "all", NO_CACHE).help(
@@ -309,44 +254,32 @@ OBJECTIVE = (
     Flag("--plugin", str, [], repeat="list", metavar="FILE.py").help(
         "Python file that adds losses, projections, schedules or adaptors by name; repeatable"
     ),
-    Flag("--student-adaptor", str, "").help(
-        "adaptor for the outputs of a student without known taps"
-    ),
-    Flag("--teacher-adaptor", str, "").help(
-        "adaptor for the outputs of a teacher without known taps"
-    ),
+    Flag("--student-adaptor", str, "").help("adaptor of a student without known taps"),
+    Flag("--teacher-adaptor", str, "").help("adaptor of a teacher without known taps"),
     Flag("--kd-loss-type", str, "").help("soft: ce, mse or dist instead of DeiT's divergence"),
-    Flag("--kd-loss-weight", float, None, at_least(0), NO_DISTILLATION).help(
+    Flag("--kd-loss-weight", float, None, FROM_0, NO_DISTILLATION).help(
         "weight of the distillation term; default: --distillation-alpha"
     ),
-    Flag("--hard-label-weight", float, None, at_least(0)).help(
+    Flag("--hard-label-weight", float, None, FROM_0).help(
         "weight of the labels' term; default: 1 - --distillation-alpha"
     ),
-    Flag("--kd-loss-weight-scheduler", str, "none").help(
-        "linear_decay or linear_growth of the distillation term's weight"
-    ),
-    Flag("--hard-label-weight-scheduler", str, "none").help(
-        "linear_decay or linear_growth of the labels' weight"
-    ),
+    Flag("--kd-loss-weight-scheduler", str, "none").help("linear_decay or linear_growth"),
+    Flag("--hard-label-weight-scheduler", str, "none").help("linear_decay or linear_growth"),
     Flag("--temperature-scheduler", schedule, "none").help(
         "constant, flsw:BETA:GAMMA or cwsm:BETA, with --kd-loss-type"
     ),
-    Flag("--temperature-min", float, 0.1, above(0), NO_TEMPERATURE_SCHEDULE).help(
-        "smallest scheduled temperature"
-    ),
+    Flag("--temperature-min", float, 0.1, POSITIVE, NO_SCHEDULE).help("smallest temperature"),
     Flag("--probability-shift", bool, False).help(
         "swap the teacher's largest logit with the label's", off="do not swap logits"
     ),
     Flag("--logit-standardization", bool, False).help(
         "soft: z-score of the logits of both networks", off="use the logits as they are"
     ),
-    Flag("--ranking-kl-weight", float, 0.0, at_least(0)).help(
-        "weight of the image similarities' term"
-    ),
+    Flag("--ranking-kl-weight", float, 0.0, FROM_0).help("weight of the ranking term"),
     Flag("--ranking-similarity", str, "cos", NO_RANKING, choices=("cos", "dot")).help(
         "similarity of two images"
     ),
-    Flag("--ranking-tau", float, 1.0, above(0), NO_RANKING).help("temperature of the similarities"),
+    Flag("--ranking-tau", float, 1.0, POSITIVE, NO_RANKING).help("temperature of the similarities"),
     Flag("--ranking-gather", bool, False, NO_RANKING).help(
         "compare the images of all processes", off="compare the images of one process"
     ),
@@ -355,50 +288,34 @@ OBJECTIVE = (
 OPTIMIZER = (
     Flag("--opt", str, "adamw", COMPARED).help("timm's name of the optimizer"),
     Flag("--opt-eps", float, 1e-8).help("epsilon of the optimizer"),
-    Flag("--opt-betas", float, None, nargs="+").help(
-        "betas of the optimizer; default: the optimizer's own"
-    ),
+    Flag("--opt-betas", float, None, nargs="+").help("betas; default: the optimizer's own"),
     Flag("--opt-kwargs", key_value, {}, nargs="+", repeat="merge", metavar="KEY=VALUE").help(
         "more options of the optimizer, such as fused=False"
     ),
     Flag("--clip-grad", float, None).help("largest gradient norm; 0 or less: off"),
     Flag("--momentum", float, 0.9, SHARE).help("momentum of SGD and similar optimizers"),
-    Flag("--weight-decay", float, 0.05, at_least(0), COMPARED).help("weight decay"),
+    Flag("--weight-decay", float, 0.05, FROM_0, COMPARED).help("weight decay"),
     Flag("--layer-decay", float, None, SHARE).help("learning rate factor per layer down"),
     Flag("--sched", str, "cosine").help("timm's name of the learning-rate schedule"),
-    Flag("--lr", float, 5e-4, at_least(0), COMPARED, COMMON).help(
-        "learning rate for an effective batch of 512"
-    ),
+    Flag("--lr", float, 5e-4, FROM_0, COMPARED, COMMON).help("learning rate at batch 512"),
     Flag("--unscale-lr", bool, False).help(
         "use --lr as it is, whatever the batch", off="scale --lr by effective batch / 512"
     ),
-    Flag("--lr-noise", float, None, nargs="+").help(
-        "epochs (as fractions) with noise on the learning rate"
-    ),
+    Flag("--lr-noise", float, None, nargs="+").help("epochs (as fractions) with lr noise"),
     Flag("--lr-noise-pct", float, 0.67).help("largest noise, as a share of the learning rate"),
     Flag("--lr-noise-std", float, 1.0).help("standard deviation of the noise"),
     Flag("--warmup-lr", float, 1e-6).help("learning rate at the start; not scaled with the batch"),
     Flag("--min-lr", float, 1e-5).help("learning rate at the end; not scaled with the batch"),
     Flag("--decay-epochs", float, 30).help("epochs between two steps of the step schedule"),
-    Flag("--warmup-epochs", int, 5, at_least(0), COMMON).help("epochs of linear warm-up"),
-    Flag("--cooldown-epochs", int, 10, NO_COOLDOWN).help(
-        "no effect, as in DeiT: the schedule ends with --epochs"
-    ),
-    Flag("--patience-epochs", int, 10, NO_PLATEAU).help(
-        "epochs without gain before the plateau schedule decays"
-    ),
-    Flag("--decay-rate", float, 0.1, aliases=("--dr",)).help(
-        "factor of one decay of the learning rate"
-    ),
+    Flag("--warmup-epochs", int, 5, FROM_0).help("epochs of linear warm-up"),
+    no_effect("--cooldown-epochs", int, 10, "the schedule ends with --epochs"),
+    Flag("--patience-epochs", int, 10, NO_PLATEAU).help("plateau: epochs without gain"),
+    Flag("--decay-rate", float, 0.1, aliases=("--dr",)).help("factor of one decay"),
     Flag("--sched-on-updates", bool, True).help(
         "change the learning rate per update", off="change the learning rate per epoch, as DeiT"
     ),
-    Flag("--model-ema", bool, True).help(
-        "keep a moving average of the weights (EMA)", off="keep no moving average"
-    ),
-    Flag("--model-ema-decay", float, 0.99996, SHARE, NO_AVERAGE).help(
-        "decay of the average per update"
-    ),
+    Flag("--model-ema", bool, True).help("average the weights (EMA)", off="keep no average"),
+    Flag("--model-ema-decay", float, 0.99996, SHARE, NO_AVERAGE).help("decay per update"),
     Flag("--model-ema-force-cpu", bool, False, NO_AVERAGE).help("keep the average on the CPU"),
     Flag("--model-ema-warmup", bool, True, NO_AVERAGE).help(
         "shorter average at the start", off="constant decay, as DeiT"
@@ -406,9 +323,7 @@ OPTIMIZER = (
 )
 
 AUGMENTATION = (
-    Flag("--color-jitter", float, 0.3, at_least(0), REPLACED_BY_AA, TRANSFORM).help(
-        "strength of colour jitter"
-    ),
+    Flag("--color-jitter", float, 0.3, FROM_0, AA, TRANSFORM).help("strength of colour jitter"),
     Flag("--aa", str, "rand-m9-mstd0.5-inc1", THREE_AUGMENT, TRANSFORM, COMPARED).help(
         "AutoAugment policy; '' or none: off"
     ),
@@ -416,79 +331,59 @@ AUGMENTATION = (
         "--augment-on", str, "worker", ONLY_EVALUATES, TRANSFORM, choices=("worker", "device")
     ).help("where images are augmented after crop and flip"),
     Flag("--smoothing", float, 0.1, SHARE, HARD_TARGETS, COMPARED).help("label smoothing"),
-    Flag(
-        "--train-interpolation",
-        str,
-        "bicubic",
-        THREE_AUGMENT_BICUBIC,
-        TRANSFORM,
-        choices=("random", "bilinear", "bicubic"),
-    ).help("interpolation of the training crop"),
+    Flag("--train-interpolation", str, "bicubic", THREE_AUGMENT, TRANSFORM, choices=CROPS).help(
+        "interpolation of the training crop"
+    ),
     Flag("--repeated-aug", bool, True).help(
         "three views of an image in an epoch", off="one view of an image in an epoch"
     ),
-    Flag("--ThreeAugment", bool, False, TRANSFORM).help(
-        "DeiT III's augmentation", off="RandAugment (--aa)"
-    ),
+    Flag("--ThreeAugment", bool, False, TRANSFORM).help("DeiT III's augmentation", off="use --aa"),
     Flag("--src", bool, False, NO_THREE_AUGMENT, TRANSFORM).help(
         "simple random crop, with --ThreeAugment", off="random resized crop"
     ),
-    Flag("--reprob", float, 0.25, SHARE, THREE_AUGMENT_NO_ERASING, TRANSFORM, COMPARED).help(
+    Flag("--reprob", float, 0.25, SHARE, THREE_AUGMENT, TRANSFORM, COMPARED).help(
         "random erasing probability"
     ),
     Flag("--remode", str, "pixel", NO_ERASING, TRANSFORM, choices=("pixel", "rand", "const")).help(
         "fill of erased areas"
     ),
     Flag("--recount", int, 1, NO_ERASING, TRANSFORM).help("erased areas per image"),
-    Flag("--resplit", bool, False, NEVER_USED).help("no effect, as in DeiT"),
-    Flag("--mixup", float, 0.8, at_least(0), MIXING, COMPARED).help("mixup alpha; 0: off"),
-    Flag("--cutmix", float, 1.0, at_least(0), MIXING, COMPARED).help("CutMix alpha; 0: off"),
+    no_effect("--resplit", bool, False, "DeiT never used it either"),
+    Flag("--mixup", float, 0.8, FROM_0, MIXING, COMPARED).help("mixup alpha; 0: off"),
+    Flag("--cutmix", float, 1.0, FROM_0, MIXING, COMPARED).help("CutMix alpha; 0: off"),
     Flag("--cutmix-minmax", float, None, MIXING, nargs="+").help(
         "smallest and largest side of a CutMix box, as shares of the image"
     ),
-    Flag("--mixup-prob", float, 1.0, SHARE, NO_MIXING, MIXING).help(
-        "probability that a batch is mixed"
-    ),
-    Flag("--mixup-switch-prob", float, 0.5, SHARE, ONE_MIXING, MIXING).help(
-        "probability of CutMix where both are on"
-    ),
+    Flag("--mixup-prob", float, 1.0, SHARE, NO_MIXING, MIXING).help("share of mixed batches"),
+    Flag("--mixup-switch-prob", float, 0.5, SHARE, ONE_MIXING, MIXING).help("share of CutMix"),
     Flag("--mixup-mode", str, "batch", NO_MIXING, MIXING, choices=("batch", "pair", "elem")).help(
         "one mixing for a batch, a pair or each image"
     ),
-    Flag("--bce-loss", bool, False, COSUB_IS_BCE).help(
-        "binary cross entropy, as DeiT III", off="cross entropy"
-    ),
+    Flag("--bce-loss", bool, False, COSUB_IS_BCE).help("binary, as DeiT III", off="cross entropy"),
 )
 
 DATA = (
-    Flag("--data-path", str, "", MAY_CHANGE, COMMON).help(
-        "folder of images; empty: the embedded digits"
-    ),
+    Flag("--data-path", str, "", MAY_CHANGE, COMMON).help("image folder; empty: digits"),
     Flag("--data-set", str, None, COMMON).help(
-        f"{', '.join(DATA_SETS)}, or a name of timm's create_dataset (wds/...); "
-        "default: IMNET, or DIGITS without --data-path"
+        f"{', '.join(DATA_SETS)}, or a name of timm; default: IMNET, or DIGITS without --data-path"
     ),
     Flag("--val-split", str, "test", NOT_DIGITS, choices=("test", "dev")).help(
         "of the embedded digits: the split to evaluate; tune on dev"
     ),
-    Flag("--inat-category", str, "name", NOT_INAT, choices=INAT_CATEGORIES).help(
-        "category of INAT's labels"
-    ),
-    Flag("--eval-crop-ratio", float, None, at_least(0), aliases=("--crop-pct",)).help(
+    Flag("--inat-category", str, "name", NOT_INAT, choices=INAT_CATEGORIES).help("labels of INAT"),
+    Flag("--eval-crop-ratio", float, None, FROM_0, aliases=("--crop-pct",)).help(
         "crop of the evaluation; default: the model's own, 0.875 for DeiT's"
     ),
-    Flag("--num-workers", int, None, at_least(0), MAY_CHANGE, COMMON).help(
-        "loader processes per process; default: by the number of cores"
+    Flag("--num-workers", int, None, FROM_0, MAY_CHANGE).help(
+        "workers; default: by the number of cores"
     ),
-    Flag("--loader-timeout", float, 20.0, at_least(0), NO_WORKERS, MAY_CHANGE, metavar="MIN").help(
+    Flag("--loader-timeout", float, 20.0, FROM_0, NO_WORKERS, MAY_CHANGE, metavar="MIN").help(
         "minutes that a worker may take for a batch before the run ends; 0: no limit"
     ),
     Flag("--on-bad-image", str, "fail", TRANSFORM, choices=("fail", "skip")).help(
         "what to do with an unreadable image"
     ),
-    Flag("--pin-mem", bool, True, MAY_CHANGE).help(
-        "page-locked batches for a GPU", off="pageable batches"
-    ),
+    Flag("--pin-mem", bool, True, MAY_CHANGE).help("page-locked batches", off="pageable batches"),
 )
 
 GROUPS: dict[str, tuple[Flag, ...]] = {

@@ -14,7 +14,7 @@ from base.errors import UserError
 
 
 class Range(NamedTuple):
-    """The numbers that a flag accepts. `above`: `low` itself is not one of them."""
+    """The numbers that a flag accepts. above: without `low` itself."""
 
     low: float
     high: float = math.inf
@@ -23,26 +23,16 @@ class Range(NamedTuple):
     def describe(self) -> str:
         if self.above:
             return f"above {self.low}"
-        return (
-            f"at least {self.low}"
-            if self.high == math.inf
-            else f"between {self.low} and " + str(self.high)
-        )
+        if self.high == math.inf:
+            return f"at least {self.low}"
+        return f"between {self.low} and {self.high}"
 
     def contains(self, value: float) -> bool:
         above_low = value > self.low if self.above else value >= self.low
         return above_low and value <= self.high
 
 
-def at_least(low: float) -> Range:
-    return Range(low)
-
-
-def above(low: float) -> Range:
-    return Range(low, above=True)
-
-
-SHARE = Range(0, 1)
+SHARE, FROM_0, FROM_1, POSITIVE = Range(0, 1), Range(0), Range(1), Range(0, above=True)
 
 
 class Idle(NamedTuple):

@@ -25,7 +25,7 @@ from base.flag_table import BY_DEST
 from data.samplers import TrainSampler
 from data.transforms import InputConfig
 from distill import cache_store
-from distill.teacher import build_sources, input_of
+from distill.teacher import build_sides, build_sources, input_of
 from training import optim
 from training.metrics import clock
 from training.trained_classes import build_trained_classes
@@ -123,6 +123,7 @@ def build_plan(
         f"time: {_build_time(args, student, teachers, epoch_size, processes, amp_dtype)}",
         f"recipe: {batch_plan.describe()}",
         *(f"WARNING: {line}" for line in optim.build_warnings(args, batch_plan.lr)),
+        *(f"check: {line}" for line in optim.build_findings(args, batch_plan)),
     ]
 
 
@@ -199,9 +200,16 @@ def _build_planned_teachers(args: Namespace, num_classes: int) -> list[PlannedNe
     if not (classifies or args.match or args.ranking_kl_weight):
         return []
     found = []
-    for name, path in zip(*build_sources(args)):
-        make = partial(models.create_model, name, num_classes=num_classes if classifies else 0)
-        side = input_of(name, path if Path(path).is_file() else "").input_size
+    names, paths = build_sources(args)
+    for name, path, given in zip(names, paths, build_sides(args, len(names))):
+        side = input_of(name, path if Path(path).is_file() else "", given).input_size
+        own = tuple(models.data_config(name)["input_size"][1:])
+        make = partial(
+            models.create_model,
+            name,
+            num_classes=num_classes if classifies else 0,
+            img_size=None if side == own else side,
+        )
         found.append(PlannedNetwork(name, make, side, network_size(make, *side)))
     return found
 

@@ -14,7 +14,7 @@ from datasets import Loaders
 from distill.teacher import LogitsOnly
 from models import Student
 from models.released import Released
-from training import setup
+from training import optim, setup
 from training.checkpointer import resolve
 from training.setup import Runtime, Training
 
@@ -81,6 +81,8 @@ def check_student_and_teacher(
         )
         lines = found.problems
         if args.check:
+            plan = optim.build_batch_plan(args, len(loaders.train), runtime.processes.world_size)
+            lines = optim.build_findings(args, plan) + lines
             lines = found.accuracies + (lines or [diagnose.check_passed(args, teacher)])
         for line in lines:
             print_once("check", line)

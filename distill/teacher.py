@@ -360,11 +360,7 @@ def _build_teacher_lists(
     """
     names, paths = build_sources(args)
     weights = args.teacher_weight or [1.0] * len(names)
-    sides = args.teacher_input_size or [None] * len(names)
-    if len(sides) != len(names):
-        raise UserError(
-            f"--teacher-input-size {sides}: give one value for each of {len(names)} teachers"
-        )
+    sides = build_sides(args, len(names))
     if not len(names) == len(paths) == len(weights) or min(weights) < 0 or not any(weights):
         raise UserError(
             f"{len(names)} --teacher-model, {len(paths)} --teacher-path, --teacher-weight "
@@ -372,6 +368,19 @@ def _build_teacher_lists(
             "is only matched"
         )
     return names, paths, weights, sides
+
+
+def build_sides(args: Namespace, count: int) -> list[int | None]:
+    """Return --teacher-input-size of each of `count` teachers; None for the teacher's own.
+
+    Raises UserError for another number of values.
+    """
+    sides = args.teacher_input_size or [None] * count
+    if len(sides) != count:
+        raise UserError(
+            f"--teacher-input-size {sides}: give one value for each of {count} teachers"
+        )
+    return sides
 
 
 def input_of(name: str, path: str, side: int | None = None) -> InputConfig:

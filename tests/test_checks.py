@@ -1,6 +1,7 @@
 """Before a run: sizes and costs without training, and what --check finds."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from base.errors import UserError
 from checks import dry_run
 from checks.diagnose import teacher_problems
 from checks.dry_run import network_size
+from training import optim
 
 
 def test_sizes_by_hand() -> None:
@@ -303,3 +305,24 @@ def test_check_says_why_it_has_not_checked_the_teacher(run_inside, tmp_path: Pat
     )
     again = run_inside("--check", *flags, "--teacher-path", str(wrong))
     assert "the teacher is not checked, because all its logits are in the cache" in again.stdout
+
+
+def test_a_plan_uses_the_given_input_size_of_the_teacher() -> None:
+    flags = ("--distillation-type", "hard", "--teacher-input-size")
+    assert planned(*flags, "64")["teacher"].endswith("of 64x64")
+    with pytest.raises(UserError, match="give one value for each of 1 teachers"):
+        planned(*flags, "64", "32")
+
+
+def test_a_plan_warns_about_few_updates_at_a_low_learning_rate() -> None:
+    """480 images, 300 epochs and DeiT's learning rate for a batch of 64: 2,100 updates at 6e-5."""
+    args = options.parse_args(["--epochs", "300"]).args
+    low = optim.BatchPlan(epochs=300, updates=7, batch=64, lr=6.25e-5)
+    assert (
+        "2100 updates at a learning rate of 6.25e-05 are too few"
+        in optim.build_findings(args, low)[0]
+    )
+    assert optim.build_findings(args, replace(low, lr=1e-3)) == []
+    assert "--lr" in planned("--epochs", "1", "--lr", "1e-5")["check"]
+    args = options.parse_args(["--epochs", "300", "--finetune", "weights.pth"]).args
+    assert optim.build_findings(args, low) == [], "trained weights may need few updates"

@@ -192,7 +192,7 @@ def test_every_flag_of_the_parser_has_a_row_with_a_help_text() -> None:
 
 def test_a_new_flag_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     unused = flags.Idle(lambda s: s.epochs == 0, "nothing trains")
-    facts = (flags.at_least(2), unused, flags.MAY_CHANGE, flags.COMPARED, flags.TRANSFORM)
+    facts = (flags.Range(2), unused, flags.MAY_CHANGE, flags.COMPARED, flags.TRANSFORM)
     row = flags.Flag("--grain-size", int, 3, *facts).help("size of the grain")
     monkeypatch.setitem(flag_table.GROUPS, "data", (*flag_table.DATA, row))
     monkeypatch.setattr(flag_table, "FLAGS", (*flag_table.FLAGS, row))
@@ -239,3 +239,22 @@ def test_a_suggestion_works_when_followed() -> None:
             parse(wrong)
         name = caught.value.line().rpartition("did you mean ")[2].split(" ")[0].rstrip("?")
         parse(f"{name} {wrong.split()[1]}")
+
+
+def test_the_short_help_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0
+    assert len(lines) <= 40 and max(map(len, lines)) < 80
+    assert 15 <= sum(line.startswith("  --") for line in lines) <= 25
+    assert sum("main.py" in line for line in lines[-3:]) == 3, "three examples"
+
+
+def test_the_long_help_has_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help-all")
+    words = capsys.readouterr().out
+    assert all(flag.name in words for flag in flag_table.FLAGS)
+    assert all(title in words for title in flag_table.GROUPS)
+    assert words.count("default:") == len(flag_table.FLAGS)

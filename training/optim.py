@@ -24,6 +24,7 @@ from base.errors import UserError
 from models import Student
 
 _logger = logging.getLogger(__name__)
+LEAST_TRAVEL = 0.3  # updates times learning rate; the quick start has 0.84
 REFERENCE_BATCH = 512  # DeiT's --lr is meant for an effective batch of this many images
 RENAMED = {"fusedlamb": "lamb", "fusedadam": "adam", "fusedadamw": "adamw"}  # apex's
 IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # same update, other kernels
@@ -76,7 +77,7 @@ def build_batch_plan(args: Namespace, steps: int, world_size: int) -> BatchPlan:
 
 
 def build_warnings(args: Namespace, lr: float) -> list[str]:
-    """Return what speaks against a schedule that begins at the base learning rate `lr`."""
+    """Return warnings about a schedule with the base learning rate `lr`."""
     found = []
     if lr < args.min_lr:
         found.append(
@@ -89,6 +90,21 @@ def build_warnings(args: Namespace, lr: float) -> list[str]:
             "never gets past its warm-up"
         )
     return found
+
+
+def build_findings(args: Namespace, plan: BatchPlan) -> list[str]:
+    """Return a warning for --check and --dry-run if a new network hardly changes in the run.
+
+    Adam moves a weight by about the learning rate in each update.
+    """
+    is_new = not (args.finetune or args.pretrained or args.resume)
+    updates = plan.epochs * plan.updates
+    if not is_new or "adam" not in args.opt.lower() or updates * plan.lr >= LEAST_TRAVEL:
+        return []
+    return [
+        f"{updates} updates at a learning rate of {plan.lr:.3g} are too few for a new network; "
+        "raise --lr or --epochs, or start from trained weights (--finetune, --pretrained)"
+    ]
 
 
 def build_optimizer(
