@@ -113,6 +113,7 @@ VITS = {
     # The quick start's: small images on a CPU.
     "deit_pico_patch4_32": ViT(64, 4, 4, patch=4, pixels=32),
     "deit_pico_distilled_patch4_32": ViT(64, 4, 4, patch=4, pixels=32),
+    "deit_tiny_distilled_patch4_32": ViT(192, 12, 3, patch=4, pixels=32),
     "deit_pico_patch8_32": ViT(64, 4, 4, patch=8, pixels=32),
     "deit_pico_distilled_patch8_32": ViT(64, 4, 4, patch=8, pixels=32),
 }

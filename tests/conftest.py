@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests with the marker `gpu` if there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU; none was found"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real ImageNet and CIFAR-10 images beside the checkout."""

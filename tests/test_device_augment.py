@@ -236,7 +236,7 @@ def test_a_batch_without_anything_to_do_is_only_normalised() -> None:
     assert recorded.carry_out(images, programs, CPU).equal(torch.stack([*map(exact, images)]))
 
 
-@pytest.mark.skipif(len(DEVICES) < 2, reason="no GPU here")
+@pytest.mark.gpu
 def test_the_gpu_makes_what_the_cpu_makes() -> None:
     _, recorded = both("--reprob", "0.5")
     images, programs = samples(recorded, scene(90, 70), range(200))
