@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from base import distributed
 from base.errors import UserError
@@ -159,3 +160,18 @@ def test_a_truncated_last_line_is_dropped_with_a_warning(tmp_path: Path, caplog)
     (tmp_path / "log.txt").write_text('{"epoch": 0}\n[1]\n{"epo')
     assert metrics.read_log(tmp_path / "log.txt") == [{"epoch": 0}]
     assert caplog.text.count("dropped a line that is no epoch") == 2
+
+
+def test_the_settings_of_a_run_name_existing_files_by_absolute_paths(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "one.pth").touch()
+    log = metrics.RunLog(str(tmp_path / "run"))
+    log.config(
+        {"data_path": "data", "teacher_path": ["one.pth", "https://x/y.pth"], "finetune": ""}
+    )
+    log.close()
+    found = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert found["data_path"] == str(tmp_path / "data")
+    assert found["teacher_path"] == [str(tmp_path / "one.pth"), "https://x/y.pth"]
+    assert found["finetune"] == ""

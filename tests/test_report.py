@@ -17,7 +17,7 @@ from tools.fidelity import (
     DIST,
     STUDENT,
     TEACHER,
-    Answers,
+    Outputs,
     agreement,
     calibration,
     class_gaps,
@@ -35,7 +35,7 @@ def logits_of(*rows: list[float]) -> Tensor:
 
 def test_a_student_that_is_its_teacher_agrees_always_and_has_no_divergence() -> None:
     logits, labels = torch.randn(11, 7), torch.arange(11) % 7
-    found = numbers(Answers(labels, {STUDENT: logits, TEACHER: logits}), list("abcdefg"))
+    found = numbers(Outputs(labels, {STUDENT: logits, TEACHER: logits}), list("abcdefg"))
     names = found["agreement"]["names"]
     assert found["agreement"]["matrix"][names.index(STUDENT)][names.index(TEACHER)] == 1
     assert found["kl_nats"][STUDENT] == 0
@@ -84,23 +84,23 @@ def test_both_heads_and_their_mean_are_collected() -> None:
     network = models.create_model("deit_pico_distilled_patch8_32", num_classes=7)
     teacher = models.create_model("resnet_pico", num_classes=7).eval()
     batches = [(torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])) for _ in range(3)]
-    answers = collect(network, teacher, batches, torch.device("cpu"), limit=7, keep=2)
-    heads = (answers.logits[CLS] + answers.logits[DIST]) / 2
-    torch.testing.assert_close(answers.logits[STUDENT], heads)
-    assert len(answers.labels) == 7 and len(answers.token_cosine) == 5
-    assert len(answers.strange) == 2 and answers.strange[0][0] >= answers.strange[1][0]
+    outputs = collect(network, teacher, batches, torch.device("cpu"), limit=7, keep=2)
+    heads = (outputs.logits[CLS] + outputs.logits[DIST]) / 2
+    torch.testing.assert_close(outputs.logits[STUDENT], heads)
+    assert len(outputs.labels) == 7 and len(outputs.token_cosine) == 5
+    assert len(outputs.farthest) == 2 and outputs.farthest[0][0] >= outputs.farthest[1][0]
     images = batches[0][0]
     with torch.no_grad():
         cls, dist = models.both_logits(network.eval(), images)
-    torch.testing.assert_close(answers.logits[DIST][:3], dist)
+    torch.testing.assert_close(outputs.logits[DIST][:3], dist)
     assert not network.head._forward_hooks
 
 
 def test_the_teacher_comes_first_in_every_table() -> None:
-    answers = Answers(
+    outputs = Outputs(
         torch.arange(5), {name: torch.randn(5, 7) for name in (STUDENT, CLS, TEACHER)}
     )
-    found = numbers(answers, list("abcdefg"))
+    found = numbers(outputs, list("abcdefg"))
     assert found["agreement"]["names"] == ["label", TEACHER, STUDENT, CLS]
     assert list(found["accuracy"]) == list(found["calibration"]) == [TEACHER, STUDENT, CLS]
 
@@ -158,8 +158,8 @@ LENDER = report.Run("hard", OWN, {}, {}, [], [], "")
     ],
 )
 def test_whose_teacher_a_run_is_measured_against(changes, lender, given, expected) -> None:
-    flags, whose = report.teacher_of(OWN | changes, lender, *given)
-    assert (flags.get("teacher_model"), flags.get("teacher_path"), whose) == expected
+    flags, origin = report.teacher_of(OWN | changes, lender, *given)
+    assert (flags.get("teacher_model"), flags.get("teacher_path"), origin) == expected
 
 
 def test_a_teachers_file_of_nobody_is_refused() -> None:
@@ -170,12 +170,12 @@ def test_a_teachers_file_of_nobody_is_refused() -> None:
 def measured(
     name: str, *, taught: bool = True, epochs: int = 3, data: str = "digits"
 ) -> report.Run:
-    """A run with made-up answers, and names of classes as long as ImageNet's."""
+    """A run with made-up outputs, and names of classes as long as ImageNet's."""
     generator = torch.Generator().manual_seed(len(name))
     names = (STUDENT, CLS, DIST, TEACHER)[: 4 if taught else 3]
     logits = {one: torch.randn(90, 30, generator=generator) for one in names}
     classes = [f"{i} sulphur-crested cockatoo, Kakatoe galerita, Cacatua" for i in range(30)]
-    answers = Answers(
+    outputs = Outputs(
         torch.arange(90) % 30,
         logits,
         [-0.05288, 0.5, 0.979],
@@ -193,20 +193,23 @@ def measured(
         "input": "224x224",
         "teacher": teacher,
         "teacher_of": name if taught else "",
+        "teacher_input": "32x32" if taught else "",
         "teacher_note": "",
         "distillation": "hard",
         "weights": "best",
         "data": data,
-        **numbers(answers, classes),
+        **numbers(outputs, classes),
         "curves": curve,
     }
-    strange = report.strange(answers, classes, (0.5,) * 3, (0.5,) * 3) if taught else []
-    return report.Run(name, {}, found, answers.said(), strange, classes, data)
+    farthest = report.farthest(outputs, classes, (0.5,) * 3, (0.5,) * 3) if taught else []
+    return report.Run(name, {}, found, outputs.predictions(), farthest, classes, data)
 
 
 def page_of(*runs: report.Run) -> str:
-    found = {"runs": [run.numbers for run in runs], "agreement": report.between(runs)}
-    return report.page(found, [run.strange for run in runs])
+    numbers = [run.numbers for run in runs]
+    verdicts = report.verdicts(numbers)
+    found = {"runs": numbers, "agreement": report.between(runs), "verdicts": verdicts}
+    return report.page(found, [run.farthest for run in runs])
 
 
 def test_runs_are_compared_with_each_other() -> None:
@@ -214,7 +217,7 @@ def test_runs_are_compared_with_each_other() -> None:
     found = report.between([one, two])
     assert found["names"] == ["label", "teacher", "one", "two"]
     assert [row[i] for i, row in enumerate(found["matrix"])] == [1] * 4
-    share = float((one.said[STUDENT] == two.said[STUDENT]).double().mean())
+    share = float((one.predictions[STUDENT] == two.predictions[STUDENT]).double().mean())
     assert found["matrix"][2][3] == found["matrix"][3][2] == share
     other = report.between([one, measured("three")])
     assert other["names"] == ["label", "teacher of one", "teacher of three", "one", "three"]
@@ -230,6 +233,23 @@ def test_different_images_are_said_and_not_compared() -> None:
     assert "different images" in page
     assert "one, three on 90 of digits; two on 90 of &lt;flowers&gt;." in page
     assert "different images" not in page_of(measured("one"), measured("two"))
+
+
+def test_a_student_above_its_teacher_or_below_the_baseline_is_stated() -> None:
+    hard, none, other = measured("hard"), measured("none", taught=False), measured("other")
+    none.numbers["distillation"] = "none"
+    other.numbers["data"] = "flowers"
+    for run, acc1 in ((hard, 61.0), (none, 62.5), (other, 3.0)):
+        run.numbers["accuracy"][STUDENT]["acc1"] = acc1
+    hard.numbers["accuracy"][TEACHER]["acc1"] = 60.25
+    other.numbers["accuracy"][TEACHER]["acc1"] = 3.0
+    assert report.verdicts([run.numbers for run in (hard, none, other)]) == [
+        "hard: the student (61.00%) is above the teacher (60.25%)",
+        "hard: the student (61.00%) is below none, which was trained without distillation (62.50%)",
+    ]
+    page = page_of(hard, none)
+    assert "is above the teacher (60.25%)." in page and "is below none" in page
+    assert "60.25% at 32x32" in page, "the input size of the teacher"
 
 
 def test_a_curve_of_one_epoch_or_with_a_hole_is_drawn() -> None:
@@ -250,9 +270,9 @@ def test_the_images_they_disagree_about_most_are_those_of_the_largest_divergence
     network = models.create_model("deit_pico_patch8_32", num_classes=7)
     teacher = models.create_model("resnet_pico", num_classes=7).eval()
     batches = [(torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 2])) for _ in range(3)]
-    answers = collect(network, teacher, batches, torch.device("cpu"), keep=4)
-    nats = divergence(answers.logits[TEACHER], answers.logits[STUDENT])
-    assert [index for *_, index in answers.strange] == nats.argsort(descending=True)[:4].tolist()
+    outputs = collect(network, teacher, batches, torch.device("cpu"), keep=4)
+    nats = divergence(outputs.logits[TEACHER], outputs.logits[STUDENT])
+    assert [index for *_, index in outputs.farthest] == nats.argsort(descending=True)[:4].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -306,9 +326,7 @@ def test_a_run_without_a_teacher_is_measured_against_that_of_another(made: Path)
     assert none["teacher"] == hard["teacher"] and none["teacher_of"] == hard["teacher_of"] == "hard"
     assert none["accuracy"]["teacher"] == hard["accuracy"]["teacher"]
     assert none["kl_nats"][STUDENT] > 0 and not hard["teacher_note"]
-    assert "<b>none</b>: it had no teacher of its own; measured against that of hard." in (
-        made.read_text()
-    )
+    assert "<b>none</b>: it had no teacher; compared with that of hard." in (made.read_text())
 
 
 @pytest.mark.slow
@@ -317,7 +335,7 @@ def test_another_file_than_the_one_a_run_learnt_from_is_said(made: Path, capsys)
     torch.save({"model": models.create_model("resnet_pico", num_classes=2).state_dict()}, other)
     flags = ["--teacher-path", str(other), "--out", str(made.parent / "other.html"), "--limit", "5"]
     assert report.main([str(made.parent / "hard"), *flags]) == 0
-    assert "hard: not the teacher it learnt from: sha256 " in capsys.readouterr().out
+    assert "hard: not the teacher of its training: sha256 " in capsys.readouterr().out
     (run,) = json.loads((made.parent / "other.json").read_text())["runs"]
     assert run["images"] == 5
     assert {row["class"] for row in run["class_gaps"]} == {"one", "two"}, "from all over the data"

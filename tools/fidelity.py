@@ -1,4 +1,4 @@
-"""How faithfully a student follows its teacher: numbers from logits, and the pass that gets them.
+"""How well a student agrees with its teacher: numbers from logits, and the pass that computes them.
 
 Shapes: P images, B batch, C classes, N tokens, D width.
 """
@@ -25,13 +25,13 @@ def top(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"acc1": acc1, "acc5": acc5}
 
 
-def agreement(answers: Mapping[str, Tensor]) -> list[list[float]]:
-    """Return the share of images (0 to 1) in which each two of `answers` name the same class.
+def agreement(predictions: Mapping[str, Tensor]) -> list[list[float]]:
+    """Return the share of images (0 to 1) for which two of `predictions` are the same class.
 
-    answers: classes (P,) by name; the labels may be among them. Symmetric, with 1 on the diagonal.
+    predictions: classes (P,) by name; labels may be among them. Symmetric, 1 on the diagonal.
     Source: Touvron et al. 2021 (arXiv 2012.12877), Table 4, which prints 1 minus it.
     """
-    rows = list(answers.values())
+    rows = list(predictions.values())
     return [[float((one == other).double().mean()) for other in rows] for one in rows]
 
 
@@ -42,7 +42,7 @@ def divergence(logits_T: Tensor, logits_S: Tensor) -> Tensor:
 
 
 def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, Any]:
-    """Return {"ece", "bins"}: how far confidence is from accuracy, and each bin's share of it.
+    """Return {"ece", "bins"}: the calibration error, and confidence and accuracy of each bin.
 
     ECE is the mean over images of |accuracy - confidence| of the bin an image falls into, from
     0 to 1; a bin holds the confidences in (lower, upper]. An empty bin has no entry.
@@ -68,18 +68,18 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, A
 
 
 def class_gaps(
-    answers_T: Tensor, answers_S: Tensor, labels: Tensor, classes: list[str]
+    predictions_T: Tensor, predictions_S: Tensor, labels: Tensor, classes: list[str]
 ) -> list[dict[str, Any]]:
     """Return, for every class with images, both accuracies and student minus teacher (percent).
 
-    answers: the classes (P,) each names. Sorted from the student's worst gap to its best.
+    predictions: classes (P,). Sorted from the student's worst gap to its best.
     """
     rows = []
     for label in labels.unique().tolist():
         held = labels == label
         acc_T, acc_S = (
-            100 * float((answers[held] == label).double().mean())
-            for answers in (answers_T, answers_S)
+            100 * float((predictions[held] == label).double().mean())
+            for predictions in (predictions_T, predictions_S)
         )
         rows.append(
             {
@@ -94,21 +94,21 @@ def class_gaps(
 
 
 @dataclass
-class Answers:
-    """What all networks said to the same images.
+class Outputs:
+    """The outputs of all networks for the same images.
 
     logits: (P, C) by name, `STUDENT` (the mean of two heads, where there are two) always among
-    them. token_cosine: of class and distillation token, for hidden[0], hidden[1], ... strange: the
+    them. token_cosine: of class and distillation token, for hidden[0], hidden[1], ... farthest: the
     images with the largest divergence: (nats, image (3, H, W), index in the pass).
     """
 
     labels: Tensor
     logits: dict[str, Tensor]
     token_cosine: list[float] = field(default_factory=list)
-    strange: list[tuple[float, Tensor, int]] = field(default_factory=list)
+    farthest: list[tuple[float, Tensor, int]] = field(default_factory=list)
 
-    def said(self) -> dict[str, Tensor]:
-        """Return the classes (P,) that the label names, and each network: the teacher first."""
+    def predictions(self) -> dict[str, Tensor]:
+        """Return the labels (P,) and the predicted classes (P,) of each network, teacher first."""
         names = [name for name in (TEACHER, STUDENT, CLS, DIST) if name in self.logits]
         return {"label": self.labels} | {name: self.logits[name].argmax(1) for name in names}
 
@@ -122,30 +122,30 @@ def collect(
     *,
     limit: int | None = None,
     keep: int = 12,
-) -> Answers:
-    """Show the images to both networks, once. limit: images at most; keep: strange ones."""
+) -> Outputs:
+    """Run both networks on the images, once. limit: most images; keep: how many farthest ones."""
     network.eval()
     layers = layout_of(network).hidden if has_distillation_head(network) else 0
     taps = FeatureTaps(network, [Tap("hidden", i) for i in range(layers)]) if layers else None
-    said: dict[str, Tensor] = {}
+    predictions: dict[str, Tensor] = {}
     handles = [
-        head.register_forward_hook(lambda _, __, out, name=name: said.__setitem__(name, out))
+        head.register_forward_hook(lambda _, __, out, name=name: predictions.__setitem__(name, out))
         for name, head in zip((CLS, DIST), network.get_classifier() if layers else ())
     ]
     labels: list[Tensor] = []
     logits: dict[str, list[Tensor]] = {}
     cosines = torch.zeros(layers, dtype=torch.float64)
-    strange: list[tuple[float, Tensor, int]] = []
+    farthest: list[tuple[float, Tensor, int]] = []
     seen = 0
     for images, label, *_ in batches:
         room = len(label) if limit is None else min(len(label), limit - seen)
         images, label = images[:room].to(device), label[:room]
         seen_inside = taps.forward(network, images) if taps else TappedOutput(network(images), {})
         output, hidden = seen_inside.logits, seen_inside.states
-        answers = {STUDENT: output, **said}
+        outputs = {STUDENT: output, **predictions}
         if teacher is not None:
-            answers[TEACHER] = teacher(images)
-        for name, values in answers.items():
+            outputs[TEACHER] = teacher(images)
+        for name, values in outputs.items():
             logits.setdefault(name, []).append(values.float().cpu())
         labels.append(label)
         for tap, tokens in hidden.items():  # (B, N, D)
@@ -153,8 +153,8 @@ def collect(
             cosines[tap.layer] += cosine.double().sum().cpu()
         if teacher is not None:
             nats = divergence(logits[TEACHER][-1], logits[STUDENT][-1]).tolist()
-            strange += [(n, images[i].cpu(), seen + i) for i, n in enumerate(nats)]
-            strange = sorted(strange, key=lambda one: -one[0])[:keep]
+            farthest += [(n, images[i].cpu(), seen + i) for i, n in enumerate(nats)]
+            farthest = sorted(farthest, key=lambda one: -one[0])[:keep]
         seen += room
         if limit is not None and seen >= limit:
             break
@@ -163,19 +163,19 @@ def collect(
     if taps:
         taps.remove()
     together = {name: torch.cat(parts) for name, parts in logits.items()}
-    return Answers(torch.cat(labels), together, (cosines / seen).tolist(), strange)
+    return Outputs(torch.cat(labels), together, (cosines / seen).tolist(), farthest)
 
 
-def numbers(answers: Answers, classes: list[str]) -> dict[str, Any]:
-    """Return everything the report shows but the images, in plain types."""
-    labels, said = answers.labels, answers.said()
-    logits = {name: answers.logits[name] for name in said if name != "label"}
+def numbers(outputs: Outputs, classes: list[str]) -> dict[str, Any]:
+    """Return all that the report shows, except images, in plain types."""
+    labels, predictions = outputs.labels, outputs.predictions()
+    logits = {name: outputs.logits[name] for name in predictions if name != "label"}
     found: dict[str, Any] = {
         "images": len(labels),
         "accuracy": {name: top(values, labels) for name, values in logits.items()},
-        "agreement": {"names": list(said), "matrix": agreement(said)},
+        "agreement": {"names": list(predictions), "matrix": agreement(predictions)},
         "calibration": {name: calibration(values, labels) for name, values in logits.items()},
-        "token_cosine": answers.token_cosine,
+        "token_cosine": outputs.token_cosine,
     }
     if TEACHER in logits:
         found["kl_nats"] = {
@@ -183,5 +183,7 @@ def numbers(answers: Answers, classes: list[str]) -> dict[str, Any]:
             for name, values in logits.items()
             if name != TEACHER
         }
-        found["class_gaps"] = class_gaps(said[TEACHER], said[STUDENT], labels, classes)
+        found["class_gaps"] = class_gaps(
+            predictions[TEACHER], predictions[STUDENT], labels, classes
+        )
     return found

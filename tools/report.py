@@ -1,11 +1,11 @@
-"""Write a report on one or several runs: how good the student is, and how faithful to its teacher.
+"""Write a report on runs: the accuracy of students, and how well they agree with their teachers.
 
     python tools/report.py runs/none runs/hard --out report.html
 
-One HTML file with everything in it, and the same numbers as JSON beside it. The data, the student
-and the teacher are those of the run's config.yaml; --data-path, --teacher-model and --teacher-path
-take others. A run without a teacher is measured against that of the first run that has one, or the
-one that --teacher-model names, and the page says that it was not its own.
+It writes one HTML file that loads no other file, and the same numbers as JSON. Data, student and
+teacher are those of the run's config.yaml; --data-path, --teacher-model and --teacher-path replace
+them. A run without a teacher is compared with the teacher of the first run that has one, or with
+--teacher-model, and the page states that.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from base import distributed, safe_load, structured  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.text import class_name  # noqa: E402
 from data.samplers import EvalSampler  # noqa: E402
-from distill.teacher import build_identity, build_teacher  # noqa: E402
+from distill.teacher import AnyTeacher, build_identity, build_teacher  # noqa: E402
 from models.class_names import classes_of_file  # noqa: E402
-from tools.fidelity import STUDENT, TEACHER, Answers, agreement, collect, numbers  # noqa: E402
+from tools.fidelity import STUDENT, TEACHER, Outputs, agreement, collect, numbers  # noqa: E402
 from tools.report_page import page, summary  # noqa: E402
 from training import metrics  # noqa: E402
 
-# Everything that determines what a teacher answers, beside its input, which it adapts itself
+# All flags that determine a teacher's logits; the teacher adapts its input itself
 TEACHER_FLAGS = ("teacher_model", "teacher_path", "teacher_weight", "teacher_adaptor")
 
 
@@ -46,15 +46,15 @@ TEACHER_FLAGS = ("teacher_model", "teacher_path", "teacher_weight", "teacher_ada
 class Run:
     """A run that was measured.
 
-    settings: its flags. numbers: what the report says of it, in plain types. said: the classes (P,)
-    that label, teacher and student name. strange: of `strange()`. data: which images, in short.
+    settings: its flags. numbers: all that the report shows, in plain types. predictions: labels and
+    predicted classes (P,) by name. farthest: from `farthest()`. data: identifies the images.
     """
 
     name: str
     settings: Mapping[str, Any]
     numbers: dict[str, Any]
-    said: Mapping[str, Tensor]
-    strange: list[dict[str, Any]]
+    predictions: Mapping[str, Tensor]
+    farthest: list[dict[str, Any]]
     classes: list[str]
     data: str
 
@@ -66,15 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
-    found = {"runs": [run.numbers for run in runs], "agreement": between(runs)}
+    measured = [run.numbers for run in runs]
+    found = {"runs": measured, "agreement": between(runs), "verdicts": verdicts(measured)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
-    args.out.write_text(page(found, [run.strange for run in runs]), encoding="utf-8")
+    args.out.write_text(page(found, [run.farthest for run in runs]), encoding="utf-8")
     for run in runs:
         shown = ", ".join(f"{name} {value}" for name, value in summary(run.numbers))
         print(f"{run.name}: {shown}")
         if run.numbers["teacher_note"]:
             print(f"{run.name}: {run.numbers['teacher_note']}")
+    for line in found["verdicts"]:
+        print(line)
     print(f"{args.out} and {args.out.with_suffix('.json').name}")
     return 0
 
@@ -124,17 +127,11 @@ def build_run(
     settings: Mapping[str, Any],
     lender: Run | None,
 ) -> Run:
-    """Return a run with its numbers and strangest images. lender: of the teacher it may lack.
+    """Return a measured run. lender: the run origin teacher is used if this one had none.
 
-    Raises UserError for what is not there, or does not fit together.
+    Raises UserError for what does not exist, or does not fit together.
     """
-    given = {
-        flag: getattr(args, flag)
-        for flag in ("data_path", "data_set")
-        if getattr(args, flag) is not None
-    }
-    fixed = {"eval": True, "finetune": "", "pretrained": False, "resume": "", "attn_only": False}
-    wanted = argparse.Namespace(**{**settings, **given, **fixed, "batch_size": args.batch_size})
+    wanted = evaluation_settings(args, settings)
     processes = distributed.init_processes(args.device)
     inputs = models.build_input_config(wanted)
     weights = checkpoint_of(folder, args.checkpoint)
@@ -145,57 +142,94 @@ def build_run(
     student = models.build_student(wanted, loaders.num_classes, inputs).to(processes.device)
     models.load_weights(student.network, str(weights), key=args.key)
 
-    teacher, note = None, ""
-    flags, whose = teacher_of(settings, lender, args.teacher_model, args.teacher_path)
-    if whose == "lent" and classes != lender.classes:
-        flags, note = {}, f"not measured against the teacher of {lender.name}: other classes"
-    if flags:
-        asked = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
-        taught = argparse.Namespace(**vars(wanted) | flags | asked)
+    teacher, origin, note = None, "", ""
+    flags, origin = teacher_of(settings, lender, args.teacher_model, args.teacher_path)
+    if origin == "lent" and classes != lender.classes:
+        note = f"not compared with the teacher of {lender.name}: other classes"
+    elif flags:
+        needed = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
+        settings_T = argparse.Namespace(**vars(wanted) | flags | needed)
         try:
             teacher = build_teacher(
-                taught, loaders.num_classes, inputs, processes.device, classes=loaders.classes
+                settings_T, loaders.num_classes, inputs, processes.device, classes=loaders.classes
             )
-            note = build_note(taught, whose, lender, settings, weights)
-        except UserError as error:  # one that is only looked into may know no classes
-            if whose != "own" or settings["distillation_type"] != "none":
+            note = build_note(settings_T, origin, lender, settings, weights)
+        except UserError as error:  # a teacher of features alone may have other classes
+            if origin != "own" or settings["distillation_type"] != "none":
                 raise
-            note = f"not measured against its teacher: {error.line()}"
+            note = f"not compared with its teacher: {error.line()}"
     batches = loaders.val if args.limit is None else spread(loaders.val, args.limit)
-    answers = collect(student.network, teacher, batches, processes.device, limit=args.limit)
-    owners = {"own": name, "lent": lender.name if lender else "", "given": "the command line"}
+    outputs = collect(student.network, teacher, batches, processes.device, limit=args.limit)
     found = {
         "run": name,
         "folder": str(folder),
         "student": wanted.model,
         "input": inputs.describe(),
-        "teacher": teacher.describe() if teacher is not None else "",
-        "teacher_of": owners[whose] if teacher is not None else "",
+        **teacher_facts(teacher, {"own": name, "lent": lender.name if lender else ""}.get(origin)),
         "teacher_note": note,
         "distillation": settings["distillation_type"],
         "weights": f"{weights.name}, {args.key}",
         "data": loaders.data[-1].description,
-        **numbers(answers, classes),
+        **numbers(outputs, classes),
         "curves": metrics.read_log(folder / "log.txt"),
     }
-    return Run(
-        name,
-        settings,
-        found,
-        answers.said(),
-        strange(answers, classes, inputs.mean, inputs.std),
-        classes,
-        loaders.fingerprint(),
-    )
+    images = farthest(outputs, classes, inputs.mean, inputs.std)
+    return Run(name, settings, found, outputs.predictions(), images, classes, loaders.fingerprint())
+
+
+def evaluation_settings(
+    args: argparse.Namespace, settings: Mapping[str, Any]
+) -> argparse.Namespace:
+    """Return the settings of a run, changed so that its weights are evaluated."""
+    given = {flag: getattr(args, flag) for flag in ("data_path", "data_set")}
+    given = {flag: value for flag, value in given.items() if value is not None}
+    fixed = {"eval": True, "finetune": "", "pretrained": False, "resume": "", "attn_only": False}
+    return argparse.Namespace(**{**settings, **given, **fixed, "batch_size": args.batch_size})
+
+
+def teacher_facts(teacher: AnyTeacher | None, owner: str | None) -> dict[str, str]:
+    """Return what the report states about a teacher. owner: its run; None for the command line."""
+    if teacher is None:
+        return {"teacher": "", "teacher_of": "", "teacher_input": ""}
+    sizes = ("{}x{}".format(*member.adapter.size) for member in teacher.members)
+    return {
+        "teacher": teacher.describe(),
+        "teacher_of": "the command line" if owner is None else owner,
+        "teacher_input": ", ".join(dict.fromkeys(sizes)),
+    }
+
+
+def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each student above its teacher or below a run without distillation.
+
+    Runs are compared that have the same student and the same images.
+    """
+    lines = []
+    for run in runs:
+        acc1 = run["accuracy"][STUDENT]["acc1"]
+        teacher = run["accuracy"].get(TEACHER, {"acc1": acc1})["acc1"]
+        if acc1 > teacher:
+            lines.append(
+                f"{run['run']}: the student ({acc1:.2f}%) is above the teacher ({teacher:.2f}%)"
+            )
+        for other in runs if run["distillation"] != "none" else ():
+            alike = all(run[key] == other[key] for key in ("student", "data", "images"))
+            baseline = other["accuracy"][STUDENT]["acc1"]
+            if alike and other["distillation"] == "none" and acc1 < baseline:
+                lines.append(
+                    f"{run['run']}: the student ({acc1:.2f}%) is below {other['run']}, which was "
+                    f"trained without distillation ({baseline:.2f}%)"
+                )
+    return lines
 
 
 def teacher_of(
     settings: Mapping[str, Any], lender: Run | None, model: str, path: str
 ) -> tuple[dict[str, Any], str]:
-    """Return the flags of the teacher to measure a run against, and whose it is.
+    """Return the flags of the teacher that a run is compared with, and where it comes from.
 
-    model, path: given on the command line, or empty. Whose: "own", "lent", "given", or "" for none.
-    Raises UserError for a file of nobody.
+    model, path: of the command line, or empty. Origin: "own", "lent", "given", or "" for none.
+    Raises UserError for a file without a model.
     """
     learns = (
         settings["distillation_type"] != "none"
@@ -204,46 +238,46 @@ def teacher_of(
     )
     own = {flag: settings[flag] for flag in TEACHER_FLAGS}
     if model and model != own["teacher_model"]:
-        nobody = {"teacher_weight": None, "teacher_adaptor": ""}
-        return {"teacher_model": model, "teacher_path": path, **nobody}, "given"
+        unset = {"teacher_weight": None, "teacher_adaptor": ""}
+        return {"teacher_model": model, "teacher_path": path, **unset}, "given"
     if learns or model:
-        flags, whose = own, "own" if learns else "given"
+        flags, origin = own, "own" if learns else "given"
     elif lender is not None:
-        flags, whose = {flag: lender.settings[flag] for flag in TEACHER_FLAGS}, "lent"
+        flags, origin = {flag: lender.settings[flag] for flag in TEACHER_FLAGS}, "lent"
     elif path:
         raise UserError(f"--teacher-path {path}: no run has a teacher; give --teacher-model too")
     else:
         return {}, ""
-    return flags | ({"teacher_path": path} if path else {}), whose
+    return flags | ({"teacher_path": path} if path else {}), origin
 
 
 def build_note(
     args: argparse.Namespace,
-    whose: str,
+    origin: str,
     lender: Run | None,
     settings: Mapping[str, Any],
     weights: Path,
 ) -> str:
-    """Return what a reader has to know of the teacher in `args`: that it is not what the run had.
+    """Return how the teacher in `args` differs from that of the run, or an empty text.
 
-    settings, weights: of the run, whose checkpoint tells the sha256 of the teacher that it had.
+    settings, weights: of the run; the checkpoint stores the sha256 of its teacher.
     """
-    if whose == "lent":
-        return f"it had no teacher of its own; measured against that of {lender.name}"
-    if whose == "given":
+    if origin == "lent":
+        return f"it had no teacher; compared with that of {lender.name}"
+    if origin == "given":
         had = settings["distillation_type"] != "none"
-        own = f"its own was {settings['teacher_model']}" if had else "it had none of its own"
-        return f"measured against --teacher-model {args.teacher_model}; {own}"
+        own = f"its own was {settings['teacher_model']}" if had else "it had none"
+        return f"compared with --teacher-model {args.teacher_model}; {own}"
     had = (safe_load.read_weights_file(weights).get("facts") or {}).get("teacher")
     now = build_identity(args)
     if had and had != now:
         was, is_ = (", ".join(one[:12] for one in hashes) for hashes in (had, now))
-        return f"not the teacher it learnt from: sha256 {is_} instead of {was}"
+        return f"not the teacher of its training: sha256 {is_} instead of {was}"
     return ""
 
 
 def spread(loader: torch.utils.data.DataLoader, limit: int) -> torch.utils.data.DataLoader:
-    """Return a loader of `limit` images from all over the data; a stream gives its first ones."""
+    """Return a loader of `limit` images, evenly spread over the data; of a stream, the first."""
     if not isinstance(loader.sampler, EvalSampler):
         return loader
     keys = list(loader.sampler)
@@ -259,20 +293,26 @@ def spread(loader: torch.utils.data.DataLoader, limit: int) -> torch.utils.data.
 def between(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Return the agreement between the students of several runs, labels and teachers.
 
-    None for one run, and for runs that were shown different images. A teacher that all were
-    measured against comes once.
+    None for one run, and for runs with different images. A teacher that all were compared with
+    is listed once.
     """
     same = len({(run.data, run.numbers["images"]) for run in runs}) == 1
     if len(runs) == 1 or not same:
         return None
-    said = {"label": runs[0].said["label"]}
-    taught = [run for run in runs if TEACHER in run.said]
-    if taught and all(torch.equal(run.said[TEACHER], taught[0].said[TEACHER]) for run in taught):
-        said[TEACHER] = taught[0].said[TEACHER]
+    predictions = {"label": runs[0].predictions["label"]}
+    settings_T = [run for run in runs if TEACHER in run.predictions]
+    if settings_T and all(
+        torch.equal(run.predictions[TEACHER], settings_T[0].predictions[TEACHER])
+        for run in settings_T
+    ):
+        predictions[TEACHER] = settings_T[0].predictions[TEACHER]
     else:
-        said |= {f"{TEACHER} of {run.name}": run.said[TEACHER] for run in taught}
-    said |= {f"run {run.name}" if run.name in said else run.name: run.said[STUDENT] for run in runs}
-    return {"names": list(said), "matrix": agreement(said)}
+        predictions |= {f"{TEACHER} of {run.name}": run.predictions[TEACHER] for run in settings_T}
+    predictions |= {
+        f"run {run.name}" if run.name in predictions else run.name: run.predictions[STUDENT]
+        for run in runs
+    }
+    return {"names": list(predictions), "matrix": agreement(predictions)}
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -292,19 +332,19 @@ def checkpoint_of(folder: Path, name: str = "") -> Path:
     raise UserError(f"{folder}: has no {' and no '.join(names)}")
 
 
-def strange(
-    answers: Answers, classes: list[str], mean: Sequence[float], std: Sequence[float]
+def farthest(
+    outputs: Outputs, classes: list[str], mean: Sequence[float], std: Sequence[float]
 ) -> list[dict[str, Any]]:
     """Return the images on which the student is farthest from its teacher, ready to be shown."""
     found = []
-    for nats, image, index in answers.strange:
+    for nats, image, index in outputs.farthest:
         row = {
             "nats": nats,
-            "label": class_name(classes, int(answers.labels[index])),
+            "label": class_name(classes, int(outputs.labels[index])),
             "image": data_uri(image, mean, std),
         }
         for name in (TEACHER, STUDENT):
-            share, answer = answers.logits[name][index].softmax(0).max(0)
+            share, answer = outputs.logits[name][index].softmax(0).max(0)
             row[name] = f"{class_name(classes, int(answer))} {100 * share:.0f}%"
         found.append(row)
     return found

@@ -22,12 +22,12 @@ def percent(share: float) -> str:
 def summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the run's column of the table at the top: (row, value)."""
     accuracy, names = run["accuracy"], run["agreement"]["names"]
-    whose = {"": "–", run["run"]: "its own"}.get(run["teacher_of"], f"of {run['teacher_of']}")
-    rows = [("teacher", whose)]
-    rows += [
-        (f"{name} top-1", f"{accuracy[name]['acc1']:.2f}%" if name in accuracy else "–")
-        for name in (TEACHER, STUDENT, CLS, DIST)
-    ]
+    origin = {"": "–", run["run"]: "its own"}.get(run["teacher_of"], f"of {run['teacher_of']}")
+    rows = [("teacher", origin)]
+    for name in (TEACHER, STUDENT, CLS, DIST):
+        known = f"{accuracy[name]['acc1']:.2f}%" if name in accuracy else "–"
+        size = run["teacher_input"] if name == TEACHER and name in accuracy else ""
+        rows.append((f"{name} top-1", known + f" at {size}" * bool(size)))
     both = "–"
     if TEACHER in names:
         both = percent(run["agreement"]["matrix"][names.index(STUDENT)][names.index(TEACHER)])
@@ -42,8 +42,8 @@ def summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 def page(found: Mapping[str, Any], images: Sequence[Sequence[Mapping[str, Any]]] = ()) -> str:
     """Return the whole report as one HTML page.
 
-    found: {"runs", "agreement"}, the content of the JSON file. images: of each run, those on
-    which it is farthest from its teacher.
+    found: {"runs", "agreement", "verdicts"}, the content of the JSON file. images: of each run,
+    those on which it is farthest from its teacher.
     """
     runs = found["runs"]
     rows = [[row[0][0], *(value for _, value in row)] for row in zip(*map(summary, runs))]
@@ -52,6 +52,7 @@ def page(found: Mapping[str, Any], images: Sequence[Sequence[Mapping[str, Any]]]
         f"<p>{shown_data(runs)} The student is evaluated as it is used: with two heads, on the "
         "mean of both.</p>",
         table(["", *(run["run"] for run in runs)], rows),
+        *(f"<p class=note>{text(line)}.</p>" for line in found["verdicts"]),
         *(
             f"<p class=note><b>{text(run['run'])}</b>: {text(run['teacher_note'])}.</p>"
             for run in runs
@@ -61,7 +62,9 @@ def page(found: Mapping[str, Any], images: Sequence[Sequence[Mapping[str, Any]]]
     if found["agreement"]:
         parts += ["<h2>Agreement between the runs</h2>", agreement_table(found["agreement"])]
     parts += [curves(runs), tokens(runs)]
-    sections = [run_section(run, strange) for run, strange in zip(runs, images or [()] * len(runs))]
+    sections = [
+        run_section(run, farthest) for run, farthest in zip(runs, images or [()] * len(runs))
+    ]
     parts += ["<div class=runs>", *sections, "</div>"]
     style = Path(__file__).with_name("report.css").read_text()
     return (
@@ -80,7 +83,8 @@ def shown_data(runs: Sequence[Mapping[str, Any]]) -> str:
     names = {one: [run["run"] for run, own in zip(runs, shown) if own == one] for one in shown}
     each = "; ".join(f"{text(', '.join(own))} on {text(one)}" for one, own in names.items())
     return (
-        "<strong>The runs were shown different images, so their columns do not compare</strong>: "
+        "<strong>The runs were evaluated on different images, so their columns cannot be "
+        "compared</strong>: "
         f"{each}."
     )
 
@@ -111,7 +115,7 @@ def run_section(run: Mapping[str, Any], images: Sequence[Mapping[str, Any]]) -> 
         table(["", "top-1", "top-5", "ECE", "KL from teacher, nats"], heads),
         "<h3>Agreement</h3>",
         agreement_table(run["agreement"]),
-        "<h3>Calibration</h3><p>Accuracy (height) of the answers given with a confidence "
+        "<h3>Calibration</h3><p>Accuracy (height) of the predictions with a confidence "
         "(across); on the diagonal the two are equal.</p><div class=plots>",
     ]
     parts += [reliability(name, found) for name, found in run["calibration"].items()]

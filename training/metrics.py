@@ -28,6 +28,8 @@ from base.text import printable
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
 COMPARED = frozenset(flag_table.with_fact(flags.COMPARED))
+# Settings that name files or folders
+PATHS = ("data_path", "teacher_path", "teacher_cache", "finetune", "distill_config", "plugin")
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
@@ -212,7 +214,8 @@ class RunLog:
     def config(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of the run, every flag with its value."""
         if self._folder is not None:
-            text = yaml.safe_dump({k: _plain(v) for k, v in settings.items()}, sort_keys=True)
+            plain = {k: _absolute(v) if k in PATHS else _plain(v) for k, v in settings.items()}
+            text = yaml.safe_dump(plain, sort_keys=True)
             files.write_text_atomically(self._folder / "config.yaml", text)
             if self._board is not None:
                 self._board.add_text("config", f"```\n{text}```")
@@ -289,6 +292,13 @@ class RunLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _absolute(value: Any) -> Any:
+    """Return the paths of existing files and folders as absolute paths, all else unchanged."""
+    if isinstance(value, list | tuple):
+        return [_absolute(each) for each in value]
+    return os.path.abspath(value) if value and os.path.exists(value) else value
 
 
 def _plain(value: Any) -> Any:
