@@ -59,7 +59,7 @@ def train_one_epoch(
         with updater.micro_step(micro_step):
             loss = compute_loss(model, criterion, (images, labels, outputs_T), key, config)
             updater.backward(loss, micro_step)
-        del outputs_T  # before the next batch: features need as much memory as images
+        del outputs_T  # features need much memory
         state.add({"loss": loss.detach(), **criterion.terms})
         finder.add(loss, images, labels, key, is_last=updater.completes(micro_step))
         if updater.completes(micro_step):
@@ -115,7 +115,7 @@ def _bad_batch_finder(
     state: EpochState,
     hooks: Hooks,
 ) -> BadBatchFinder:
-    """Return what ends the run after too many bad updates, and can compute a batch again."""
+    """Return the object that ends the run after too many bad updates."""
     network = model.module if isinstance(model, DistributedDataParallel) else model
 
     def replay(images: Tensor, labels: Tensor, key: BatchKey) -> tuple[Tensor, dict[str, Any]]:
@@ -193,7 +193,7 @@ def evaluate(
     """Return {"loss", "acc1", "acc5", "count"} of `model` over `data_loader`, in all processes.
 
     loss: mean cross entropy in nats per image; acc1 and acc5 in percent (with fewer than five
-    classes acc5 counts all of them). Each process may bring any number of images, none included:
+    classes acc5 counts all of them). Each process may have any number of images, also none:
     sums and counts are added up, so no image is counted twice.
     interrupt: a stop signal in any process ends the evaluation in all of them.
     present: the outputs that have images; adds "acc1_present", of the largest of these logits.

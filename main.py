@@ -30,7 +30,7 @@ from training.trained_classes import build_trained_classes
 
 
 def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) -> None:
-    """Do what `args` asks for. notes: warnings about flags; about: lines about the recipe."""
+    """Run the settings `args`. notes: warnings about flags; about: lines about the recipe."""
     runtime = setup.build_runtime(args)
     if args.dry_run:
         from checks import dry_run  # a run that trains never needs it
@@ -135,7 +135,7 @@ def train_epoch(
 
 
 def parse_and_run(argv: Sequence[str] | None) -> None:
-    """Parse the command line and do what it asks for."""
+    """Parse the command line and run it."""
     settings = options.parse_args(argv)
     if settings.args.list_models is not None:
         print(models.released.table(settings.args.list_models))

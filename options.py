@@ -1,8 +1,8 @@
 """The command line: every flag, its default, and which of them cannot go together.
 
 The flags of DeiT's main.py keep their names, defaults and meanings, in `-` and `_` spellings, and
-prefixes (`--batch`) work. What is new takes timm's name where timm's train.py has one.
-`parse_args` is the only place that decides a value; nobody writes to its result.
+prefixes (`--batch`) work. New flags have timm's names where timm's train.py has them.
+Only `parse_args` decides a value; no module writes to its result.
 """
 
 import argparse
@@ -54,9 +54,9 @@ def _dashed(word: str) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What `parse_args` found: the settings, where they came from, and what to tell the user.
+    """The result of `parse_args`.
 
-    notes: what may not be what the user wants; about: what a recipe brings along.
+    explicit: settings given on the command line. notes: warnings. about: lines about a recipe.
     """
 
     args: argparse.Namespace
@@ -78,8 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     """Return the settings of a run: flags over the quick start's values over the defaults.
 
-    Without a data path the quick start's recipe fills in what no flag gives, but for the teacher's
-    part: whether it distils is said by --distillation-type, as with any data, or --recipe.
+    Without a data path, settings that are not given come from the quick start's recipe, except
+    --distillation-type.
     Raises UserError for unknown flags, values out of range, and combinations that cannot work.
     """
     given = vars(_parse(argv, suppress=True))
@@ -134,9 +134,9 @@ def read_distill_config(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
 def _with_recipe(
     argv: Sequence[str] | None, name: str, given: dict[str, Any], over: dict[str, Any]
 ) -> tuple[argparse.Namespace, list[str], list[str]]:
-    """Return the settings of a recipe under the flags given, what to say of them, and warnings.
+    """Return the settings of a recipe with the given flags, lines about them, and warnings.
 
-    over: settings of a file named on the command line, which win over the recipe's.
+    over: settings of --distill-config, which replace the recipe's.
     """
     found = recipe.find(name)
     flags = read_recipe(recipe.FOLDER / f"{name}.yaml" if name == found.name else Path(name))

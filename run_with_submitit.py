@@ -1,9 +1,9 @@
-"""Slurm: ask for nodes, start `main.py` on them, go on after a preemption or the time limit.
+"""Start `main.py` as a Slurm job, and continue it after a preemption or the time limit.
 
     python run_with_submitit.py --job_dir DIR --nodes 2 --ngpus 8 --data-path IMAGENET ...
 
-takes every flag of main.py besides its own. `%j` in --job_dir becomes the job's number. The
-checkpoints go to --output_dir, or to --job_dir when none is given. See docs/cluster.md.
+Flags of main.py are passed on. `%j` in --job_dir becomes the job's number. The
+checkpoints go to --output_dir, or to --job_dir without it. See docs/cluster.md.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from base.errors import UserError
 from training.checkpointer import is_auto
 
 ROOT = Path(__file__).resolve().parent
-LAST_WORDS_S = 60  # how long the other tasks wait for the first one to have the job requeued
+REQUEUE_WAIT_S = 60  # the other tasks wait until the first one has requeued the job
 
 
 def get_submitit_parser() -> argparse.ArgumentParser:
-    """Return the parser of the request to Slurm; main.py's own flags are left over by it."""
+    """Return the parser of the flags for Slurm; the flags of main.py are not in it."""
     parser = options.Parser(
         "run_with_submitit.py",
         description=__doc__.split("\n")[0],
@@ -43,8 +43,7 @@ def get_submitit_parser() -> argparse.ArgumentParser:
     add(
         "--shared-dir",
         default="",
-        help="a folder that all nodes see, where they find each other; "
-        "default: --job-dir, or ./runs",
+        help="folder that all nodes share, to connect to each other; default: --job-dir, or ./runs",
     )
     add("--partition", default="learnfair")
     add("--use-volta32", action="store_true", help="--constraint volta32gb")
@@ -59,7 +58,7 @@ def get_submitit_parser() -> argparse.ArgumentParser:
         default=120,
         type=int,
         metavar="S",
-        help="seconds before the time limit at which the job is told to stop",
+        help="seconds before the time limit at which the job gets a stop signal",
     )
     add("--max-timeouts", default=30, type=int, help="how often a timed-out job is requeued")
     add(
@@ -73,10 +72,10 @@ def get_submitit_parser() -> argparse.ArgumentParser:
 
 
 class Trainer:
-    """The callable that Slurm runs: the command line, and nothing that a run has changed.
+    """The callable that Slurm runs: a command line of main.py.
 
-    After a preemption Slurm starts this very object again, without having asked `checkpoint`; so
-    every start looks for the newest checkpoint itself.
+    After a preemption Slurm starts the same object again without a call of `checkpoint`. So every
+    start resumes from the newest checkpoint.
     """
 
     def __init__(self, argv: Sequence[str], output_dir: str, shared_dir: str, resume: str) -> None:
@@ -92,21 +91,21 @@ class Trainer:
         job = submitit.JobEnvironment()
         usual = signal.Signals[f"SIG{job.USR_SIG}"]
         requeue = signal.getsignal(usual)  # submitit's handler, which main.py replaces
-        heard: list[int] = []
+        received: list[int] = []
         restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
         command = self.command(job.job_id, restarts)
         if job.global_rank == 0:
-            forget_meetings(Path(command[-1].removeprefix("file://")))
-        code = main.run(command, on_stop=heard.append)
+            remove_old_stores(Path(command[-1].removeprefix("file://")))
+        code = main.run(command, on_stop=received.append)
         # SIGTERM is a preemption, after which Slurm requeues by itself, or the user's scancel
-        if code == EXIT_STOPPED and heard[0] != signal.SIGTERM:
+        if code == EXIT_STOPPED and received[0] != signal.SIGTERM:
             requeue(usual, None)  # type: ignore[operator, misc]
-            time.sleep(LAST_WORDS_S)  # not the first task: an exit would be noted as a failure
+            time.sleep(REQUEUE_WAIT_S)  # in the other tasks, where an exit counts as a failure
         if code:
             raise SystemExit(code)
 
     def checkpoint(self) -> object:
-        """Return what submitit requeues when a signal came: the same run."""
+        """Return what submitit requeues after a signal: the same run."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -114,14 +113,14 @@ class Trainer:
     def command(self, job_id: str, restarts: str) -> list[str]:
         """Return main.py's command line in this start of the job.
 
-        Every start has a file of its own in which the processes find each other: one that an
-        earlier start has left would send them to processes that are gone.
+        Every start has its own file of addresses, because that of an earlier start has the
+        addresses of ended processes.
         """
         output_dir, shared_dir = (
             Path(folder.replace("%j", job_id)) for folder in (self.output_dir, self.shared_dir)
         )
         shared_dir.mkdir(parents=True, exist_ok=True)
-        meeting = shared_dir / f".meeting-{job_id}-{restarts}"
+        store = shared_dir / f".meeting-{job_id}-{restarts}"
         return [
             *self.argv,
             "--output-dir",
@@ -129,12 +128,12 @@ class Trainer:
             "--resume",
             self.resume,
             "--dist-url",
-            f"file://{meeting}",
+            f"file://{store}",
         ]
 
 
-def forget_meetings(current: Path) -> None:
-    """Remove the files in which the processes of a job's earlier starts met."""
+def remove_old_stores(current: Path) -> None:
+    """Remove the files of addresses of a job's earlier starts."""
     job, _, restarts = current.name.rpartition("-")
     for number in range(int(restarts)):
         current.with_name(f"{job}-{number}").unlink(missing_ok=True)
@@ -199,7 +198,7 @@ def submit(argv: Sequence[str] | None = None) -> str:
         return executor.submit(trainer).job_id
     except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"Slurm did not take the job: {reason}") from error
+        raise UserError(f"Slurm refused the job: {reason}") from error
 
 
 def main() -> int:

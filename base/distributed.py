@@ -105,8 +105,8 @@ def pick_device(
 ) -> torch.device:
     """Return this process's device for `auto`, `cpu`, `cuda` or `cuda:N`.
 
-    neighbours: processes on this node, so that all of them see that the GPUs are too few.
-    one_visible: each process may see its own GPU alone, as with `srun --gpus-per-task=1`.
+    neighbours: processes on this node, so that all of them report too few GPUs.
+    one_visible: only this process's GPU may be visible, as with `srun --gpus-per-task=1`.
     """
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -216,12 +216,11 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
 
 def data_parallel(module: nn.Module, example: Tensor) -> nn.Module:
-    """Wrap `module` in DDP, with the gradients already in the order that they will keep.
+    """Wrap `module` in DDP, with the final layout of the gradients.
 
-    DDP lays out its gradients anew after the first backward pass, and the place of a number
-    decides in which order three or more processes add it up. A pass over `example` beforehand
-    (in evaluation mode, which changes nothing) gives a resumed run the layout of one that was not
-    stopped, and so the same bits.
+    DDP changes the layout after the first backward pass. The layout decides in which order three
+    or more processes add up a number. So one pass over `example` is made here, in evaluation mode,
+    which changes no weights. A resumed run then computes the same bits as an uninterrupted one.
     """
     device_ids = [example.device.index] if example.is_cuda else None
     wrapped = nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
@@ -263,16 +262,16 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
     """
     name = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"greeting/{rank}", name)
-        start = store.get(f"answer/{name}").decode()
+        store.set(f"token/{rank}", name)
+        start = store.get(f"start/{name}").decode()
         store.set(f"{start}/{rank}", "here")
         return dist.PrefixStore(start, store)
     missing = list(range(1, world))
     end = time.monotonic() + store.timeout.total_seconds()
     while missing := [other for other in missing if not store.check([f"{name}/{other}"])]:
         for other in missing:
-            if store.check([f"greeting/{other}"]):  # a dead process's is harmless
-                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
+            if store.check([f"token/{other}"]):  # the token of a dead process does no harm
+                store.set(f"start/{store.get(f'token/{other}').decode()}", name)
         if time.monotonic() > end:
             raise PeerLost(f"{len(missing)} did not start, process {missing[0]} among them")
         time.sleep(0.02)
@@ -280,7 +279,7 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
 
 
 def peer_lost_reason(error: Exception) -> str:
-    """Return in few words how another process was lost, or "" where `error` says no such thing."""
+    """Return the reason why a process failed, or "" if `error` is no error of another process."""
     if isinstance(error, PeerLost | dist.DistError) or "gloo/" in str(error):
         line = re.sub(r"^\[\S+\] ", "", str(error)).partition("\n")[0]  # gloo begins with its file
         return line.partition(". This is typically")[0]
@@ -288,7 +287,7 @@ def peer_lost_reason(error: Exception) -> str:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Make a DataLoader worker ignore the signals that ask a run to stop.
+    """Make a DataLoader worker ignore the stop signals of a run.
 
     Slurm and terminals send them to every process, and the run still needs its workers to finish
     the step. A SIGTERM from the parent itself still ends the worker.
@@ -396,21 +395,21 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Run `function` in the first process alone; all return its answer or raise its UserError."""
-    answer: Any = None
+    """Run `function` in the first process; all return its result or raise its UserError."""
+    result: Any = None
     if is_main():
         try:
-            answer = function()
+            result = function()
         except UserError as error:
-            answer = error
-    answer = broadcast_object(answer)
-    if isinstance(answer, UserError):
-        raise answer
-    return answer
+            result = error
+    result = broadcast_object(result)
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 class Agreement:
-    """The largest of all processes' small integers, the same in all of them at the same call.
+    """All-reduce (max) of a small integer, without blocking the device.
 
     On a GPU the result is that of `lag` calls ago, so that the host does not wait for work that
     was only just queued. Where updates are slow (`SLOW_UPDATE_S`) there is no lag.
@@ -448,7 +447,7 @@ class Agreement:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Let rank 0 run the block first and the others after it: for downloads into a cache."""
+    """Run the block first in rank 0 and then in the others: for downloads into a cache."""
     if not is_main():
         barrier()
     try:
@@ -504,6 +503,6 @@ def reported_code() -> int:
 
 
 def kill_workers() -> None:
-    """Kill this process's DataLoader workers: a stopped one would be waited for."""
+    """Kill this process's DataLoader workers, because the exit waits for a stopped one."""
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,4 +1,4 @@
-"""Errors that end a run: user errors, a lost process, and a stop by a signal."""
+"""Errors that end a run: user errors, a failed process, and a stop by a signal."""
 
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ MAX_LINE = 2000  # characters of an error
 class UserError(ValueError):
     """A wrong setting, file or image.
 
-    The message is one line: what was asked, what was found, what to do. `main.py` prints it on
+    The message is one line: the setting, what was found, what to do. `main.py` prints it on
     stderr and ends with exit code 2.
     """
 
@@ -20,7 +20,7 @@ class UserError(ValueError):
         """Return the message on one line, also after a DataLoader worker has wrapped it.
 
         A worker re-raises `UserError("Caught UserError in DataLoader worker ... <traceback>")`,
-        in which our own words come after the last `UserError: `.
+        in which the original message follows the last `UserError: `.
         """
         message = str(self)
         if "Original Traceback" in message:
@@ -62,7 +62,7 @@ EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; all processes raise this together.
+    """The run received a stop signal. All processes raise this together.
 
     saved: whether a checkpoint was written. The exit code is `EXIT_STOPPED`, or 130 for Ctrl-C.
     """

@@ -29,7 +29,7 @@ def is_finite(value: torch.Tensor) -> bool:
 
 
 def _brief(error: BaseException) -> str:
-    """Return the reason on one line: the system's words (disk full), where it was the system."""
+    """Return the reason on one line: the message of the system (disk full) if there is one."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
@@ -48,7 +48,7 @@ def hash_of(path: Path) -> str:
 
 
 class _RecordingFile:
-    """A binary file that remembers the error of a write, which torch wraps in a RuntimeError."""
+    """A binary file that stores the error of a write, which torch wraps in a RuntimeError."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.error = file, None
@@ -67,12 +67,12 @@ class _RecordingFile:
 def write_atomically(
     path: Path, write: Callable[[Any], object], *, keep: int = 1, copy_to: Path | None = None
 ) -> None:
-    """Call `write(file)` so that `path` is at every moment the old file or the whole new one.
+    """Call `write(file)` so that `path` is at every moment the old file or the complete new one.
 
-    keep: how many to keep, this one included; those before it are `aged(path, 1)` and on.
-    copy_to: another name for the same content, there before `path` changes.
-    Raises UserError when it cannot be written (disk full, no permission); the old files stay. Other
-    errors of `write` are raised as they are.
+    keep: number of versions to keep, with this one; older ones are `aged(path, 1)` and so on.
+    copy_to: second name of the same content, written before `path` changes.
+    Raises UserError if it cannot be written (disk full, no permission); the old files stay. Other
+    errors of `write` are raised unchanged.
     """
     shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     recorder = None
@@ -120,10 +120,10 @@ def save_atomically(
 
 
 def outline(content: Any) -> str:
-    """Return a hash of what `content` holds: keys, plain values, types and shapes of tensors.
+    """Return a hash of the keys, the plain values, and the types and shapes of tensors.
 
-    The numbers in tensors are left to the archive's checksums. Raises ValueError for more than
-    `MOST_WORDS` keys and values, to which a few nested lists can swell.
+    The archive's checksums cover the numbers in tensors. Raises ValueError for more than
+    `MOST_WORDS` keys and values, which a few nested lists can contain.
     """
     digest, left, count = hashlib.sha256(), [content], 0
     while left:
@@ -150,7 +150,7 @@ def aged(path: Path, age: int) -> Path:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give `source` a second name, replacing what has it; a copy where links are not possible."""
+    """Link `target` to `source`, or copy it where links are not possible; replace an old one."""
     shadow = source.with_name(f".{target.name}.{os.getpid()}.tmp")
     shadow.unlink(missing_ok=True)
     try:
@@ -187,16 +187,16 @@ def make_folder(folder: str | Path) -> None:
 def lock_folder(folder: Path) -> IO[str]:
     """Return an open file that locks `folder`: no other process can write a run there.
 
-    The kernel releases the lock when the process ends. This waits `PATIENCE_S` for a holder on this
-    machine, and longer for another machine's, because a file server notices late that it died.
-    A file system without locks gives none. A restarted Slurm job takes over the lock that a dead
-    node's server still keeps for its earlier start. Raises UserError if the folder stays locked,
-    and OSError if the file cannot be opened.
+    The kernel releases the lock when the process ends. This waits `PATIENCE_S` for a process on
+    this machine. It waits longer for one on another machine, because a file server releases the
+    lock of a dead machine late. A restarted Slurm job takes over the lock of its earlier start.
+    Without locks in the file system, the file is returned unlocked. Raises UserError if the folder
+    stays locked, and OSError if the file cannot be opened.
     """
     job = os.environ.get("SLURM_JOB_ID", "")
     me = f"process {os.getpid()}{f' of job {job}' * bool(job)} on {socket.gethostname()}"
     file = (folder / LOCK).open("a+", errors="replace")
-    started, told = time.monotonic(), False
+    started, warned = time.monotonic(), False
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,7 +209,7 @@ def lock_folder(folder: Path) -> IO[str]:
         here = holder.endswith(f" {socket.gethostname()}")
         patience = PATIENCE_S if here else PATIENCE_AFAR_S
         if time.monotonic() - started > patience:
-            if job and not here and f" of job {job} on " in holder:  # which runs once at a time
+            if job and not here and f" of job {job} on " in holder:  # a job runs once at a time
                 _logger.warning("%s: taken over from %s", folder, holder)
                 break
             file.close()
@@ -217,11 +217,11 @@ def lock_folder(folder: Path) -> IO[str]:
                 f"--output_dir {folder}: {holder} writes its run there; end it, or choose another"
                 + f"; if its machine is dead, remove {LOCK} there" * (not here)
             )
-        if not told:
+        if not warned:
             _logger.warning("%s: waiting for %s, which writes its run there", folder, holder)
-            told = True
+            warned = True
         time.sleep(0.2)
-    with contextlib.suppress(OSError):  # a disk that is full holds no name, but the lock
+    with contextlib.suppress(OSError):  # a full disk has the lock without the name
         os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"{me}\n".encode())
     return file

@@ -1,7 +1,6 @@
-"""Files with weights: read without executing anything, written so that a kill does no harm.
+"""Safe reading of files with weights, from a path or URL.
 
-`read_weights_file` takes any released format from a file or URL; what its keys mean is the
-models' business. `save_atomically` writes a run's own files; what is in them is `resume.py`'s.
+`read_weights_file` reads every released format. `models/` interprets its keys.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from base.errors import CorruptFile, UserError
 from base.files import _brief, hash_of, is_finite
 
 _logger = logging.getLogger(__name__)
-# What files of the first DeiT hold besides tensors. Neither runs code when it is rebuilt.
+# Types in files of the first DeiT besides tensors. Neither runs code when it is loaded.
 LEGACY_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z]+$")  # torch hub's convention
 DATA_HASH = "sha256"  # in the metadata of a .safetensors file: of its tensor data
@@ -58,12 +57,12 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
     """Return what a .pth, .pt, .bin or .safetensors file holds, tensors on the CPU.
 
     source: a path, or an http(s) URL whose file name ends in `-<hash>.pth` as torch hub's do, or
-        which ends in `#sha256=<hash>`, or in `#unverified` where nobody has published one. Only
+        which ends in `#sha256=<hash>`, or in `#unverified` if none is published. Only
         the first process downloads.
     Nothing in the file is executed: pickles are read with `weights_only=True`, and types that old
     DeiT files need (Namespace, PosixPath) come from an allow-list.
-    Raises Damaged, in one line, for what is missing, cut short, something else, or wants more, and
-    UserError for what cannot be read or fetched at all.
+    Raises CorruptFile for a file that is missing, cut short, of another kind, or needs other types,
+    and UserError for one that cannot be read or downloaded.
     """
     path = fetch(str(source)) if is_url(str(source)) else Path(source)
     if not path.exists():
@@ -132,7 +131,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         _check_archive(path)
         with torch.serialization.safe_globals(LEGACY_TYPES), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old storage classes, which the user cannot mend
+            warnings.simplefilter("ignore")  # of old storage classes
             content = torch.load(path, map_location="cpu", weights_only=True)
             _check_tensors(content)
             return content
@@ -155,11 +154,10 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise ValueError for an archive that is damaged or swells; torch itself checks neither.
+    """Raise ValueError for a damaged archive, or one that unpacks to more than its size.
 
-    Every entry has a checksum (CRC-32), which torch writes and skips on reading. torch never
-    compresses, so an archive that holds more than its own size is a bomb. Files of before torch
-    1.6 are no archives and have no checksum.
+    torch checks neither. It writes a checksum (CRC-32) of every entry and never compresses.
+    Files from before torch 1.6 are no archives and have no checksum.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -200,7 +198,7 @@ def _check_tensors(content: Any) -> None:
 
 @contextlib.contextmanager
 def in_one_line(words: str) -> Iterator[None]:
-    """Let whatever a strange file leads to end as a UserError that begins with `words`."""
+    """Convert any error raised while parsing a file into a UserError that begins with `words`."""
     try:
         yield
     except UserError:
@@ -213,10 +211,10 @@ def in_one_line(words: str) -> Iterator[None]:
 def check_numbers(
     found: Mapping[str, Any], ours: Mapping[str, Any], *, same_type: bool = False
 ) -> None:
-    """Raise ValueError where torch would round, cut or take in what is no number, in silence.
+    """Raise ValueError for values that torch would round, truncate, or load although not finite.
 
-    same_type: of the very type that ours has; else floating point of any precision may stand for
-        any other. Names and shapes are torch's to check.
+    same_type: require the same dtype; else any floating-point type may replace another one.
+    torch itself checks names and shapes.
     """
     for name, own in ours.items():
         value = found.get(name)
@@ -233,7 +231,7 @@ def fetch(url: str) -> Path:
     """Return the local copy of a URL, downloaded once and checked against its hash every time.
 
     With `#unverified` it is checked against the hash of the first download, which is logged.
-    Raises UserError if the URL names no hash, if it cannot be fetched, or if the hash differs.
+    Raises UserError for a URL without a hash, a failed download, or another hash.
     """
     parts = urlparse(url)
     name = os.path.basename(parts.path)
@@ -247,24 +245,24 @@ def fetch(url: str) -> Path:
         )
     match = asked or found
     prefix = match.group(1).lower() if match else ""
-    place = Path(torch.hub.get_dir()) / "checkpoints" / name
+    target = Path(torch.hub.get_dir()) / "checkpoints" / name
     with distributed.main_first():
-        if not place.exists():
+        if not target.exists():
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(
-                    url.partition("#")[0], str(place), hash_prefix=prefix or None, progress=False
+                    url.partition("#")[0], str(target), hash_prefix=prefix or None, progress=False
                 )
             except (OSError, ValueError) as error:
                 raise UserError(f"{url}: cannot be downloaded ({_brief(error)})") from error
-            except RuntimeError as error:  # torch's word for another hash
+            except RuntimeError as error:  # torch raises it for another hash
                 raise UserError(f"{url}: refused, {_brief(error)}") from error
-        digest = hash_of(place)
+        digest = hash_of(target)
         if unverified and not match:
-            prefix = _first_hash(place, digest)
+            prefix = _first_hash(target, digest)
     if not digest.startswith(prefix):
-        raise UserError(f"{place}: its sha256 is {digest[:16]}..., {prefix} was asked; delete it")
-    return place
+        raise UserError(f"{target}: its sha256 is {digest[:16]}..., {prefix} was asked; delete it")
+    return target
 
 
 def fingerprint(source: str) -> str:
@@ -275,10 +273,10 @@ def fingerprint(source: str) -> str:
     return hash_of(path)
 
 
-def _first_hash(place: Path, digest: str) -> str:
+def _first_hash(target: Path, digest: str) -> str:
     """Return the hash that a file without a published one had when it was first used."""
-    note = place.with_name(place.name + ".sha256")
+    note = target.with_name(target.name + ".sha256")
     if not note.exists():
         note.write_text(digest)
-        _logger.warning("%s: no hash is published for it; its sha256 is %s", place.name, digest)
+        _logger.warning("%s: no hash is published for it; its sha256 is %s", target.name, digest)
     return note.read_text().strip()

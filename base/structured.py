@@ -1,4 +1,4 @@
-"""Safe reading of YAML and JSON files into typed values, or one line that says what is wrong.
+"""Safe reading of YAML and JSON files into typed values. Errors are one line.
 
 Nothing in a file is executed. Its size, its nesting and what its aliases expand to are limited
 before any value is built. `convert` checks the values against a type (msgspec).
@@ -127,7 +127,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_yaml(text: str) -> Any:
     _check_size(text, "YAML")
-    depth = 0  # looked at before the nodes are made, which is recursive
+    depth = 0  # checked before the nodes are built, which is recursive
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
@@ -157,7 +157,7 @@ def _check_size(text: str, format: str) -> None:
 def _count_values(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) -> int:
     """Return how many values a node has with its aliases written out; check its keys.
 
-    Raises Malformed for a node that contains itself, a key that comes twice, or one that is no
+    Raises Malformed for a node that contains itself, a duplicate key, or a key that is not
     text.
     """
     number = id(node)

@@ -1,4 +1,4 @@
-"""Text that is safe to print: names come from files and folders of any origin."""
+"""Text that is safe to print, for names of files, folders and classes."""
 
 from collections.abc import Sequence
 

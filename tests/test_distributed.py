@@ -212,9 +212,9 @@ def test_a_collective_in_which_a_process_sleeps_ends_in_an_error(tmp_path: Path)
     assert (tmp_path / "told").exists()
 
 
-def test_processes_meet_although_the_store_remembers_those_that_died() -> None:
+def test_processes_meet_in_a_store_with_tokens_of_dead_processes() -> None:
     store = torch.distributed.HashStore()
-    for word in ("greeting/1", "greeting/2"):
+    for word in ("token/1", "token/2"):
         store.set(word, "of the dead")
     for _ in range(2):
         with ThreadPoolExecutor(3) as pool:

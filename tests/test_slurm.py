@@ -144,7 +144,7 @@ def test_every_start_of_a_job_has_a_meeting_file_of_its_own(tmp_path: Path) -> N
 def test_the_meeting_files_of_earlier_starts_go(tmp_path: Path) -> None:
     for name in (".meeting-7-0", ".meeting-7-1", ".meeting-7-2", ".meeting-71-0"):
         (tmp_path / name).touch()
-    run_with_submitit.forget_meetings(tmp_path / ".meeting-7-2")
+    run_with_submitit.remove_old_stores(tmp_path / ".meeting-7-2")
     assert {path.name for path in tmp_path.iterdir()} == {".meeting-7-2", ".meeting-71-0"}
 
 
@@ -155,5 +155,5 @@ def test_bad_flags_of_main_are_refused_before_anything_is_submitted(tmp_path: Pa
 
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="there is a Slurm")
 def test_without_slurm_the_error_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Slurm did not take the job"):
+    with pytest.raises(UserError, match="Slurm refused the job"):
         run_with_submitit.submit(["--job_dir", str(tmp_path)])

@@ -40,9 +40,9 @@ OURS = {
 WEIGHTS = ("model", "model_ema", "projections")
 MOST_EPOCHS = 2**31
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
-# Settings with which a resumed run may differ: none of them reaches the weights. --data-path is
-# free because the images themselves are compared, --teacher-path because the file's hash
-# is; --epochs, because training on is common.
+# Settings that a resumed run may change: they do not change the weights. --data-path and
+# --teacher-path are among them because images and file hashes are compared. --epochs is, because
+# longer training is common.
 MAY_CHANGE = frozenset(flag_table.with_fact(flags.MAY_CHANGE))
 
 
@@ -52,9 +52,9 @@ class Stateful(Protocol):
 
 
 class EpochState(Stateful, Protocol):
-    """The place in an epoch (`engine.Tally`)."""
+    """The position in an epoch (`training/state.py`)."""
 
-    micro: int
+    micro_step: int
 
     def reset(self) -> None: ...
 
@@ -96,7 +96,7 @@ class Checkpointer:
         self._saved_at = time.monotonic()
 
     def take_folder(self) -> None:
-        """Lock the folder for this run, and remove files that a killed run left half written.
+        """Lock the folder for this run, and remove incomplete files of a killed run.
 
         For the first process. Raises UserError while another run writes there.
         """
@@ -109,7 +109,7 @@ class Checkpointer:
         except OSError as error:
             raise UserError(
                 f"--output_dir {self.folder}: {error.filename or files.LOCK}: "
-                f"{error.strerror}; mend it, or choose another"
+                f"{error.strerror}; repair it, or choose another"
             ) from error
 
     def clear(self, source: str) -> None:
@@ -214,7 +214,7 @@ class Checkpointer:
             return f"no file ({error.line()})"
         return str(path)
 
-    # ---- going on
+    # ---- resuming
 
     def resume(self, source: str, *, anyway: bool = False) -> str:
         """Load the run of `source`; return a description of its position.
@@ -228,19 +228,19 @@ class Checkpointer:
 
         def usable(path: Path) -> None:
             saved = load_run(path)
-            # To see whether all of it fits, take it up here; all processes do so again below, from
-            # the file that is chosen. One of other settings may be whole and of another run.
+            # Loading is the check. All processes load the chosen file again below. A file with
+            # other settings may be intact and of another run.
             if not any(self._changes(saved)):
                 self._restore(path, saved)
             found.update(saved)
 
-        def look() -> str:
+        def choose() -> str:
             path = resolve(source, self.folder, usable, aside=not self.settings.get("check"))
-            if path and not found and not safe_load.is_url(path):  # which all processes fetch
+            if path and not found and not safe_load.is_url(path):  # all processes load a URL
                 found.update(load_run(path))
             return path
 
-        path = distributed.on_main(look)
+        path = distributed.on_main(choose)
         if not path:
             return "no checkpoint yet, starting from the beginning"
         saved = found or load_run(path)
@@ -248,7 +248,7 @@ class Checkpointer:
         if changes and not anyway:
             raise UserError(
                 f"--resume {path}: {'; '.join(changes)}. This must not change within a run; give "
-                "what it began with, or --resume-anyway"
+                "the first value, or --resume-anyway"
             )
         for change in changes:
             _logger.warning("resumed anyway: %s", change)
@@ -257,7 +257,7 @@ class Checkpointer:
         return f"{path}, epoch {self.epoch}, step {self.state.micro_step} of {self.steps}"
 
     def _warn(self, saved: Mapping[str, Any]) -> None:
-        """Warn about changes that are allowed and that change what follows."""
+        """Warn about allowed changes that affect the rest of the run."""
         was = saved["args"].get("epochs") if "facts" in saved else None
         now = self.settings.get("epochs")
         if was is not None and was != now:
@@ -265,7 +265,7 @@ class Checkpointer:
                 "--epochs was %s and is %s: the schedule follows the new number", was, now
             )
         if "tally" in saved and saved["tally"]["micro_steps"] and not self.steps:
-            _logger.warning("streamed data: epoch %d begins anew", self.epoch)
+            _logger.warning("streamed data: epoch %d starts again", self.epoch)
 
     def _changes(self, saved: Mapping[str, Any]) -> Iterator[str]:
         """Yield each setting that differs from `saved`, with both values."""
@@ -292,7 +292,7 @@ class Checkpointer:
                         load_optimizer_state(part, saved[name])
                     else:
                         part.load_state_dict(saved[name])
-                elif hasattr(part, "refresh"):  # the average begins with the weights
+                elif hasattr(part, "refresh"):  # the average starts from the weights
                     part.refresh(self.parts["model"])
                 elif name not in ("lr_scheduler", "scaler"):
                     raise ValueError(f"no {name} in it")
@@ -312,13 +312,13 @@ class Checkpointer:
         if "tally" not in saved:  # DeiT's
             return
         state = dict(saved["tally"])
-        if state["micro_steps"] and not self.steps:  # streamed data: the epoch begins anew
+        if state["micro_steps"] and not self.steps:  # streamed data: the epoch starts again
             return
         was, now = (
             settings["batch_size"] * facts["processes"]
             for settings, facts in ((saved["args"], saved["facts"]), (self.settings, self.facts))
         )
-        if was != now:  # as many images of the epoch, rounded down to whole updates
+        if was != now:  # the same number of images, rounded down to whole updates
             group = self.settings["grad_accum_steps"]
             state["micro_steps"] = state["micro_steps"] * was // now // group * group
         if not 0 <= state["micro_steps"] <= self.steps:
@@ -329,7 +329,7 @@ class Checkpointer:
 def load_run(source: str | Path) -> dict[str, Any]:
     """Return the checkpoint of a run: one of ours, checked to be complete, or one of DeiT's.
 
-    Raises UserError if the file is no run's but only weights, or is not whole.
+    Raises UserError for a file of weights alone, and for an incomplete one.
     """
     content = safe_load.read_weights_file(source)
     kinds: dict[str, type] = dict(REQUIRED)
@@ -338,7 +338,7 @@ def load_run(source: str | Path) -> dict[str, Any]:
         kinds |= OURS
     if missing := [key for key in kinds if key not in content]:
         raise CorruptFile(
-            f"{source}: has no {', '.join(missing)}, so a run cannot go on from it; to start from "
+            f"{source}: has no {', '.join(missing)}, so no run can resume from it; to start from "
             "its weights use --finetune"
         )
     for key, kind in kinds.items():
@@ -351,7 +351,7 @@ def load_run(source: str | Path) -> dict[str, Any]:
 
 
 def check_whole(source: str | Path, content: Mapping[str, Any]) -> None:
-    """Raise UserError if one of our checkpoints does not contain exactly what was written."""
+    """Raise UserError if one of our checkpoints differs from what was written."""
     found = content.get("format")
     if isinstance(found, int) and found != FORMAT:
         raise UserError(
@@ -382,7 +382,7 @@ def resolve(
     *,
     aside: bool = False,
 ) -> str:
-    """Return the file or URL that `source` (see `Keeper.resume`) means, or "" for none."""
+    """Return the file or URL that `source` (see `Checkpointer.resume`) means, or "" for none."""
     if not is_auto(source):
         return source
     found = find_newest(folder, usable, aside=aside) if folder else None
@@ -394,9 +394,9 @@ def find_newest(
 ) -> Path | None:
     """Return the newest complete checkpoint in `folder`, or None if there is none.
 
-    usable: raises Damaged for a checkpoint that is; what else it raises is not caught. aside: put
-    such newer ones aside as NAME.damaged, so that they do not take the place of a good one.
-    Raises UserError if all are damaged: beginning again would throw work away.
+    usable: raises CorruptFile for a damaged checkpoint. Its other errors are not caught.
+    aside: rename newer, damaged ones to NAME.damaged.
+    Raises UserError if all are damaged.
     """
     older = {
         int(match[1]): path
@@ -508,10 +508,10 @@ def move_earlier_run(folder: Path) -> None:
     except OSError as error:
         raise UserError(
             f"{folder} holds an earlier run, which cannot be moved to {aside} ({error.strerror}); "
-            "go on with it by --resume auto, or choose another --output_dir"
+            "continue it by --resume auto, or choose another --output_dir"
         ) from error
     _logger.warning(
-        "%s holds an earlier run: moved to %s (--resume auto goes on with it instead)",
+        "%s holds an earlier run: moved to %s (--resume auto continues it instead)",
         folder,
         aside,
     )

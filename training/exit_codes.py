@@ -29,8 +29,7 @@ def exit_code_of(
     """Call `run` and return its exit code, after the line of its error if it has one.
 
     on_stop: called with the number of the signal that stopped the run. argv: the command line,
-    None for that of this process.
-    Raises errors that are none of the above.
+    None for that of this process. Raises all other errors.
     """
     try:
         run()
@@ -52,7 +51,7 @@ def exit_code_of(
         return EXIT_CTRL_C if stop.signal_number == Signals.SIGINT else EXIT_STOPPED
     except (RuntimeError, ConnectionError, EOFError) as error:
         distributed.kill_workers()
-        if code := distributed.reported_code():  # it has left, so a collective failed here
+        if code := distributed.reported_code():  # it has ended, so a collective failed here
             return code
         what, line = describe_fault(error)
         if isinstance(error, PeerLost) or distributed.first_to_report(what, code=EXIT_FAULT):
@@ -103,9 +102,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 class StopWhenClosed(io.TextIOWrapper):
-    """A standard output that ends the run in good order when its reader has closed it.
+    """Standard output that ends the program when its reader has closed it.
 
-    While a run trains, it saves and ends as on SIGTERM. Otherwise the program ends at once.
+    During training the run is saved and ends as on SIGTERM. Otherwise the program ends at once.
     """
 
     def write(self, text: str) -> int:
@@ -141,8 +140,8 @@ def describe_fault(error: Exception) -> tuple[str, str]:
     Raises `error` itself if it is none of the known faults.
     """
     reason = " ".join(str(error).split())
-    if lost := distributed.peer_lost_reason(error):
-        what, reason = "a process of this run has died or does not respond", lost
+    if failed := distributed.peer_lost_reason(error):
+        what, reason = "a process of this run has died or does not respond", failed
         advice = "continue with --resume auto; if one is only slow, raise --dist-timeout"
     elif "DataLoader timed out" in reason:
         what = "a DataLoader worker returns no batch"

@@ -77,9 +77,8 @@ def _mean(sum_and_count: Tensor) -> float:
 class ProgressLogger:
     """One line every `interval` steps: step, time left, numbers, images a second, data wait.
 
-    On a terminal the lines have a bar, are cut to its width and overwrite each other; redirected,
-    they are whole and follow each other. Only the first process prints. start: steps done before,
-    by a run that this one goes on from.
+    On a terminal each line has a bar, is cut to the width and overwrites the line before. Only the
+    first process prints. start: steps that a resumed epoch has done before.
     """
 
     def __init__(self, length: int, header: str, *, interval: int = 10, start: int = 0) -> None:
@@ -92,14 +91,14 @@ class ProgressLogger:
 
     def __call__(self, batches: Iterable) -> Iterator[Any]:
         """Yield the batches, and measure how long each was waited for."""
-        self._begin = self._mark = asked = time.perf_counter()
+        self._begin = self._mark = start = time.perf_counter()
         for batch in batches:
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - start
             yield batch
-            asked = time.perf_counter()
+            start = time.perf_counter()
         if self._prints:
             if self._overwrites:
-                print()  # the last line stays: it has the numbers
+                print()  # keep the last line
             seconds = time.perf_counter() - self._begin
             share = 100 * self._waited / max(seconds, 1e-9)
             print(
@@ -163,7 +162,7 @@ def peak_memory() -> int:
 
 
 def number(value: float) -> str:
-    """Return a number for people: four significant digits, small and large ones with exponent."""
+    """Return a number as text: four significant digits, small and large ones with exponent."""
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}"
 
 
@@ -195,9 +194,9 @@ def _writes(name: str) -> Callable:
 class RunLog:
     """`log.txt` (one JSON object an epoch, DeiT's keys first), `config.yaml` and TensorBoard.
 
-    TensorBoard counts images seen, so that runs of different batch size overlay. A run that
-    starts at `start_epoch` drops the entries of that epoch and later ones, which a killed run may
-    have left: no epoch comes twice. With an empty `output_dir` nothing is written.
+    The x axis of TensorBoard is the number of images, so that runs of different batch size
+    overlay. A run that starts at `start_epoch` removes older entries of that and later epochs.
+    With an empty `output_dir` nothing is written.
     """
 
     @_writes("log.txt")
@@ -222,7 +221,7 @@ class RunLog:
                 self._hparams(settings)
 
     def _hparams(self, settings: Mapping[str, Any]) -> None:
-        """Give what runs are compared by to TensorBoard's table, beside their last accuracy."""
+        """Write the compared settings and the last accuracy to TensorBoard's table of runs."""
         from torch.utils.tensorboard.summary import hparams
 
         kept = {
@@ -235,7 +234,7 @@ class RunLog:
 
     @property
     def has_board(self) -> bool:
-        """Whether images would be seen by anybody."""
+        """Whether TensorBoard is written."""
         return self._board is not None
 
     @_writes("tensorboard")
@@ -246,7 +245,7 @@ class RunLog:
 
     @_writes("tensorboard")
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
-        """Put `values` under `prefix/name` in TensorBoard; a count of images is no curve."""
+        """Put `values` under `prefix/name` in TensorBoard, but for the count of images."""
         if self._board is not None:
             for name, value in values.items():
                 if name != "count":
@@ -337,10 +336,11 @@ def _open_tensorboard(folder: Path, images_seen: int) -> Any:
     return SummaryWriter(str(folder), purge_step=images_seen or None, max_queue=1000)
 
 
-def _leave_out_traceback(lost: threading.ExceptHookArgs) -> None:
-    """Leave a thread's traceback out where TensorBoard raises the same again in our next call."""
-    if not (isinstance(lost.exc_value, OSError) and "tensorboard" in type(lost.thread).__module__):
-        threading.__excepthook__(lost)
+def _leave_out_traceback(failed: threading.ExceptHookArgs) -> None:
+    """Skip a thread's traceback if TensorBoard raises the same error in the next call."""
+    is_board = "tensorboard" in type(failed.thread).__module__
+    if not (isinstance(failed.exc_value, OSError) and is_board):
+        threading.__excepthook__(failed)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -1,8 +1,7 @@
 """Updates whose loss or gradient is not finite.
 
-A bad update is skipped in all processes. It changes no weights and no buffers. It is counted on
-the device, so that no step waits for it. After too many in a row the run ends, and the batch that
-caused the last one is saved.
+A bad update is skipped in all processes. It changes no weights and no buffers. The device counts
+bad updates, so that no step waits. After too many in a row the run ends, and a bad batch is saved.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ class BadUpdateCounter:
         self.counts = torch.stack([in_a_row, torch.zeros_like(in_a_row)])
 
     def add_loss(self, loss: Tensor) -> None:
-        """Remember whether the loss of a micro-step of this update is not finite."""
+        """Record whether the loss of a micro-step of this update is not finite."""
         self._bad_loss |= ~torch.isfinite(loss.detach())
 
     def any_bad_loss(self) -> Tensor:
@@ -65,7 +64,7 @@ class NormStatistics:
 
     The forward pass changes them before the loss is known. All processes use those of rank 0, as
     DDP does before the next forward pass, so that evaluation, the moving average and a resumed
-    run see the same values.
+    run use the same values.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -124,7 +123,7 @@ class BadBatchFinder:
         """Raise UserError if the last `limit` updates were bad.
 
         where: epoch, update and updates_per_epoch, saved with the batch. look: read the count
-        although the host waits for a GPU.
+        although the host then waits for a GPU.
         """
         batches, self._batches = self._batches, []
         had_all, suspects = self._keeps_all, self._keeps_all and self.limit > 1

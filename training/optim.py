@@ -32,7 +32,7 @@ IMPLEMENTATION = ("fused", "foreach", "capturable", "differentiable")  # same up
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How often and how fast weights move: what a published number depends on.
+    """Updates, batch and learning rate of a run, on which a published number depends.
 
     updates: of an epoch; batch: images an update, of all processes and micro-steps; lr: the
     base learning rate, at the top of its schedule.
@@ -50,8 +50,9 @@ class BatchPlan:
 
 
 def build_lr(args: Namespace, world_size: int) -> float:
-    """Return the base learning rate: --lr times effective batch / 512; --unscale-lr takes it as it
-    is. The effective batch counts all processes and accumulated micro-steps."""
+    """Return the base learning rate: --lr times effective batch / 512, or --lr with --unscale-lr.
+
+    The effective batch counts all processes and accumulated micro-steps."""
     if args.unscale_lr:
         return args.lr
     return args.lr * args.batch_size * world_size * args.grad_accum_steps / REFERENCE_BATCH
@@ -112,9 +113,9 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, float]:
     """Return the optimizer and its base learning rate.
 
-    No weight decay on biases, norms and what the network names in `no_weight_decay`. Every
-    projection is a group of its own, with the options that its match gives.
-    Raises UserError for an optimizer timm does not know, or an option that it does not have.
+    Biases, norms and the network's `no_weight_decay` have no weight decay. Every projection is a
+    group of its own, with the options of its match.
+    Raises UserError for an unknown optimizer, and for an option that it does not have.
     """
     lr = build_lr(args, world_size)
     name = RENAMED.get(args.opt.lower(), args.opt)
@@ -202,7 +203,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 def _check_state(saved: Mapping[Any, Any], optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError where the state of a parameter has other keys, shapes, or NaN."""
-    if not saved or isinstance(optimizer, Lookahead):  # whose state grows later
+    if not saved or isinstance(optimizer, Lookahead):  # its state grows later
         return
     expected = expected_state(optimizer)
     for index, state in saved.items():
@@ -361,16 +362,16 @@ def build_schedule(
 class Ema:
     """A moving average of a network's weights, in a network of its own (`.module`).
 
-    decay: what stays of it at every update; `warmup` shortens it at the beginning
+    decay: share of the average that an update keeps; `warmup` lowers it at the beginning
         (1 - step^(-2/3)), so that short runs do not average their first weights.
-    device: where it is kept, or None for where the network is.
+    device: of the average; None for the network's device.
     """
 
     def __init__(
         self, network: nn.Module, *, decay: float, warmup: bool, device: str | None = None
     ) -> None:
-        # timm's, for its decays and its own device; the update is here, without its walk over
-        # both networks at every step, which takes as long as the arithmetic of a small one.
+        # timm computes the decay. Its update visits every module of both networks in each step,
+        # which takes as long as the arithmetic of a small network. So the update is here.
         self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup, device=device)
         self._pairs: tuple[Any, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]] | None
         self._pairs = None
@@ -381,7 +382,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: nn.Module, global_step: int) -> None:
-        """Move towards the weights of `network`, always the same one, after `global_step`."""
+        """Update the moving average from `network` after `global_step`."""
         if not self._ema.foreach:  # on another device than the network
             self._ema.update(network, step=global_step)
             return
@@ -393,7 +394,7 @@ class Ema:
             own.copy_(other)
 
     def refresh(self, network: nn.Module) -> None:
-        """Start again from the weights of `network`."""
+        """Set the average to the weights of `network`."""
         self._ema.set(network)
 
     def on(self, device: torch.device) -> nn.Module:

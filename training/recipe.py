@@ -1,8 +1,8 @@
 """Recipes: the published runs by name, and how to keep their batch on other machines.
 
 A recipe is a YAML file in `recipes/`: `flags` of main.py, the `source` of its number, `expected`
-(Acc@1 in percent, and how far an honest repetition may be from it), `effective-batch` (images an
-update), and `needs`: flags that only the user can give.
+(Acc@1 in percent and its tolerance), `effective-batch` (images an update), and `needs`: flags that
+the user must give.
 """
 
 import difflib
@@ -33,7 +33,7 @@ class Recipe:
     needs: dict[str, str] = field(default_factory=dict)
 
     def expects(self) -> str:
-        """Return in words what the recipe is to reach, and whose number that is."""
+        """Return the expected accuracy and its source as text."""
         number = "no published accuracy"
         if self.acc1 is not None:
             number = f"{self.acc1:g} ± {self.tolerance:g}% expected"
@@ -51,7 +51,7 @@ class Recipe:
 
 
 class _Expected(msgspec.Struct, forbid_unknown_fields=True):
-    """What a recipe is to reach, in percent."""
+    """The expected accuracy of a recipe, in percent."""
 
     acc1: Annotated[float, msgspec.Meta(ge=0, le=100)] | None = None
     tolerance: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
@@ -95,7 +95,7 @@ def find(name: str) -> Recipe:
 
 
 def check_needs(recipe: Recipe, args: Namespace) -> None:
-    """Raise UserError for a flag that the recipe leaves to the user and that is not given."""
+    """Raise UserError if a flag that the recipe needs is not given."""
     given = vars(args)
     for flag, what in recipe.needs.items():
         name = flag.replace("-", "_")
@@ -110,8 +110,8 @@ def fit_batch(
 ) -> dict[str, int]:
     """Return the --batch-size and --grad-accum-steps that keep the recipe's effective batch.
 
-    What was given on the command line (`explicit`) stays. Where no whole number does it, nothing
-    changes. Many processes share the batch, few accumulate it.
+    Flags of the command line (`explicit`) stay. Without a solution in whole numbers nothing
+    changes. Many processes share the batch; few processes accumulate it.
     """
     wanted = recipe.effective_batch
     step = batch_size * world_size
@@ -127,7 +127,7 @@ def fit_batch(
 
 
 def describe(recipe: Recipe, changed: Mapping[str, Any], fitted: Mapping[str, int]) -> list[str]:
-    """Return what the recipe is to reach, and a line for every flag that differs from it.
+    """Return the expected accuracy, and a line for every flag that differs from the recipe.
 
     changed: flags of the command line with another value than the recipe's, by destination name;
     fitted: those that keep its batch on this number of processes.

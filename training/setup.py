@@ -37,7 +37,7 @@ _logger = logging.getLogger("main")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where a run computes, in which precision, and the images it takes.
+    """Processes, device and precision of a run, and its input.
 
     amp_dtype, teacher_amp: autocast types of student and teacher, or None.
     """
@@ -161,7 +161,7 @@ def build_training(
     teacher: AnyTeacher | None,
     runtime: Runtime,
 ) -> Training:
-    """Return the objective, the optimizer, and the state of a run, resumed if --resume says so."""
+    """Return the objective, the optimizer and the state of a run, after --resume."""
     batch_plan = optim.build_batch_plan(args, len(loaders.train), runtime.processes.world_size)
     ema = optim.build_ema(args, student.network)
     criterion = objective.build_objective(

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C."""
+"""Signals that stop a run: SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C."""
 
 import contextlib
 import os

@@ -14,7 +14,7 @@ from training.non_finite import BadUpdateCounter
 class EpochState:
     """Micro-steps done in an epoch, the sums behind its averages, and its bad updates.
 
-    With the weights, this is all that a run stopped in the middle of an epoch needs to go on.
+    With the weights, this is the state of a run that stops in the middle of an epoch.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -10,14 +10,14 @@ from training.checkpointer import is_auto, resolve
 
 
 def build_trained_classes(args: Namespace) -> ModelClasses | None:
-    """Return the outputs of the weights whose head the run keeps, or None if it has none.
+    """Return the outputs of a head that the run keeps, or None if it gets a new head.
 
     --eval keeps the head of --resume, --finetune or --pretrained; a resumed run that of its
     checkpoint. Every other run gets a head for the classes of its data.
     """
     if args.eval:
         path = resolve(args.resume, Path(args.output_dir)) or args.finetune
-    else:  # --resume auto goes on in its own folder, with the data of before
+    else:  # --resume auto continues in its own folder, with the same data
         path = "" if is_auto(args.resume) else args.resume
     if path:
         return classes_of_file(path, args.model)

@@ -117,7 +117,7 @@ class Updater:
     ) -> tuple[Tensor, Tensor]:
         """Step under a loss scale. Returns the norm, and whether the update was bad.
 
-        The scaler skips non-finite gradients and lowers its scale. It does not see the loss, so a
+        The scaler skips non-finite gradients and lowers its scale. It does not read the loss, so a
         bad loss makes a gradient non-finite here. A gradient that overflows at a scale above 1 is
         skipped and does not count as bad.
         """
