@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
+from base import flag_table
 from base.distributed import Processes
 from base.errors import UserError
 from data import image_ops, image_source
@@ -861,3 +862,7 @@ def test_12_bit_data_in_16_bit_files_are_warned_of(
     loaders("IMNET", folders, "--batch-size", "2")
     assert ("the values of 16-bit images reach 4095 of 65535" in caplog.text) == warned
     assert ("multiplied by 16" in caplog.text) == warned
+
+
+def test_the_help_lists_every_data_set() -> None:
+    assert set(flag_table.DATA_SETS) == set(sources.DATA_SETS)

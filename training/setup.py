@@ -1,7 +1,7 @@
 """From the parsed settings to the objects of a run.
 
-`main.py` calls these functions in this order: `build_runtime`, `build_student`, `build_teacher`,
-`build_training`, `build_log`.
+`main.py` calls these functions in this order: `build_runtime`, `build_student`, `build_cache`,
+`build_live_teacher`, `build_training`, `build_log`.
 """
 
 import logging
