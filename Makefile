@@ -30,7 +30,7 @@ table: $(VENV)/.installed
 	  --row "hard: --distillation-type hard"
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'

@@ -5,7 +5,7 @@ interface. All randomness of a step follows from (seed, epoch, micro-step, rank)
 draws the same numbers as an uninterrupted one.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,18 +23,28 @@ from training.state import EpochState
 from training.step_config import DEFAULT_STEP, NO_HOOKS, Hooks, StepConfig
 from training.updater import Updater
 
-Teacher = Callable[[Tensor, BatchKey], Any]  # images (B,3,H,W) and their key to logits (B,C)
+TeacherFn = Callable[[Tensor, BatchKey], Any]  # images (B,3,H,W) and their key to logits (B,C)
+
+
+class Criterion(Protocol):
+    """A loss such as `losses.DistillationLoss`. terms: its unweighted parts at the last call."""
+
+    terms: Mapping[str, Tensor]
+
+    def __call__(
+        self, images: Tensor, outputs: Any, labels: Tensor, *, teacher_outputs: Any = None
+    ) -> Tensor: ...
 
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     data_loader: Iterable,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     epoch: int,
     *,
-    teacher: Teacher | None = None,
+    teacher: TeacherFn | None = None,
     config: StepConfig = DEFAULT_STEP,
     state: EpochState | None = None,
     hooks: Hooks = NO_HOOKS,
@@ -74,7 +84,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def mix_and_query(
-    images: Tensor, labels: Tensor, key: BatchKey, teacher: Teacher | None, config: StepConfig
+    images: Tensor, labels: Tensor, key: BatchKey, teacher: TeacherFn | None, config: StepConfig
 ) -> tuple[Tensor, Tensor, Any]:
     """Mix a batch and compute the teacher's outputs; both depend on the key within the cycle.
 
@@ -89,7 +99,7 @@ def mix_and_query(
 
 def compute_loss(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: Criterion,
     batch: tuple[Tensor, Tensor, Any],
     key: BatchKey,
     config: StepConfig,
@@ -109,8 +119,8 @@ def seed_step(*parts: int | str) -> None:
 
 def _bad_batch_finder(
     model: nn.Module,
-    criterion: nn.Module,
-    teacher: Teacher | None,
+    criterion: Criterion,
+    teacher: TeacherFn | None,
     config: StepConfig,
     state: EpochState,
     hooks: Hooks,
@@ -153,7 +163,7 @@ def _log(
 
 def query_epoch(
     data_loader: Iterable,
-    teacher: Teacher,
+    teacher: TeacherFn,
     device: torch.device,
     epoch: int,
     *,
@@ -239,9 +249,8 @@ def batch_scores(
     logits: (B, C), or those of two heads, which are averaged. among: the outputs that the last
     number is restricted to, (K,), or None for all.
     """
-    if isinstance(logits, tuple):
-        logits = sum(logits) / len(logits)
-    logits = logits.float()
+    heads = logits if isinstance(logits, tuple) else (logits,)
+    logits = torch.as_tensor(sum(heads) / len(heads)).float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     top1, top5 = accuracy(logits, labels, topk=(1, 5))
     hits = top1 if among is None else (among[logits[:, among].argmax(dim=1)] == labels).sum()

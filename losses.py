@@ -102,6 +102,8 @@ class DistillationLoss(nn.Module):
     Hinton's, and Hugging Face's with 1 - alpha for their alpha.
     """
 
+    teacher_model: Callable[..., Any] | None
+
     def __init__(
         self,
         base_criterion: Callable[[Tensor, Tensor], Tensor],
@@ -140,7 +142,7 @@ class DistillationLoss(nn.Module):
 
     @property
     def term_weights(self) -> dict[str, float]:
-        """What each of `terms` counts in the loss: their products with `terms` add up to it."""
+        """The weight of each of `terms`: the sum of their products is the loss."""
         if self.distillation_type == "none":
             return {"base": 1.0}
         return dict(zip(("base", "distillation"), self.weights))
@@ -176,7 +178,8 @@ class DistillationLoss(nn.Module):
             return base
         if isinstance(teacher_outputs, list | tuple):
             pairs = zip(self.teacher_weights, teacher_outputs, strict=True)
-            distillation = sum(w * self._distill(logits_S, _from_teacher(t)) for w, t in pairs)
+            terms = [w * self._distill(logits_S, _from_teacher(t)) for w, t in pairs]
+            distillation = torch.as_tensor(sum(terms))
         else:
             distillation = self._distill(logits_S, self._teacher_logits(inputs, teacher_outputs))
         self.terms = {"base": base.detach(), "distillation": distillation.detach()}
@@ -201,7 +204,7 @@ class DistillationLoss(nn.Module):
             )
         return outputs[0], outputs[0 if self.head == "cls" else 1]
 
-    def _teacher_logits(self, inputs: Tensor | None, teacher_outputs: Tensor | None) -> Tensor:
+    def _teacher_logits(self, inputs: Tensor | None, teacher_outputs: Any) -> Tensor:
         if teacher_outputs is None:
             if self.teacher_model is None:
                 raise ValueError(
@@ -646,7 +649,8 @@ def _hidden_pair(name: str, state_S: Tensor, state_T: Tensor) -> tuple[Tensor, T
     elif state_S.dim() == state_T.dim() == 3 and state_S.shape[1] != state_T.shape[1]:
         way_out = "tokens differ: use a teacher with the same patch grid, or compare with fsp"
     _check_same_shape(name, state_S, state_T, way_out)
-    return _raised(state_S, _from_teacher(state_T))
+    state_S, state_T = _raised(state_S, _from_teacher(state_T))
+    return state_S, state_T
 
 
 def _mean_of_kept(name: str, values: Tensor, mask: Mask) -> Tensor:
@@ -815,11 +819,13 @@ def _embedding_pair(one: Tensor, other: Tensor, wanted: str) -> tuple[Tensor, Te
     """Return both in one precision. Raises ValueError unless their widths are equal."""
     if not one.dim() == other.dim() == 2 or one.shape[1] != other.shape[1]:
         raise ValueError(f"embeddings {_shape(one)} and {_shape(other)}; give {wanted}")
-    return _raised(one, other)
+    one, other = _raised(one, other)
+    return one, other
 
 
 def _unit(embeddings: Tensor) -> Tensor:
-    return F.normalize(*_raised(embeddings), dim=-1)
+    (embeddings,) = _raised(embeddings)
+    return F.normalize(embeddings, dim=-1)
 
 
 @_full_precision
@@ -942,6 +948,8 @@ class DistillKLDivLoss(nn.Module):
     temperature: of both softmaxes, above 0.
     Source: DistillKLDivLoss of sentence-transformers, with images for sentences.
     """
+
+    model: Callable[[Tensor], Tensor]
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from base import flag_table
 from base.distributed import Processes
 from base.errors import UserError
 from data import image_ops, image_source
+from data import sources as data_sources
 from data.packed import Prepared, Writer
 from data.transforms import InputConfig
 from datasets import Loaders, auto_workers, build_dataset, build_loaders
@@ -865,4 +866,4 @@ def test_12_bit_data_in_16_bit_files_are_warned_of(
 
 
 def test_the_help_lists_every_data_set() -> None:
-    assert set(flag_table.DATA_SETS) == set(sources.DATA_SETS)
+    assert set(flag_table.DATA_SETS) == set(data_sources.DATA_SETS)
