@@ -10,8 +10,7 @@ memory are not compared. Further cases resume a checkpoint of the old checkout a
 cache. The exit code is 1 if anything differs.
 
 Only the command line and the file formats are used, so the modules may have any names. Every run is
-forked from this process, which has already imported the libraries. With --python every run starts
-a new interpreter instead. Two processes are always started by torchrun.
+forked from this process, which has already imported the libraries; torchrun starts two processes.
 """
 
 import argparse
@@ -133,7 +132,6 @@ def main() -> int:
     parser.add_argument("new", type=Path, help="checkout to compare")
     parser.add_argument("--cases", default=",".join(CASES), help="default: %(default)s")
     parser.add_argument("--keep", type=Path, help="keep the runs here; reuse the old checkout's")
-    parser.add_argument("--python", help="start every run in a new process of this interpreter")
     args = parser.parse_args()
     if unknown := set(args.cases.split(",")) - set(CASES):
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -143,8 +141,8 @@ def main() -> int:
     different = []
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.keep or Path(temporary)).resolve()
-        old = Checkout(args.old, work / "old", work / "old", args.python, reuse=bool(args.keep))
-        new = Checkout(args.new, work / "new", work / "old", args.python, reuse=False)
+        old = Checkout(args.old, work / "old", work / "old", reuse=bool(args.keep))
+        new = Checkout(args.new, work / "new", work / "old", reuse=False)
         print_row("case", *COLUMNS, "seconds")
         for name in with_needs(args.cases.split(",")):
             start = time.perf_counter()
@@ -209,9 +207,9 @@ def largest_difference(old: dict[Any, Any], new: dict[Any, Any]) -> str:
 class Checkout:
     """Runs the cases of one checkout, each once, in a folder below `runs`."""
 
-    def __init__(self, root: Path, runs: Path, old_runs: Path, python: str | None, reuse: bool):
+    def __init__(self, root: Path, runs: Path, old_runs: Path, reuse: bool):
         self.root, self.runs, self.old_runs = root.resolve(), runs, old_runs
-        self.python, self.reuse = python, reuse
+        self.reuse = reuse
         self.results: dict[str, Result] = {}
 
     def run(self, name: str) -> Result:
@@ -242,17 +240,17 @@ class Checkout:
 
     def start(self, flags: list[str], processes: int, output: Path) -> int:
         """Run main.py with its output in a file and return the exit code."""
-        if processes == 1 and not self.python:
+        if processes == 1:
             fork = multiprocessing.get_context("fork")
             child = fork.Process(target=run_main, args=(self.root, flags, output))
             child.start()
             child.join()
             return child.exitcode or 0
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [self.python or sys.executable, *(launcher if processes > 1 else []), "main.py"]
+        command = [sys.executable, *launcher, "main.py", *flags]
         with output.open("w") as file:
             return subprocess.run(
-                [*command, *flags], cwd=self.root, stdout=file, stderr=subprocess.STDOUT
+                command, cwd=self.root, stdout=file, stderr=subprocess.STDOUT
             ).returncode
 
 

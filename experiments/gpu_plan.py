@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import datasets  # noqa: E402
 import main as training_program  # noqa: E402
 import models  # noqa: E402
 from base import distributed  # noqa: E402
@@ -222,7 +223,7 @@ def measure_input(plan: Plan) -> Result:
         for form in (packed.RAW, packed.JPEG):
             base = bench_loader.prepare(source, plan.work / form, form)
             sources[f"packed {form}"] = ["PREPARED", repeat_packed(plan, base)]
-    case, workers = plan.case("small"), min(datasets_cores(), 1 if plan.toy else 99)
+    case, workers = plan.case("small"), min(datasets.cores_here(), 1 if plan.toy else 99)
     entries: dict[str, Callable[[int], float]] = {
         name: Ours(case, plan.precision, "none") for name in ("in memory", "in memory again")
     }
@@ -236,10 +237,6 @@ def measure_input(plan: Plan) -> Result:
     seconds = race(entries, 2, 1) if plan.toy else race(entries, 3, 20)
     lines = [f"{case.student}, B={case.batch}, {plan.precision}, {workers} workers", ""]
     return {"seconds": seconds, "lines": lines + rate_table(seconds, case.batch)}
-
-
-def datasets_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def repeat_files(plan: Plan, source: Path) -> Path:
@@ -288,7 +285,7 @@ def accuracy_flags(plan: Plan) -> list[str]:
     text = (
         f"{RECIPE} --batch-size {300 if plan.toy else 512} --lr 1e-3 --warmup-epochs 1 {data} "
         f"--model {student} --teacher-model resnet_pico {teacher} --device {plan.device} "
-        f"--num-workers {0 if plan.toy else datasets_cores()} --no-teacher-check --output_dir"
+        f"--num-workers {0 if plan.toy else datasets.cores_here()} --no-teacher-check --output_dir"
     )
     return [*text.split(), str(plan.work / "run")]
 
