@@ -1,4 +1,4 @@
-"""From the settings to the data of a run and its loaders."""
+"""Build the data sets and loaders of a run from its settings."""
 
 import hashlib
 import logging
@@ -65,17 +65,16 @@ def build_dataset(
         from data.device_augment import Recorded  # few runs use it
 
         transform = Recorded(transform)
-    if isinstance(source, Shards):
-        num_classes = count_classes(source.classes, args.nb_classes, source.what)
-        return Stream(source, transform, num_classes), num_classes
     num_classes = count_classes(source.classes, args.nb_classes, source.what)
+    if isinstance(source, Shards):
+        return Stream(source, transform, num_classes), num_classes
     return ImageDataset(source, transform, num_classes, bad_images), num_classes
 
 
 def count_classes(classes: list[str] | None, wanted: int | None, what: str) -> int:
     """Return how many classes the student needs: `wanted` (--nb-classes), else those found."""
     if classes is None and wanted is None:
-        raise UserError(f"{what}: it does not tell its classes; give their number (--nb-classes)")
+        raise UserError(f"{what}: its classes are unknown; give their number (--nb-classes)")
     if classes is not None and wanted is not None and wanted < len(classes):
         raise UserError(
             f"--nb-classes {wanted}: the {what} have {len(classes)} classes; "
@@ -111,9 +110,9 @@ class Loaders:
                 data.set_epoch(epoch)
 
     def fingerprint(self, *, of_train: bool = False) -> str:
-        """Return which images have which labels, in a few words, wherever the folders lie.
+        """Return the number of images and a hash of images and labels, without folder names.
 
-        of_train: those of training alone. How sure it is of the pixels, each source says.
+        of_train: of the training data alone. `Source.identity` describes what is hashed.
         """
         digest, parts = hashlib.sha256(), self.data[:1] if of_train else self.data
         for data in parts:
@@ -137,7 +136,7 @@ class Loaders:
         return sum(data.skipped() for data in self.data)
 
     def describe(self) -> str:
-        """Return one line: what there is, how much of it an epoch takes, who loads it."""
+        """Return the data, the size of an epoch and the number of workers in one line."""
         words = []
         if self.train is not None:
             words.append(f"train on {self.data[0].description}")
@@ -295,7 +294,7 @@ def check_batch_fits(batch_size: int, train: DataLoader, what: str, world_size: 
         each = len(sampler) if isinstance(sampler, TrainSampler) else len(train.dataset)
         raise UserError(
             f"--batch-size {batch_size}: larger than the {each} images that each of {world_size} "
-            f"processes sees in an epoch of {what}; use --batch-size {each} or less"
+            f"processes gets in an epoch of {what}; use --batch-size {each} or less"
         )
 
 

@@ -198,9 +198,9 @@ def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {name}={shorten(values[name])} cannot be read") from error
     match = IntermediateMatch(**values)
-    unsaid = sorted({"layer_S", "layer_T"} - set(given))
-    if unsaid and match.feature != "pooled":
-        raise UserError(f"{where}: lacks {', '.join(unsaid)}")
+    missing_layers = sorted({"layer_S", "layer_T"} - set(given))
+    if missing_layers and match.feature != "pooled":
+        raise UserError(f"{where}: lacks {', '.join(missing_layers)}")
     return match
 
 

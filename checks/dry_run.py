@@ -220,10 +220,10 @@ def _build_cache(args: Namespace, epoch_size: EpochSize) -> list[str]:
         return []
     views = args.teacher_cache_views or args.epochs
     rows = epoch_size.images * views
-    asked = cache_store.read_topk(args.teacher_cache_topk, epoch_size.num_classes)
+    topk = cache_store.read_topk(args.teacher_cache_topk, epoch_size.num_classes)
     sizes = [
         f"{amount(rows * cache_store.row_bytes(keep, epoch_size.num_classes))} with {keep}"
-        for keep in dict.fromkeys((cache_store.ALL, asked, cache_store.HARD))
+        for keep in dict.fromkeys((cache_store.ALL, topk, cache_store.HARD))
     ]
     return [f"cache: {', '.join(sizes)} (--teacher-cache-topk); {rows} rows, {views} views"]
 
@@ -275,14 +275,14 @@ def _build_time(
         flops = sum(planned.size.flops for planned in (student, *teachers))
         batch = max(1, min(batch, int(PROBE_FLOPS / flops)))
     alone = probe(student.make(), student.side, batch, device, amp_dtype, trains=True)
-    asked = sum(
+    teaching = sum(
         probe(teacher.make(), teacher.side, batch, device, amp_dtype, trains=False)
         for teacher in teachers
     )
-    epoch = (alone + asked) * epoch_size.steps * args.batch_size
-    cached = f" ({1 / alone:.1f} from a full cache of the teacher)" if asked else ""
+    epoch = (alone + teaching) * epoch_size.steps * args.batch_size
+    cached = f" ({1 / alone:.1f} from a full cache of the teacher)" if teaching else ""
     return (
-        f"{1 / (alone + asked):.1f} images/s a process{cached} in a probe of {batch} random "
+        f"{1 / (alone + teaching):.1f} images/s a process{cached} in a probe of {batch} random "
         f"images; an epoch {duration(epoch)}, {args.epochs} epochs "
         f"{duration(epoch * args.epochs)}, if the data keeps up, without evaluation"
     )

@@ -71,7 +71,7 @@ def check_student_and_teacher(
     loaders: Loaders,
     runtime: Runtime,
 ) -> dict[str, float]:
-    """Print what --check finds, and return the teacher's accuracy if --teacher-check asks for it.
+    """Print the findings of --check; return the teacher's accuracy with --teacher-check.
 
     teacher: its network without features, or None if there is none.
     """

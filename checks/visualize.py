@@ -49,10 +49,10 @@ def grid(images: Tensor, captions: Sequence[Sequence[str]], columns: int = 4) ->
 
 def top_classes(shares: Tensor, classes: Sequence[str] | None, most: int = 2) -> str:
     """Return the most probable classes of one distribution (C,), with their percentages."""
-    values, places = shares.topk(min(most, len(shares)))
+    values, indices = shares.topk(min(most, len(shares)))
     return ", ".join(
-        f"{class_name(classes, place)} ({100 * value:.0f}%)"
-        for value, place in zip(values.tolist(), places.tolist())
+        f"{class_name(classes, index)} ({100 * value:.0f}%)"
+        for value, index in zip(values.tolist(), indices.tolist())
         if value >= 0.05
     )
 
@@ -98,7 +98,7 @@ def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor
     """Return images beside the last block's attention of their class and distillation token.
 
     images: (B, 3, height, width) on the network's device. The maps are means over the heads,
-    scaled to their largest value. None for a network whose attention cannot be read.
+    scaled to their largest value. None if the attention cannot be computed.
     """
     try:
         layout = layout_of(network)
@@ -115,17 +115,17 @@ def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor
         taps.remove()
         network.train(was_training)
     prefix = len(layout.prefix)
-    looks = maps.mean(1)[:, :prefix, prefix:]
-    looks = looks.unflatten(2, layout.grid)  # (B, prefix tokens, height, width)
-    looks = looks / looks.amax((2, 3), keepdim=True)
-    maps = F.interpolate(looks, images.shape[-2:], mode="bilinear").cpu()
+    weights = maps.mean(1)[:, :prefix, prefix:]
+    weights = weights.unflatten(2, layout.grid)  # (B, prefix tokens, height, width)
+    weights = weights / weights.amax((2, 3), keepdim=True)
+    maps = F.interpolate(weights, images.shape[-2:], mode="bilinear").cpu()
     shown = to_uint8(images, inputs)
     tiles, captions = [], []
     for image, own in zip(shown, maps):
         tiles.append(image)
         captions.append(["image"])
-        for name, look in zip(("class token", "distillation token"), own):
-            heat = look * torch.tensor(HEAT)[:, None, None]
-            tiles.append((0.5 * image + 0.5 * heat).byte())  # seen on black images too
+        for name, weight in zip(("class token", "distillation token"), own):
+            heat = weight * torch.tensor(HEAT)[:, None, None]
+            tiles.append((0.5 * image + 0.5 * heat).byte())  # visible on black images too
             captions.append([name])
     return grid(torch.stack(tiles), captions, columns=2 * (1 + min(2, maps.shape[1])))

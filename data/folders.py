@@ -141,11 +141,12 @@ def _check_class_folders(
     """Skip empty class folders. Raises UserError for one that has files, but no image."""
     used = {path.split(os.sep, 1)[0] for path in found}
     others = [name for name in class_folders if name not in used]
-    strange = [name for name in others if _has_files(os.path.join(folder, name))]
-    if strange:
+    no_images = [name for name in others if _has_files(os.path.join(folder, name))]
+    if no_images:
         raise UserError(
-            f"{printable(folder)}: no file in {some(strange)} is an image ({skipped.describe()}); "
-            f"images end in {' '.join(SUFFIXES)}; convert them or remove the folder"
+            f"{printable(folder)}: no file in {some(no_images)} is an image "
+            f"({skipped.describe()}); images end in "
+            f"{' '.join(SUFFIXES)}; convert them or remove the folder"
         )
     for name in others:
         skipped.add(EMPTY, name)
@@ -157,7 +158,7 @@ def _check_class_folders(
 
 
 def _has_files(folder: str) -> bool:
-    """Return whether a file that is neither hidden nor junk lies below `folder`."""
+    """Return whether a file that is neither hidden nor junk is below `folder`."""
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         if any(name[0] != "." and name.lower() not in JUNK for name in files):

@@ -59,7 +59,7 @@ class ImageDataset(Dataset):
             return self.transform(image), output_of(label, self.outputs, self.num_classes)
         raise UserError(
             f"{tries} images in a row cannot be read, from {self.source.name(index)} on; "
-            "is the disk still there?"
+            "check the disk"
         )
 
     def _load(self, index: int) -> tuple[Any, int]:
@@ -81,7 +81,7 @@ class ImageDataset(Dataset):
         if self.bad_images == "fail":
             raise UserError(
                 f"image {name} cannot be read: {reason or type(error).__name__}; "
-                "mend or remove it, or use --on-bad-image skip"
+                "repair or remove it, or use --on-bad-image skip"
             ) from error
         if not self._unreadable[index]:
             self._unreadable[index] = True
@@ -110,7 +110,7 @@ class Stream(IterableDataset):
 
     There are no indices, so no repeated augmentation, no exact resume, no seed per image; in
     several processes the reader shares the shards, and evaluation counts what comes. The reader
-    leaves out bad images, with a warning, whatever --on-bad-image says.
+    leaves out bad images, with a warning, regardless of --on-bad-image.
     """
 
     def __init__(self, shards: Shards, transform: Transform, num_classes: int) -> None:
@@ -133,7 +133,7 @@ class Stream(IterableDataset):
         self.dataset.set_epoch(epoch)
 
     def set_workers(self, num_workers: int) -> None:
-        """Tell the reader how many workers share its shards; its length depends on it."""
+        """Set how many workers share the shards; the length depends on it."""
         self.dataset.set_loader_cfg(num_workers=num_workers)
 
     def skipped(self) -> int:
@@ -144,7 +144,7 @@ class Stream(IterableDataset):
 def number_labels(
     data: Sequence[ImageDataset | Stream], model: ModelClasses, nb_classes: int | None
 ) -> list[str]:
-    """Let the labels of `data` number the outputs of `model`; return what to print.
+    """Make the labels of `data` number the outputs of `model`; return lines to print.
 
     Raises UserError for classes that the model does not have.
     """

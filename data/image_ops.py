@@ -46,7 +46,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(
-            f"mode {image.mode}, whose largest value is not defined; save it with 8 or 16 bits"
+            f"mode {image.mode}, which has no defined largest value; save it with 8 or 16 bits"
         )
     return image.convert("RGB")
 

@@ -18,7 +18,7 @@ from data.image_ops import UNREADABLE, ImageLike, decode, to_rgb
 # pixels. A network disk takes up to a millisecond for a size: a quarter of an hour for a million.
 SIZES, CONTENTS, PIXELS = 1000, 16, 64
 CONTENT_BYTES = 2**20  # read of each file, at most
-SAMPLES = 8  # images whose values are looked at before a run
+SAMPLES = 8  # 16-bit images that are checked before a run
 
 
 class Source:
@@ -55,7 +55,7 @@ class Source:
         return None
 
     def notes(self) -> list[str]:
-        """Return what the user should know about these images, a line each."""
+        """Return warnings about these images, a line each."""
         return [f"{self.what}: skipped {self.skipped}"] if self.skipped else []
 
 
@@ -150,7 +150,7 @@ class Pairs(Source):
 class Shards(Source):
     """timm's reader of shards: images in the order in which they come, without an index.
 
-    folder: of the shards, or empty if only the reader knows.
+    folder: of the shards, or empty if unknown.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class ModelClasses:
 
     count: how many. names: of the first outputs, in their order, or None if unknown.
     origin: what has these outputs, in words for messages.
-    numbered: True for published ImageNet weights, whose class folders may be named 0 to 999.
+    numbered: True for published ImageNet weights: class folders may be named 0 to 999.
     """
 
     count: int
@@ -49,7 +49,7 @@ def imagenet_names(count: int) -> tuple[str, ...] | None:
 def map_labels(
     names: Sequence[str] | None, count: int, what: str, model: ModelClasses, *, given: int | None
 ) -> LabelMap:
-    """Return for each class of the data the output of `model` that stands for it.
+    """Return for each class of the data the output of `model` with the same name.
 
     names: the class names of the data, or None. count: the number of its classes; what: the data
     in words. given: --nb-classes, which lets the data have fewer classes than a model without
@@ -74,7 +74,7 @@ def map_labels(
 
 
 def _unique(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the names, or None if two are the same, so that they tell nothing apart."""
+    """Return the names, or None if two are the same, which makes them ambiguous."""
     return tuple(names) if names and len(set(names)) == len(names) else None
 
 

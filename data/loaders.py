@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 
 class EvalLoader(DataLoader):
-    """A loader whose images may be left out (None), whole batches included."""
+    """Leaves out unreadable images (None), and batches without any other."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
         super().__init__(dataset, collate_fn=collate_present, **options)
@@ -33,7 +33,7 @@ class PendingImages:
 
 
 class DeviceLoader(DataLoader):
-    """A loader whose workers crop and draw, and whose images are `PendingImages`."""
+    """Workers crop images and draw the augmentation; batches are `PendingImages`."""
 
     def __init__(self, dataset: Dataset, *, augment: Callable[..., Tensor], **options: Any):
         super().__init__(dataset, **options)

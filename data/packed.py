@@ -186,7 +186,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Split(msgspec.Struct):
-    """What a manifest states of one split. table: sha256 of the rows."""
+    """A split in a manifest. table: sha256 of the rows."""
 
     pictures: Count
     bytes: Count
@@ -194,7 +194,7 @@ class Split(msgspec.Struct):
 
 
 class Manifest(msgspec.Struct):
-    """What a manifest must state."""
+    """Required keys of a manifest."""
 
     splits: dict[str, Split]
     kind: Literal["raw", "jpeg"]

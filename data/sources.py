@@ -98,8 +98,8 @@ def open_inat(root: str, part: Part, *, year: int) -> Files:
 
     Classes are the values of one field of the categories (species `name`, `genus`, ...), in order
     of the category ids. Differs from DeiT, where they come in the order of the train listing and
-    a category is found by its place in the file, which fails where ids have gaps.
-    Images lie where the listing says, or without its second folder (DeiT's layout).
+    a category is found by its position in the file, which fails for ids with gaps.
+    Images have the path of the listing, or without its second folder (DeiT's layout).
     """
     _check_folder(root)
     listing = _read_json(os.path.join(root, f"{'train' if part.is_train else 'val'}{year}.json"))

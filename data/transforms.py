@@ -161,7 +161,7 @@ def train_transform(
         if policy is None:
             raise
         raise UserError(
-            f"--aa {policy}: not a policy timm knows ({str(error) or 'unreadable'}); "
+            f"--aa {policy}: not a policy of timm ({str(error) or 'unreadable'}); "
             "for example rand-m9-mstd0.5-inc1, original, augmix-m3-w3, or none"
         ) from error
     _use_faster_steps(transform, inputs)
@@ -378,8 +378,11 @@ def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
 
     It is called with images (B, 3, H, W) and labels (B,), mixes the images in place, and
     returns them with targets (B, C), label smoothing included. It uses NumPy's generator.
+    Raises UserError for --cutmix-minmax values that would fail in a later batch.
     """
-    check_mixup(args)
+    minmax = args.cutmix_minmax
+    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1):
+        raise UserError(f"--cutmix-minmax {minmax}: give two shares, 0 <= smallest < largest <= 1")
     if not is_mixing(args.mixup, args.cutmix, args.cutmix_minmax):
         return None
     return AnyBatchMixup(
@@ -392,10 +395,3 @@ def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
         label_smoothing=args.smoothing,
         num_classes=num_classes,
     )
-
-
-def check_mixup(args: Namespace) -> None:
-    """Raise UserError for mixing settings that would fail in a later batch."""
-    minmax = args.cutmix_minmax
-    if minmax is not None and not (len(minmax) == 2 and 0 <= minmax[0] < minmax[1] <= 1):
-        raise UserError(f"--cutmix-minmax {minmax}: give two shares, 0 <= smallest < largest <= 1")

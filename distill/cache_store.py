@@ -3,7 +3,7 @@
 Shapes: B batch, C classes, K stored classes. A store has one row for every image of every epoch of
 its cycle: the epoch, and the position in that epoch's order. Order, augmentation, mixing partner
 and mixing strength all follow from it, so the row belongs to one mixed image.
-Rows lie in one or two memory-mapped files; processes write different rows of the same files. The
+Rows are in one or two memory-mapped files; processes write different rows of the same files. The
 mark of a row is 0 until the row is written and then its checksum. So a row that a crash has cut
 off counts as damaged. A mark has 4 bytes. The mark of a hard label has 1 byte and misses one
 damaged row in 255.
@@ -53,24 +53,19 @@ def read_topk(text: str, num_classes: int) -> str | int:
 
 
 def layout(keep: str | int, num_classes: int) -> dict[str, tuple[str, int]]:
-    """Return the type and the number of columns of each file of a store, without the marks."""
+    """Return the type and the number of columns of each file of a store, the marks last."""
     if keep == ALL:
-        return {"logits.f32": ("<f4", num_classes)}
+        return {"logits.f32": ("<f4", num_classes), MARKS: ("<u4", 1)}
     suffix, kind = ("u32", "<u4") if num_classes > 2**16 else ("u16", "<u2")
     if keep == HARD:
-        return {f"classes.{suffix}": (kind, 1)}
-    return {f"classes.{suffix}": (kind, keep), "log_probabilities.f16": ("<f2", keep)}
-
-
-def mark_kind(keep: str | int) -> str:
-    """Return the type of a row's mark."""
-    return "u1" if keep == HARD else "<u4"
+        return {f"classes.{suffix}": (kind, 1), MARKS: ("u1", 1)}
+    files = {f"classes.{suffix}": (kind, keep), "log_probabilities.f16": ("<f2", keep)}
+    return {**files, MARKS: ("<u4", 1)}
 
 
 def row_bytes(keep: str | int, num_classes: int) -> int:
     """Return the bytes of a row on disk, its mark included."""
-    columns = [*layout(keep, num_classes).values(), (mark_kind(keep), 1)]
-    return sum(np.dtype(kind).itemsize * count for kind, count in columns)
+    return sum(np.dtype(kind).itemsize * n for kind, n in layout(keep, num_classes).values())
 
 
 class Manifest(msgspec.Struct):
@@ -150,19 +145,14 @@ class Store:
         written_on: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.rows, self.num_classes, self.keep = Path(folder), rows, num_classes, keep
+        self._layout = layout(keep, num_classes)
         manifest = {"format": FORMAT, "rows": rows, "classes": num_classes, "keep": keep}
         manifest |= {**fingerprint, WRITTEN_ON: dict(written_on or {})}
         manifest = json.loads(json.dumps(manifest))  # as it will be read again
         if may_create:
             distributed.on_main(lambda: self._create(manifest))
         self._recorded = self._check(manifest)
-        self._files = {name: self._map(name) for name in [*self._layout(), MARKS]}
-
-    def _layout(self) -> dict[str, tuple[str, int]]:
-        return layout(self.keep, self.num_classes)
-
-    def _columns(self, name: str) -> tuple[str, int]:
-        return (mark_kind(self.keep), 1) if name == MARKS else self._layout()[name]
+        self._files = {name: self._map(name) for name in self._layout}
 
     @property
     def written_on(self) -> str:
@@ -175,7 +165,7 @@ class Store:
         return self.rows * row_bytes(self.keep, self.num_classes)
 
     def _bytes(self, name: str) -> int:
-        kind, columns = self._columns(name)
+        kind, columns = self._layout[name]
         return self.rows * columns * np.dtype(kind).itemsize
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
@@ -195,11 +185,11 @@ class Store:
 
     def _fill(self, manifest: Mapping[str, Any]) -> None:
         temporary = self.folder / (MANIFEST + ".tmp")
-        own = {*self._layout(), MARKS, temporary.name}  # an interrupted attempt leaves them
+        own = {*self._layout, temporary.name}  # an interrupted attempt leaves them
         if any(file.name not in own for file in self.folder.iterdir()):
             raise UserError(f"--teacher-cache {self.folder}: holds other files; give a new folder")
         try:
-            for name in [*self._layout(), MARKS]:
+            for name in self._layout:
                 with open(self.folder / name, "wb") as file:
                     os.posix_fallocate(file.fileno(), 0, self._bytes(name))
             temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -217,7 +207,7 @@ class Store:
             raise UserError(f"--teacher-cache {self.folder}: no cache there; write one first")
         if differ := "; ".join(differences(_compared(found), _compared(manifest))):
             raise UserError(f"--teacher-cache {self.folder}: refused: {differ}")
-        for name in [*self._layout(), MARKS]:
+        for name in self._layout:
             path, size = self.folder / name, self._bytes(name)
             there = path.stat().st_size if path.exists() else 0
             if there != size:
@@ -227,7 +217,7 @@ class Store:
         return found
 
     def _map(self, name: str) -> np.memmap:
-        kind, columns = self._columns(name)
+        kind, columns = self._layout[name]
         mode = "r+" if os.access(self.folder / name, os.W_OK) else "r"
         return np.memmap(self.folder / name, dtype=kind, mode=mode, shape=(self.rows, columns))
 
@@ -247,10 +237,10 @@ class Store:
             for part in parts:
                 sums[i] = zlib.crc32(part[i], int(sums[i]))
         most = 2**8 - 1 if self.keep == HARD else 2**32 - 1
-        return (sums % most + 1).astype(mark_kind(self.keep))
+        return (sums % most + 1).astype(self._layout[MARKS][0])
 
     def _parts(self, rows: np.ndarray) -> list[np.ndarray]:
-        return [self._files[name][rows] for name in self._layout()]
+        return [self._files[name][rows] for name in self._layout if name != MARKS]
 
     def missing(self, epochs: int = 1, needed: int | None = None) -> int:
         """Return how many rows have no mark, of the first `needed` of each of `epochs`."""
@@ -268,7 +258,7 @@ class Store:
                 f"--teacher-cache {self.folder}: the teacher's logits are not finite; "
                 "try --teacher-amp off"
             )
-        if not self.is_writable:
+        if any(file.mode == "r" for file in self._files.values()):
             raise UserError(
                 f"--teacher-cache {self.folder}: rows are missing or damaged, and the files "
                 "cannot be written; change their permissions"
@@ -280,7 +270,7 @@ class Store:
         else:
             values, classes = logits.log_softmax(dim=1).topk(self.keep, dim=1)
             parts = [classes, values]
-        for (name, (kind, _)), part in zip(self._layout().items(), parts):
+        for (name, (kind, _)), part in zip(self._layout.items(), parts):  # all but the marks
             self._files[name][rows] = part.cpu().numpy().astype(kind)
         self._files[MARKS][rows, 0] = self._checksums(rows)
 
@@ -321,10 +311,6 @@ class Store:
         if self.keep != HARD:
             same &= (parts[1].float() - stored).abs() <= limit + HALF_LOG * stored.abs()
         return same.all(dim=1)
-
-    @property
-    def is_writable(self) -> bool:
-        return all(file.mode != "r" for file in self._files.values())
 
     def flush(self) -> None:
         """Write the files' pages to the disk."""

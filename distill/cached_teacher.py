@@ -324,7 +324,7 @@ def build_cache_fingerprint(
 
 
 def _build_reordered_outputs(args: Namespace, data: TrainingData) -> dict[str, list[int]]:
-    """Return the outputs of each teacher that stand for the student's, where they are others."""
+    """Return the outputs of each teacher that match the student's, if the order differs."""
     if args.distillation_type == "none":
         return {}
     names, paths = build_sources(args)

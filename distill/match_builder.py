@@ -1,8 +1,8 @@
 """From matches to terms of the loss: taps, projections, and a check of every match.
 
 Shapes: B batch, N tokens, D width, H heads; suffix _S student, _T teacher.
-Both networks return their features beside their logits (`TappedOutput`), so the engine passes them
-on without knowing about them. Projections are part of the student, which DDP wraps.
+Both networks return their features beside their logits (`TappedOutput`), and the engine passes them
+to the objective. Projections are part of the student, which DDP wraps.
 """
 
 import copy
@@ -166,9 +166,9 @@ def _student_states(student: Student, images: Tensor, *, in_training: bool) -> M
     runs in that mode.
     """
     if in_training:
-        return copy.deepcopy(student).train().look(images).states
+        return copy.deepcopy(student).train().tapped(images).states
     was_training = student.training
-    states = student.eval().look(images).states
+    states = student.eval().tapped(images).states
     student.train(was_training)
     return states
 
@@ -209,7 +209,7 @@ def _comparison(match: IntermediateMatch) -> Callable[..., Tensor]:
 
 
 class _MatchBuilder:
-    """One match, between the taps of two networks."""
+    """Builds the term of one match from the taps of two networks."""
 
     def __init__(
         self, match: IntermediateMatch, name: str, index: int, taps_S: Any, taps_T: Any
@@ -225,7 +225,13 @@ class _MatchBuilder:
         prefixes = self.taps_S.layout.prefix, self.taps_T.layout.prefix
         self._check_prefixes(*prefixes)
         select = partial(_select, match, prefixes[0], where)
-        target = self._target(prefixes[1], self._resizes(states_S, states_T, prefixes))
+        lengths = len(prefixes[0]), len(prefixes[1])
+        grids = None
+        if match.resize:
+            grids = self._grids(states_S, states_T, *lengths)
+        else:
+            self._check_grids(states_S, states_T, *lengths)
+        target = self._target(prefixes[1], grids)
         found_S, found_T = select(states_S), target(states_T)
         shapes = ["x".join(map(str, each[0].shape[1:])) for each in (found_S, found_T)]
         projections.selections[self.name] = select
@@ -258,16 +264,6 @@ class _MatchBuilder:
             return [resize_tokens(x, *grid, str(match.resize)) for x, grid in resized]
 
         return target
-
-    def _resizes(
-        self, states_S: Mapping, states_T: Mapping, prefixes: tuple[Sequence, Sequence]
-    ) -> list[tuple] | None:
-        """Return (teacher's grid, student's grid) of every layer, or None without `resize`."""
-        lengths = len(prefixes[0]), len(prefixes[1])
-        if self.match.resize:
-            return self._grids(states_S, states_T, *lengths)
-        self._check_grids(states_S, states_T, *lengths)
-        return None
 
     def _warn_about_heads(self, state_S: Tensor, state_T: Tensor) -> None:
         heads = state_S.shape[1], state_T.shape[1]
@@ -315,7 +311,7 @@ class _MatchBuilder:
             same_count = grid_S[0] * grid_S[1] == grid_T[0] * grid_T[1]
             if same_count and grid_S != grid_T:
                 raise UserError(
-                    f"match {self.name}: the student's patches lie {grid_S[0]}x{grid_S[1]}, the "
+                    f"match {self.name}: the student's patch grid is {grid_S[0]}x{grid_S[1]}, the "
                     f"teacher's {grid_T[0]}x{grid_T[1]}; give resize=bilinear with tokens=patch"
                 )
 
@@ -343,8 +339,8 @@ class _MatchBuilder:
                 )
             if width not in ("auto", found[0]):
                 raise UserError(
-                    f"match {self.name}: proj says width {width} for the {side}, whose states have "
-                    f"{found[0]}; write auto for the state's own"
+                    f"match {self.name}: proj has width {width} for the {side}, its states have "
+                    f"{found[0]}; write auto to use that"
                 )
         projection = PROJ_MAP[name](states_S[0].shape[-1], states_T[0].shape[-1])
         decay = {"weight_decay": 0.0} if name in NO_DECAY else {}

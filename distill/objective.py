@@ -58,7 +58,7 @@ def shift_probability(logits_T: Tensor, labels: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """DeiT's objective with scheduled weights, and terms on features; called like it.
+    """DeiT's objective with scheduled weights and terms on features. Call as `DistillationLoss`.
 
     criterion: `losses.DistillationLoss`. extra: the other terms by name. weights: of (base,
     distillation), by default those of `criterion`. schedules: of these weights, functions of
@@ -244,7 +244,7 @@ def _teachers_of(
     for index, share in enumerate(shares):
         if share == 0 and index not in found:
             raise UserError(
-                f"teacher {names[index]} has --teacher-weight 0 and no --match says "
+                f"teacher {names[index]} has --teacher-weight 0 and no --match has "
                 f"teacher={index}: it would do nothing; leave it out"
             )
     return found

@@ -1,8 +1,8 @@
 """Teachers: frozen networks with their own input adapters.
 
 Shapes: B batch, C classes. A teacher maps the student's images to logits. `AnyTeacher` is the
-interface of all of them; `cached_teacher.CachedTeacher` has it too. A teacher whose features are
-matched returns `TappedOutput`: logits and features.
+interface of all of them; `cached_teacher.CachedTeacher` has it too. A teacher with matched features
+returns `TappedOutput`: logits and features.
 """
 
 import logging
@@ -34,7 +34,7 @@ MOST_PIXELS = 4096  # on a side; more than any classifier takes
 class AnyTeacher(Protocol):
     """What every teacher offers, a network or a cache of logits.
 
-    members: the networks whose features can be matched; none where logits come from a cache.
+    members: the networks with features that can be matched; none for a cache.
     weights: the share of each of `members` in the logits; they sum to 1.
     cycle_epochs: after how many epochs the teacher's batches repeat, 0 for never.
     """

@@ -1,4 +1,4 @@
-"""Which outputs of a teacher stand for the classes of the student."""
+"""Match the outputs of a teacher with the classes of the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

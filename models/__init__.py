@@ -98,17 +98,12 @@ def create_model(
     Raises UserError for an unknown name, and for pretrained weights that cannot be fetched.
     """
     check_name(name)
+    options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
+    options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}
     file = released.find(name) if pretrained else None
     if file is not None:
-        network = create_model(
-            name,
-            num_classes=num_classes,
-            img_size=img_size,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
-        as_released = num_classes in (None, 1000) and img_size in (None, (file.pixels,) * 2)
-        if as_released:
+        network = _create_by_timm(name, options, False)
+        if num_classes in (None, 1000) and img_size in (None, (file.pixels,) * 2):
             load_weights(network, file.url)
         else:
             _logger.info("%s: %s", file.file, finetune(network, file.url).describe())
@@ -116,8 +111,6 @@ def create_model(
     loads_itself = name.startswith(SOURCES) or plugins.source_of(name)
     if pretrained and not loads_itself and not timm.models.is_model_pretrained(name):
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
-    options: dict[str, Any] = {"num_classes": num_classes, "img_size": img_size}
-    options |= {"drop_rate": drop_rate or None, "drop_path_rate": drop_path_rate or None}
     network = _create_by_timm(name, options, pretrained)
     if pretrained and num_classes is not None:
         _start_new_head(network, name, num_classes)
@@ -183,7 +176,7 @@ def _start_new_head(network: nn.Module, name: str, num_classes: int) -> None:
 
 
 def data_config(name: str) -> dict[str, Any]:
-    """Return timm's resolved data configuration of a model: what its input must look like.
+    """Return timm's resolved data configuration of a model, which describes its input.
 
     Keys: input_size (3, height, width), mean, std, interpolation, crop_pct, and num_classes. A
     network that a plugin registered without any gets timm's defaults.
@@ -202,7 +195,7 @@ def data_config(name: str) -> dict[str, Any]:
 
 
 def build_input_config(args: Namespace) -> InputConfig:
-    """Return what the student takes in: the model's own configuration, under the flags given."""
+    """Return the student's input: the model's own configuration, unless flags replace it."""
     own = data_config(args.model)
     size = args.input_size or own["input_size"][1:]
     return InputConfig(
@@ -215,9 +208,9 @@ def build_input_config(args: Namespace) -> InputConfig:
 
 
 def input_differences(path: str, inputs: InputConfig) -> list[str]:
-    """Return in words how `inputs` differ from those of the run that wrote a checkpoint.
+    """Return the differences between `inputs` and those of the run that wrote a checkpoint.
 
-    Empty for files of other programs, which do not state their input.
+    Empty for files of other programs, which do not contain their input.
     """
     settings = safe_load.read_weights_file(path).get("args")
     names = ("model", "input_size", "mean", "std", "interpolation", "eval_crop_ratio")
@@ -239,7 +232,7 @@ def build_student(
     """Return the module that trains, with its first weights.
 
     classes: names of its outputs, with which those of --finetune are matched.
-    with_weights: False reads and fetches none, for what only wants the sizes.
+    with_weights: False reads and fetches none; the sizes are the same.
     Raises UserError for a model that is unknown or does not suit the kind of distillation.
     """
     network = create_model(
@@ -289,8 +282,7 @@ def check_patch_size(network: nn.Module, size: tuple[int, int]) -> None:
 
 
 def _build_heads(args: Namespace, network: nn.Module) -> bool:
-    """Return whether the loss gets the logits of the distillation head beside those of the class
-    head."""
+    """Return whether the loss gets the logits of both heads."""
     if args.distillation_type == "none":
         return False
     two_heads = has_distillation_head(network)
@@ -301,7 +293,7 @@ def _build_heads(args: Namespace, network: nn.Module) -> bool:
         )
     both = args.distillation_head == "dist" or (args.distillation_head == "auto" and two_heads)
     if both and not args.train_mode and not isinstance(network, VisionTransformerDistilled):
-        raise UserError(f"--no-train-mode: {args.model} gives both logits in training mode only")
+        raise UserError(f"--no-train-mode: {args.model} returns both logits in training mode only")
     return both
 
 

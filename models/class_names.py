@@ -1,4 +1,4 @@
-"""Which classes the outputs of trained weights stand for."""
+"""Class names of the outputs of trained weights."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ LOCAL = "local-dir:"
 def classes_of_file(path: str, model: str = "") -> ModelClasses | None:
     """Return the outputs of a weights file; None if it has no classifier that is recognised.
 
-    model: the name of its architecture, which says how timm calls the classifier. The names come
+    model: the name of its architecture, which has the name of the classifier. The names come
     from `classes` in a checkpoint of this repository, from `label_names` in the config.json beside
     an export, and for the published ImageNet weights of DeiT from timm.
     Raises UserError for a file that cannot be read.

@@ -73,7 +73,7 @@ class DistilledVisionTransformer(VisionTransformerDistilled):
 
 @dataclass(frozen=True)
 class ViT:
-    """A line of the table: the shape, and the released file with its Acc@1 in percent."""
+    """Shape of a ViT, and its released file with its Acc@1 in percent."""
 
     width: int
     depth: int
@@ -84,33 +84,25 @@ class ViT:
     acc1: float | None = None
 
 
-# File names and accuracies are of DeiT's README (its evaluation commands, crop 0.875).
+SHAPES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+
+
+def _released(name: str, file_hash: str, acc1: float) -> dict[str, ViT]:
+    file, pixels = f"{name}-{file_hash}.pth", int(name[-3:])
+    return {name: ViT(*SHAPES[name.split("_")[1]], pixels=pixels, file=file, acc1=acc1)}
+
+
+# Hashes in file names and accuracies are of DeiT's README (its evaluation commands, crop 0.875).
 VITS = {
-    "deit_tiny_patch16_224": ViT(
-        192, 12, 3, file="deit_tiny_patch16_224-a1311bcf.pth", acc1=72.202
-    ),
-    "deit_small_patch16_224": ViT(
-        384, 12, 6, file="deit_small_patch16_224-cd65a155.pth", acc1=79.854
-    ),
-    "deit_base_patch16_224": ViT(
-        768, 12, 12, file="deit_base_patch16_224-b5f2ef4d.pth", acc1=81.846
-    ),
-    "deit_tiny_distilled_patch16_224": ViT(
-        192, 12, 3, file="deit_tiny_distilled_patch16_224-b40b3cf7.pth", acc1=74.476
-    ),
-    "deit_small_distilled_patch16_224": ViT(
-        384, 12, 6, file="deit_small_distilled_patch16_224-649709d9.pth", acc1=81.164
-    ),
-    "deit_base_distilled_patch16_224": ViT(
-        768, 12, 12, file="deit_base_distilled_patch16_224-df68dfff.pth", acc1=83.372
-    ),
-    "deit_base_patch16_384": ViT(
-        768, 12, 12, pixels=384, file="deit_base_patch16_384-8de9b5d1.pth", acc1=82.890
-    ),
-    "deit_base_distilled_patch16_384": ViT(
-        768, 12, 12, pixels=384, file="deit_base_distilled_patch16_384-d0272ac0.pth", acc1=85.224
-    ),
-    # The quick start's: small images on a CPU.
+    **_released("deit_tiny_patch16_224", "a1311bcf", 72.202),
+    **_released("deit_small_patch16_224", "cd65a155", 79.854),
+    **_released("deit_base_patch16_224", "b5f2ef4d", 81.846),
+    **_released("deit_tiny_distilled_patch16_224", "b40b3cf7", 74.476),
+    **_released("deit_small_distilled_patch16_224", "649709d9", 81.164),
+    **_released("deit_base_distilled_patch16_224", "df68dfff", 83.372),
+    **_released("deit_base_patch16_384", "8de9b5d1", 82.890),
+    **_released("deit_base_distilled_patch16_384", "d0272ac0", 85.224),
+    # for the quick start: small images on a CPU
     "deit_pico_patch4_32": ViT(64, 4, 4, patch=4, pixels=32),
     "deit_pico_distilled_patch4_32": ViT(64, 4, 4, patch=4, pixels=32),
     "deit_tiny_distilled_patch4_32": ViT(192, 12, 3, patch=4, pixels=32),
@@ -144,13 +136,9 @@ def _vit_cfg(name: str) -> dict[str, Any]:
     return _cfg(vit.pixels, "patch_embed.proj", classifier, url=url, fixed_input_size=True)
 
 
-def _tagged(name: str) -> str:
-    return f"{name}.fb_in1k" if VITS[name].file else name
-
-
 default_cfgs = generate_default_cfgs(
     {
-        **{_tagged(name): _vit_cfg(name) for name in VITS},
+        **{name + ".fb_in1k" * bool(vit.file): _vit_cfg(name) for name, vit in VITS.items()},
         CNN: _cfg(32, "conv1.0", "fc", pool_size=(2, 2)),
     }
 )
@@ -205,15 +193,17 @@ def _resnet_without_pool(**options: Any) -> ResNet:
     return network
 
 
-def _register(name: str, factory: Callable[..., nn.Module], doc: str) -> None:
+def register(module: str, name: str, factory: Callable[..., nn.Module], doc: str) -> None:
+    """Register a model with timm, and make it an attribute of `module`, as timm requires."""
     factory.__name__ = factory.__qualname__ = name
-    factory.__module__, factory.__doc__ = __name__, doc
-    setattr(sys.modules[__name__], name, factory)
-    with warnings.catch_warnings():  # eight of the names are timm's too; ours are meant to win
+    factory.__module__, factory.__doc__ = module, doc
+    setattr(sys.modules[module], name, factory)
+    with warnings.catch_warnings():  # eight of the names replace timm's
         warnings.filterwarnings("ignore", message="Overwriting .* in registry")
         register_model(factory)
 
 
 for _name in VITS:
-    _register(_name, _vit_factory(_name), f"Return {_name} of arXiv 2012.12877, options as timm's.")
-_register(CNN, _cnn_factory, "Return a ResNet of four basic blocks for 32-pixel images.")
+    _doc = f"Return {_name} of arXiv 2012.12877, options as timm's."
+    register(__name__, _name, _vit_factory(_name), _doc)
+register(__name__, CNN, _cnn_factory, "Return a ResNet of four basic blocks for 32-pixel images.")

@@ -9,7 +9,7 @@ The numbering, once for the whole repository (TextBrewer's and Hugging Face's):
     pooled[0]     the input of the classifier                        (B, D)
 
 A CNN has no embedding output: hidden[k] is its k-th stage map as tokens, (B, height*width, D),
-row by row. Only what is asked for is computed: a tap is a forward hook on one module, and a
+row by row. Only tapped features are computed: a tap is a forward hook on one module, and a
 network without taps has no hooks.
 """
 
@@ -38,7 +38,7 @@ ADAPTORS: dict[str, Callable[[Tensor, Any], Mapping[str, Any]]] = {}
 
 
 class Tap(NamedTuple):
-    """One tensor wanted from inside. kind, of attention: scores (q k^T scale) or their softmax."""
+    """One feature of a network. kind, of attention: scores (q k^T scale) or their softmax."""
 
     feature: str
     layer: int
@@ -113,7 +113,7 @@ class _Record:
     """Where the hooks put the features, while `active`."""
 
     active: bool = False
-    seen: dict[Tap, Tensor] = field(default_factory=dict)
+    states: dict[Tap, Tensor] = field(default_factory=dict)
 
 
 class FeatureTaps:
@@ -127,7 +127,7 @@ class FeatureTaps:
         self.layout = layout_of(network)
         self._name, self._tokens = type(network).__name__, _number_of_tokens(network, self.layout)
         self._taps = dict.fromkeys(taps)
-        self.maps: dict[Tap, tuple[int, int]] = {}  # height and width of a CNN's maps, once seen
+        self.maps: dict[Tap, tuple[int, int]] = {}  # (height, width) of a CNN's maps
         self._record = _Record()
         self._hooks: list[Any] = []
         for tap in self._taps:
@@ -140,12 +140,12 @@ class FeatureTaps:
             output = network(images)
         finally:
             self._record.active = False
-        seen, self._record.seen = self._record.seen, {}
-        if unused := [tap for tap in self._taps if tap not in seen]:
+        states, self._record.states = self._record.states, {}
+        if unused := [tap for tap in self._taps if tap not in states]:
             reason = f"its forward pass does not call the module of {unused[0].feature} layer "
             raise _unreadable(self._name, f"{reason}{unused[0].layer}")
         # Attention is computed here, outside blocks that gradient checkpointing runs again.
-        return TappedOutput(output, {tap: _finished(state, tap) for tap, state in seen.items()})
+        return TappedOutput(output, {tap: _finished(state, tap) for tap, state in states.items()})
 
     def remove(self) -> None:
         """Take the hooks off the network."""
@@ -176,7 +176,7 @@ class FeatureTaps:
 
     def _keep(self, tap: Tap, tensor: Tensor) -> None:
         if self._record.active:
-            self._record.seen[tap] = tensor
+            self._record.states[tap] = tensor
 
     def _keep_input(self, module: nn.Module, tap: Tap) -> None:
         hook = module.register_forward_pre_hook(lambda _, inputs: self._keep(tap, inputs[0]))
@@ -195,7 +195,7 @@ class FeatureTaps:
         def keep_tokens(tokens: Any) -> None:
             if self._record.active:
                 _check_tokens(network, tap, tokens, self._tokens)
-                self._record.seen[tap] = tokens
+                self._record.states[tap] = tokens
 
         if layer == 0:
             hook = blocks[0].register_forward_pre_hook(lambda _, inputs: keep_tokens(inputs[0]))
@@ -217,7 +217,7 @@ class FeatureTaps:
                 output = output if channels_last else output.permute(0, 2, 3, 1)
                 self.maps[tap] = (output.shape[1], output.shape[2])
                 output = output.flatten(1, 2)  # (B, N, D)
-            self._record.seen[tap] = output
+            self._record.states[tap] = output
 
         self._hooks.append(stage.register_forward_hook(keep_map))
 
@@ -233,8 +233,8 @@ class FeatureTaps:
 
         def keep_attention(_: nn.Module, __: Any, key: Tensor) -> None:
             if self._record.active:
-                scores = self._record.seen.pop(query), key, attention.scale
-                self._record.seen[tap] = scores
+                scores = self._record.states.pop(query), key, attention.scale
+                self._record.states[tap] = scores
 
         self._keep_output(attention.q_norm, query)
         self._hooks.append(attention.k_norm.register_forward_hook(keep_attention))

@@ -1,6 +1,6 @@
 """Which network the weights of a file are for, and their names in timm's terms.
 
-Shapes: D width, C classes. Reading the file safely is the business of `base.safe_load`.
+Shapes: D width, C classes. `base.safe_load` reads the files.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, from which timm downloads weights: can it be reached?"""
+"""The Hugging Face Hub, from which timm downloads weights."""
 
 import contextlib
 import socket
@@ -14,7 +14,7 @@ TIMEOUT_S = 5.0
 def unreachable_reason() -> str:
     """Return why the Hub cannot be reached, in a few words, or "" if it can.
 
-    Behind a proxy only the proxy could answer this, and "" is returned.
+    Returns "" behind a proxy, because a direct connection proves nothing there.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

@@ -29,20 +29,6 @@ from models.file_layouts import (
     some,
 )
 
-__all__ = [
-    "EMA_KEYS",
-    "RAW_KEYS",
-    "FinetuneReport",
-    "finetune",
-    "freeze_all_but_attention",
-    "head_names",
-    "load_weights",
-    "read_weights",
-    "select_outputs",
-    "seems_to_be",
-    "weight_keys",
-    "zero_heads",
-]
 _logger = logging.getLogger(__name__)
 MIN_MATCH = 0.5  # fine-tuning from less than this share of the parameters is a mistake
 REGISTERS = ("reg_token", "register_tokens")
@@ -105,7 +91,7 @@ def load_weights(
         the names of DeiT III, CaiT, ResMLP or Hugging Face for a timm model.
     key: what to take from a file with several (`model_ema` is the average); default: `model`.
     without_head: the network has no classifier (0 classes), and the file's is left out.
-    advice: what the error says to do.
+    advice: how to fix a mismatch, for the error.
     Raises UserError with what the file seems to be, if it is not for this network.
     """
     with safe_load.in_one_line(f"{source}: its weights do not fit the model"):
@@ -321,7 +307,7 @@ def finetune(
     """Initialise `network` from a file with another head, resolution or number of prefix tokens.
 
     The position embedding is resampled (bicubic) to the network's patch grid, square or not; the
-    class and distillation entries are kept. A tensor whose name or shape fits nowhere is dropped. A
+    class and distillation entries are kept. A tensor with another name or shape is dropped. A
     head that the file does not fill starts at zero.
     outputs: the file's output for each one of the network; [] leaves out the file's classifiers,
         and None keeps the positions.

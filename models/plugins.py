@@ -18,16 +18,14 @@ def load_plugin(path: str) -> None:
 
     Raises UserError naming what went wrong.
     """
-    place = Path(path).absolute()
-    if place.suffix != ".py":
+    file = Path(path).absolute()
+    if file.suffix != ".py":
         raise UserError(f"--plugin {path}: not a .py file")
-    name = (
-        f"plugin_{place.stem}_{zlib.crc32(bytes(place)):08x}"  # unique for files of the same name
-    )
+    name = f"plugin_{file.stem}_{zlib.crc32(bytes(file)):08x}"  # unique for files of the same name
     try:
-        spec = importlib.util.spec_from_file_location(name, place)
+        spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        sys.modules[name] = module  # where timm's register_model looks for it
+        sys.modules[name] = module  # timm's register_model needs it there
         spec.loader.exec_module(module)  # type: ignore[union-attr]
     except Exception as error:  # whatever the user's own code raises
         sys.modules.pop(name, None)

@@ -23,7 +23,7 @@ from urllib.parse import urlparse
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.cait import Cait
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -32,7 +32,7 @@ from torch import nn
 
 from base.errors import UserError
 from base.safe_load import HASH_IN_NAME
-from models.deit import FILES, VITS
+from models.deit import FILES, VITS, register
 
 FULL_VALIDATION_SET = 50_000  # images; with fewer the published number cannot be compared
 
@@ -230,7 +230,7 @@ def plain_timm(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def table(pattern: str = "*") -> str:
-    """Return the released checkpoints whose name matches `pattern`, one a line, as text.
+    """Return the released checkpoints with names that match `pattern`, one a line, as text.
 
     pattern: a part of the name, or the whole with wildcards, in any case of letters. The hash is
     the beginning of the file's SHA-256, where one is published.
@@ -245,19 +245,9 @@ def table(pattern: str = "*") -> str:
         )
     rows = [("name", "top-1", "px", "crop", "hash", "file", "timm's name", "")]
     for name, file in found.items():
-        acc1 = "-" if file.acc1 is None else f"{file.acc1:g}"
-        rows.append(
-            (
-                name,
-                acc1,
-                str(file.pixels),
-                f"{file.crop:g}",
-                file.hash or "-",
-                file.file,
-                file.timm,
-                file.note,
-            )
-        )
+        acc1, crop = "-" if file.acc1 is None else f"{file.acc1:g}", f"{file.crop:g}"
+        measured = acc1, str(file.pixels), crop
+        rows.append((name, *measured, file.hash or "-", file.file, file.timm, file.note))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
@@ -352,14 +342,6 @@ def _constant_depth(drop_path_rate: float, **block: Any) -> nn.Module:
     return Block(**block | {"drop_path": drop_path_rate})
 
 
-def _register(name: str) -> None:
-    factory = _factory(name)
-    factory.__name__ = factory.__qualname__ = name
-    factory.__module__ = __name__
-    factory.__doc__ = f"Return {name} as DeiT's code built it, options as timm's."
-    setattr(sys.modules[__name__], name, factory)
-    register_model(factory)
-
-
 for _name in NETWORKS:
-    _register(_name)
+    _doc = f"Return {_name} as DeiT's code built it, options as timm's."
+    register(__name__, _name, _factory(_name), _doc)

@@ -21,7 +21,7 @@ class Student(nn.Module):
         the network has two, so that both train.
     submodels: 2 passes every batch twice, concatenated, with two draws of stochastic depth, and
         returns logits (2B, C) (Cosub).
-    origin: where the initial weights come from, in words, for the run's first lines.
+    origin: where the initial weights come from, as printed at the start of a run.
     Raises UserError for "both" with a network without distillation head.
     """
 
@@ -58,13 +58,13 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor] | TappedOutput:
         """images: (B, 3, height, width). Returns (B, C), a pair, (2B, C), or `TappedOutput`."""
         if self.taps is not None:
-            seen = self.look(images)
-            return replace(seen, states=self.projections(seen.states))
+            output = self.tapped(images)
+            return replace(output, states=self.projections(output.states))
         if self.submodels == 1:
             return self._logits(images)
         return self._logits(torch.cat([images] * self.submodels))
 
-    def look(self, images: Tensor) -> TappedOutput:
+    def tapped(self, images: Tensor) -> TappedOutput:
         """Return the network's logits and the tapped states, before projections."""
         return self.taps.forward(self._logits, images)
 
@@ -108,14 +108,14 @@ def both_logits(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 def checkpoint_blocks(network: nn.Module) -> None:
     """Keep only the inputs of the blocks, and recompute the rest in the backward pass.
 
-    Raises UserError for a network without this option, or with BatchNorm, whose statistics would
-    count a batch twice.
+    Raises UserError for a network without this option, or with BatchNorm, which would
+    count every batch twice.
     """
     name = type(network).__name__
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise UserError(
-            f"--grad-checkpointing: {name} has BatchNorm, whose statistics would count every "
-            "batch twice; leave the flag out"
+            f"--grad-checkpointing: {name} has BatchNorm, which would count every batch "
+            "twice; leave the flag out"
         )
     try:
         network.set_grad_checkpointing(True)

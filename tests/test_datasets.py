@@ -636,7 +636,7 @@ def test_an_unreadable_image_stops_the_run_and_is_named(
         line = error.line()
         error.with_traceback(None)  # it would hold the workers until some later test
     assert line.startswith(f"image {bad} cannot be read: ")
-    assert line.endswith("mend or remove it, or use --on-bad-image skip")
+    assert line.endswith("repair or remove it, or use --on-bad-image skip")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

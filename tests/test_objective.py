@@ -417,7 +417,7 @@ def test_a_teacher_of_share_0_is_only_matched_and_needs_no_classifier() -> None:
     networks[1].reset_classifier(0)
     teacher = Teachers([Teacher(network, adapter, name="a") for network in networks], (1, 0))
     flags = ["--teacher-model", "b", "--distillation-type", "hard"]
-    with pytest.raises(UserError, match="weight 0 and no --match says teacher=1"):
+    with pytest.raises(UserError, match="weight 0 and no --match has teacher=1"):
         build(*flags, teacher=teacher)
     match = "layer_S=0+2,layer_T=0+3,feature=hidden,loss=nst,tokens=patch,teacher="
     student, _, criterion, _ = build(*flags, *matches(match + "1"), teacher=teacher)

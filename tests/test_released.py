@@ -119,7 +119,7 @@ def test_every_family_is_known_by_its_files_of_old_and_new_names(name: str) -> N
     old = original(network)
     old = {key.removeprefix("module."): value for key, value in old.get("model", old).items()}
     for weights in (network.state_dict(), old):
-        found = models.loading.seems_to_be(weights).partition(" (")[0]
+        found = models.file_layouts.seems_to_be(weights).partition(" (")[0]
         assert found.removesuffix("_224").removesuffix("_384") == (
             name.removesuffix("_224").removesuffix("_384")
         )

@@ -203,7 +203,7 @@ def test_an_unknown_policy_is_refused_in_one_line(policy: str) -> None:
     with pytest.raises(UserError) as caught:
         transform = build_transform(True, settings("--aa", policy), WIDE)
         raise AssertionError(f"{policy} gave {transform}")
-    assert str(caught.value).startswith(f"--aa {policy}: not a policy timm knows")
+    assert str(caught.value).startswith(f"--aa {policy}: not a policy of timm")
     assert "\n" not in str(caught.value)
 
 

@@ -41,7 +41,8 @@ import options  # noqa: E402
 from base import files, safe_load  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from data.transforms import InputConfig  # noqa: E402
-from models.loading import RAW_KEYS, read_weights, weight_keys  # noqa: E402
+from models.file_layouts import RAW_KEYS  # noqa: E402
+from models.loading import read_weights, weight_keys  # noqa: E402
 from tools.export_card import Card, Rows, history, settings_of  # noqa: E402
 
 TOLERANCE = 1e-5  # largest difference of logits (of their size, where that is above 1)

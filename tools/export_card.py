@@ -19,7 +19,7 @@ from base.text import printable
 from data.transforms import InputConfig
 from distill.teacher import build_sources
 from models.deit import CNN
-from models.loading import EMA_KEYS
+from models.file_layouts import EMA_KEYS
 from training import metrics, optim
 from training.checkpointer import BEST
 

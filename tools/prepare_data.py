@@ -200,7 +200,9 @@ def write_split(
     for place, *entry in entries(source, writer.next_place, args):
         if len(entry) == 1:
             if args.on_bad_image == "fail":
-                raise UserError(f"image {entry[0]}; mend or remove it, or use --on-bad-image skip")
+                raise UserError(
+                    f"image {entry[0]}; repair or remove it, or use --on-bad-image skip"
+                )
             _logger.warning("image %s; left out", entry[0])
             continue
         data, height, width, label = entry
