@@ -240,7 +240,7 @@ def fetch(url: str) -> Path:
     unverified = parts.fragment == "unverified"
     if not asked and not found and not unverified:
         raise UserError(
-            f"{url}: its name tells no hash; add #sha256=<hash of the file>, or download it and "
+            f"{url}: its name has no hash; add #sha256=<hash of the file>, or download it and "
             "give the path"
         )
     match = asked or found

@@ -164,7 +164,7 @@ def test_a_file_without_published_hash_is_held_to_its_first_download(
         torch.hub, "download_url_to_file", lambda url, place, **_: Path(place).write_bytes(b"first")
     )
     url = RELEASED["cait_XS24.dist"].url
-    with pytest.raises(UserError, match="tells no hash"):
+    with pytest.raises(UserError, match="has no hash"):
         safe_load.fetch(url.partition("#")[0])
     place = safe_load.fetch(url)
     assert safe_load.fetch(url) == place
@@ -173,10 +173,10 @@ def test_a_file_without_published_hash_is_held_to_its_first_download(
         safe_load.fetch(url)
 
 
-def test_the_readme_counts_the_files_without_hash() -> None:
+def test_the_documentation_counts_the_files_without_hash() -> None:
     without = [found for found in RELEASED.values() if found.url.endswith("#unverified")]
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    assert f"for the {len(without)} others none is published" in " ".join(text.split())
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    assert f"No hash is published for {len(without)} other files" in " ".join(text.split())
 
 
 def test_the_published_number_stands_beside_one_of_the_full_set_only() -> None:

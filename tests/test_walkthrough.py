@@ -67,7 +67,7 @@ def test_the_commands_for_own_images_work_in_their_order(
     assert len(evaluated) == 2 and evaluated[0] == evaluated[1]  # the student, and what it became
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cached-teacher.md"])
+@pytest.mark.parametrize("page", ["results/quickstart.md", "docs/cached-teacher.md"])
 def test_the_commands_on_the_embedded_digits_work_in_their_order(
     page: str, run_inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +81,7 @@ def test_the_commands_on_the_embedded_digits_work_in_their_order(
             ran.append(result.stdout)
         elif program == "tools/export.py" and flags[0].endswith("teacher/checkpoint.pth"):
             assert export.main(flags) == 0
-    if page == "README.md":
+    if page == "results/quickstart.md":
         assert len(ran) == 2 and "teacher: resnet_pico" in ran[0] and "quickstart expects" in ran[0]
         assert (tmp_path / "resnet_pico_digits.safetensors").exists()
     else:
