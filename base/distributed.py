@@ -142,12 +142,8 @@ def init_processes(
     Raises UserError if the device is not there, PeerLost if the others do not start.
     """
     launcher, rank_, local_rank_, world = find_launcher(os.environ)
-    chosen = pick_device(
-        device,
-        local_rank_,
-        _number(os.environ, "LOCAL_WORLD_SIZE", 1),
-        one_visible=launcher == "slurm",
-    )
+    neighbours = _number(os.environ, "LOCAL_WORLD_SIZE", 1)
+    chosen = pick_device(device, local_rank_, neighbours, one_visible=launcher == "slurm")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif world > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -474,10 +470,7 @@ def first_to_report(message: str, code: int) -> bool:
         store.set(REPORTED, str(code))
         return first
 
-    try:
-        return within(REPORT_S, report)
-    except (RuntimeError, ValueError, AttributeError, TimeoutError):
-        return True
+    return _from_store(report, True)
 
 
 def reported_code() -> int:
@@ -496,10 +489,15 @@ def reported_code() -> int:
             time.sleep(0.1)
         return 0
 
+    return _from_store(look, 0)
+
+
+def _from_store(read: Callable[[], T], default: T) -> T:
+    """Return the result of `read`, or `default` if the store does not respond."""
     try:
-        return within(REPORT_S, look)
+        return within(REPORT_S, read)
     except (RuntimeError, ValueError, AttributeError, TimeoutError):
-        return 0
+        return default
 
 
 def kill_workers() -> None:

@@ -1,6 +1,7 @@
 """Atomic writes, folder locks, and hashes of files."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -28,20 +29,11 @@ def is_finite(value: torch.Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
 
-def _brief(error: BaseException) -> str:
-    """Return the reason on one line: the message of the system (disk full) if there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__context__
-    return (" ".join(str(error).split()) or type(error).__name__)[:120]
-
-
-def hash_of(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal digits."""
+def hash_of(path: Path, start: int = 0) -> str:
+    """Return the sha256 of a file from byte `start` on, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -231,10 +223,10 @@ def to_plain(value: Any) -> Any:
     """Return `value` in types that `weights_only=True` reads: dicts, lists, numbers, tensors."""
     if isinstance(value, Namespace):
         return to_plain(vars(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {to_plain(k): to_plain(v) for k, v in value.items()}
+        return {k if isinstance(k, str | int) else str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [to_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    return value if isinstance(value, torch.Tensor | str | int | float | None) else str(value)

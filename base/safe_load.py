@@ -5,7 +5,6 @@
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ import torch
 
 from base import distributed
 from base.errors import CorruptFile, UserError
-from base.files import _brief, hash_of, is_finite
+from base.files import hash_of, is_finite
 
 _logger = logging.getLogger(__name__)
 # Types in files of the first DeiT besides tensors. Neither runs code when it is loaded.
@@ -47,6 +46,16 @@ UNREADABLE = (
     struct.error,
     zipfile.BadZipFile,
 )
+
+
+def _brief(error: BaseException) -> str:
+    """Return the reason on one line: the message of the system (disk full) if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def is_url(source: str) -> bool:
@@ -90,7 +99,7 @@ def save_safetensors(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(dict(weights), path, metadata={"format": "pt", DATA_HASH: unknown})
     _, start = _safetensors_metadata(path)
     with path.open("r+b") as file:
-        header = file.read(start).replace(unknown.encode(), _hash_from(path, start).encode(), 1)
+        header = file.read(start).replace(unknown.encode(), hash_of(path, start).encode(), 1)
         file.seek(0)
         file.write(header)
 
@@ -100,16 +109,6 @@ def _safetensors_metadata(path: Path) -> tuple[dict[str, str], int]:
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         return json.loads(file.read(size)).get("__metadata__") or {}, 8 + size
-
-
-def _hash_from(path: Path, start: int) -> str:
-    """Return the sha256 of a file from byte `start` on, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -122,7 +121,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError) as error:
         raise CorruptFile(f"{path}: not a readable safetensors file ({_brief(error)})") from error
     stated = metadata.get(DATA_HASH)
-    if stated and stated != _hash_from(path, start):
+    if stated and stated != hash_of(path, start):
         raise CorruptFile(f"{path}: its data differs from its hash: damaged; copy it again")
     return content
 

@@ -6,7 +6,7 @@ before any value is built. `convert` checks the values against a type (msgspec).
 
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,17 +167,12 @@ def _count_values(node: yaml.Node, sizes: dict[int, int], open_nodes: set[int]) 
         open_nodes.add(number)
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
-        sizes[number] = 1 + sum(_count_values(x, sizes, open_nodes) for x in _children(node))
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        sizes[number] = 1 + sum(_count_values(child, sizes, open_nodes) for child in children)
         open_nodes.remove(number)
     return sizes[number]
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        for pair in node.value:
-            yield from pair
-    elif isinstance(node, yaml.SequenceNode):
-        yield from node.value
 
 
 def _check_keys(node: yaml.MappingNode) -> None:

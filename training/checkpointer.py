@@ -4,7 +4,6 @@ All randomness is a function of names (see `data/samplers.py`). So a checkpoint 
 the optimizer, scaler and moving average, the position in the epoch, and the settings.
 """
 
-import dataclasses
 import logging
 import os
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from base import distributed, files, flag_table, flags, safe_load
 from base.errors import CorruptFile, Stopped, UserError
@@ -209,7 +207,7 @@ class Checkpointer:
             return "no file, because there is no --output_dir"
         path = self.folder / "bad_batch.pth"
         try:
-            files.save_atomically({**plain(batch), "args": self.settings}, path)
+            files.save_atomically({**files.to_plain(batch), "args": self.settings}, path)
         except UserError as error:  # why it was written is more to the point
             return f"no file ({error.line()})"
         return str(path)
@@ -271,15 +269,11 @@ class Checkpointer:
         """Yield each setting that differs from `saved`, with both values."""
         if "facts" not in saved:
             return  # DeiT's, which has no such entries
-        was, now = saved["args"], self.settings
-        for name in sorted(set(was) & set(now) - MAY_CHANGE):
-            if differ(was[name], now[name]):
-                flag = "--" + name.replace("_", "-")
-                yield f"{flag} was {reprlib.repr(was[name])} and is {reprlib.repr(now[name])}"
-        for name in sorted(set(saved["facts"]) & set(self.facts)):
-            before, value = saved["facts"][name], self.facts[name]
-            if differ(before, value):
-                yield f"{name}: was {reprlib.repr(before)} and is {reprlib.repr(value)}"
+        for was, now in ((saved["args"], self.settings), (saved["facts"], self.facts)):
+            for name in sorted(set(was) & set(now) - MAY_CHANGE):
+                if differ(was[name], now[name]):
+                    what = f"--{name.replace('_', '-')}" if was is saved["args"] else f"{name}:"
+                    yield f"{what} was {reprlib.repr(was[name])} and is {reprlib.repr(now[name])}"
 
     def _restore(self, path: str | Path, saved: Mapping[str, Any]) -> None:
         """Load all parts of `saved`. Raises UserError if one does not fit or contains NaN."""
@@ -477,18 +471,6 @@ def build_checkpointer(
     if not args.check:
         distributed.on_main(lambda: checkpointer.clear(args.resume))
     return checkpointer
-
-
-def plain(value: Any) -> Any:
-    """Return `value` in plain types that load without running code: dataclasses as dicts."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k if isinstance(k, str | int) else str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    known = isinstance(value, Tensor | str | int | float | None)
-    return value if known else str(value)
 
 
 def move_earlier_run(folder: Path) -> None:

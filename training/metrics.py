@@ -129,7 +129,7 @@ class ProgressLogger:
         if images_per_step:
             steps = done - self._steps_at_mark
             rate = images_per_step * steps / max(now - self._mark, 1e-9)
-            rates = {"images_per_s": rate, "data_wait": self.wait_share(now)}
+            rates = {"images_per_s": rate, "data_wait": self._waited / max(now - self._begin, 1e-9)}
             parts += [f"{rate:.0f} images/s", f"data wait {100 * rates['data_wait']:.0f}%"]
         rates["memory_mib"] = peak_memory() / 2**20
         parts.append(f"memory {rates['memory_mib']:.0f} MiB")
@@ -141,10 +141,6 @@ class ProgressLogger:
         else:
             print(f"{self.header} {'  '.join(parts)}", flush=True)
         return rates
-
-    def wait_share(self, now: float) -> float:
-        """Return the share of the time so far that went into waiting for data, from 0 to 1."""
-        return self._waited / max(now - self._begin, 1e-9)
 
 
 def bar(share: float, width: int = 12) -> str:
@@ -213,7 +209,9 @@ class RunLog:
     def config(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of the run, every flag with its value."""
         if self._folder is not None:
-            plain = {k: _absolute(v) if k in PATHS else _plain(v) for k, v in settings.items()}
+            plain = {
+                k: _absolute(v) if k in PATHS else files.to_plain(v) for k, v in settings.items()
+            }
             text = yaml.safe_dump(plain, sort_keys=True)
             files.write_text_atomically(self._folder / "config.yaml", text)
             if self._board is not None:
@@ -298,10 +296,6 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_absolute(each) for each in value]
     return os.path.abspath(value) if value and os.path.exists(value) else value
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def keep_epochs_before(path: Path, epoch: int) -> None:
