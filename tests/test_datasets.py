@@ -714,7 +714,7 @@ def test_the_first_image_follows_the_last_and_a_lost_disk_is_no_bad_image(
     assert data[7][1] == 0
     data, _ = build_dataset(True, args, INPUTS)
     shutil.rmtree(folders / "train")
-    with pytest.raises(UserError, match="8 images in a row cannot be read, .*is the disk"):
+    with pytest.raises(UserError, match="8 images in a row cannot be read, .*check the disk"):
         data[2]
 
 
