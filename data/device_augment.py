@@ -1,10 +1,10 @@
 """timm's augmentations on batches of uint8 images, on any device, a sample at a time.
 
-Shapes: B batch, S steps, H height, W width. A worker crops and flips an image and only draws what
-comes after; what it drew is the sample's program (S, 8), a row a step: the operation and its
-numbers. `Augment` carries out a batch of programs. The draws are the transform's own, in its order,
-so a sample is what the worker would have made of it, to within the tolerances that
-`tests/test_device_augment.py` states.
+Shapes: B batch, S steps, H height, W width. A worker crops and flips an image. For the later steps
+it only draws the random numbers and writes them into the sample's program (S, 8). A row of it is an
+operation with its numbers. `Augment` applies a batch of programs. The random numbers are those of
+the transform, so images are equal to a worker's within the tolerances of
+`tests/test_device_augment.py`.
 """
 
 import copy
@@ -31,7 +31,7 @@ from data.transforms import Blur, Normalize, Solarize, augment_ops
 
 COLUMNS = 8  # of a program's row: the operation, then its numbers
 NOTHING, AFFINE, COLOR, SHARPNESS, BLUR, ERASE = range(6)
-# Operations that look every value up in a table of its sample and channel
+# Operations that replace every value by a table of its sample and channel
 (INVERT, AUTOCONTRAST, EQUALIZE, POSTERIZE, SOLARIZE, SOLARIZE_ADD, BRIGHTNESS, CONTRAST) = range(
     10, 18
 )
@@ -49,11 +49,11 @@ AFTER_CROP = (
 )
 
 
-# ---- in the worker: what is drawn
+# ---- in the worker: random numbers
 
 
 class Tape:
-    """Stands for an image (height, width) in a transform, and writes down what is to be done."""
+    """Replaces an image (height, width) in a transform, and records the operations."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -79,10 +79,6 @@ def _rotate(tape: Tape, degrees: float, mode: Any) -> Tape:
     return tape.affine(cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y, mode)
 
 
-def _blur_random(tape: Tape, factor: float, mode: Any) -> Tape:
-    return tape.add(BLUR, random.uniform(0.1, 2.0 * factor))
-
-
 # timm's operations by name, without the endings that only choose the levels
 OPERATIONS: dict[str, Callable[..., Tape]] = {
     "AutoContrast": lambda tape, mode: tape.add(AUTOCONTRAST),
@@ -104,12 +100,12 @@ OPERATIONS: dict[str, Callable[..., Tape]] = {
     "TranslateYRel": lambda tape, by, mode: tape.affine(1, 0, 0, 0, 1, by * tape.height, mode),
     "Desaturate": lambda tape, by, mode: tape.add(COLOR, min(1.0, max(0.0, 1.0 - by))),
     "GaussianBlur": lambda tape, radius, mode: tape.add(BLUR, radius),
-    "GaussianBlurRand": _blur_random,
+    "GaussianBlurRand": lambda tape, by, mode: tape.add(BLUR, random.uniform(0.1, 2.0 * by)),
 }
 
 
 class _Operation:
-    """What stands in for the function of one of timm's `AugmentOp`s, on a tape."""
+    """Replaces the function of one of timm's `AugmentOp`s; records the operation."""
 
     def __init__(self, name: str) -> None:
         self.name = name.removesuffix("Increasing").removesuffix("Original")
@@ -131,7 +127,7 @@ class _Jitter:
 
 
 class _Erasing:
-    """timm's random erasing, whose boxes are written down instead of erased."""
+    """Records the boxes of timm's random erasing."""
 
     def __init__(self, erasing: RandomErasing) -> None:
         self.draw = copy.copy(erasing)
@@ -143,8 +139,8 @@ class _Erasing:
         self.draw._erase(self, 3, tape.height, tape.width, torch.float32)
         return tape
 
-    def __setitem__(self, place: tuple[slice, slice, slice], colour: Tensor) -> None:
-        _, rows, columns = place
+    def __setitem__(self, index: tuple[slice, slice, slice], colour: Tensor) -> None:
+        _, rows, columns = index
         if self.noise:
             colour = torch.randint(2**31, (3,))
         size = rows.stop - rows.start, columns.stop - columns.start
@@ -152,7 +148,7 @@ class _Erasing:
 
 
 def _on_tape(step: Any) -> Callable[[Tape], Tape]:
-    """Return a step of a transform that writes on a tape what the step would do to an image."""
+    """Return a step that records on a tape what `step` does to an image."""
     if isinstance(step, RandAugment | AutoAugment):
         for operation in augment_ops(transforms.Compose([step])):
             operation.aug_fn = _Operation(operation.name)
@@ -175,7 +171,7 @@ def _on_tape(step: Any) -> Callable[[Tape], Tape]:
 
 
 def _longest(step: Any) -> int:
-    """Return how many rows a step can write at most."""
+    """Return the largest number of rows that a step can write."""
     if isinstance(step, RandomErasing):
         return step.max_count
     if isinstance(step, transforms.ColorJitter):
@@ -186,10 +182,10 @@ def _longest(step: Any) -> int:
 
 
 class Recorded:
-    """A training transform of `augment` up to the crop and the flip, and a program for the rest.
+    """The crop and flip of a training transform, and a program of its other steps.
 
     Called with an image it returns its pixels (3, H, W) uint8 and its program (S, 8) float64;
-    `carry_out` is what carries out batches of them. Raises UserError for what only workers can do.
+    `carry_out` applies batches of them. Raises UserError for steps that only workers can do.
     """
 
     def __init__(self, transform: transforms.Compose) -> None:
@@ -224,18 +220,18 @@ class Recorded:
         return image.contiguous(), program
 
 
-# ---- on the device: what is done
+# ---- on the device: operations
 
 
 class Augment:
-    """Carries out programs on batches of images and normalises them.
+    """Applies programs to batches of images and normalises them.
 
-    mean, std: (3, 1, 1), of values in [0, 1]. fill: (red, green, blue), what comes from outside a
-    image. noise: whether erased boxes hold normal noise, or else a colour.
+    mean, std: (3, 1, 1), of values in [0, 1]. fill: (red, green, blue) outside of the
+    image. noise: fill erased boxes with normal noise instead of a colour.
     Called with images (B, 3, H, W) uint8, programs (B, S, 8) on the CPU and a device, it returns
-    (B, 3, H, W) float32 there; the images stay as they are. No sample depends on its neighbours.
-    Who gets what is sorted out on the CPU, and goes to the device once, from pinned memory: where
-    the loader has pinned the images too, the host never waits for the device.
+    (B, 3, H, W) float32 there; the input is not changed. No sample depends on another one. The
+    indices of the samples are computed on the CPU and copied once, from pinned memory. With pinned
+    images the host never waits for the device.
     """
 
     def __init__(
@@ -254,8 +250,8 @@ class Augment:
         there = images.device.type == device.type
         images = images.clone() if there else to_device(images, device)
         numbers = to_device(programs, device, pin=True)[..., 1:]  # (B, S, 7)
-        places = to_device(torch.from_numpy(samples), device, pin=True)
-        found = places.split([*map(len, jobs.values())])
+        indices = to_device(torch.from_numpy(samples), device, pin=True)
+        found = indices.split([*map(len, jobs.values())])
         mean, std, fill = (_constant(values, device) for values in (self.mean, self.std, self.fill))
         erased = []
         for (step, operation), which in zip(jobs, found):
@@ -272,7 +268,7 @@ class Augment:
 
 
 def plan(operations: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
-    """Return which samples each step does an operation to, by (step, operation), in order.
+    """Return the samples of each operation, by (step, operation), in order.
 
     operations: (B, S), the first column of the programs.
     """
@@ -289,7 +285,9 @@ def carried_out(operation: int, images: Tensor, numbers: Tensor, fill: Tensor) -
         return affine(images, numbers, fill)
     if operation in PIXELWISE:
         return PIXELWISE[operation](images, numbers[:, 0])
-    return look_up(images, TABLE_OF[operation](images, numbers[:, :1, None]))
+    values = torch.arange(256, device=images.device).expand(len(images), 3, 256)
+    table = TABLE_OF[operation](images, values, numbers[:, :1, None]).to(torch.uint8)
+    return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
 @functools.cache
@@ -314,10 +312,6 @@ def grey(images: Tensor) -> Tensor:
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
-def color(images: Tensor, factor: Tensor) -> Tensor:
-    return blend(grey(images).expand_as(images), images, factor)
-
-
 def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with Pillow's SMOOTH (3x3, the middle five times), which leaves the border alone."""
     values = images.int()
@@ -330,7 +324,7 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def blur(images: Tensor, radius: Tensor) -> Tensor:
-    """Return Pillow's Gaussian blur, which is three boxes with soft ends; radius: (B,), pixels.
+    """Return Pillow's Gaussian blur, three box filters with soft ends; radius: (B,), pixels.
 
     Source: Gwosdek et al. 2011, extended box filters; libImaging/BoxBlur.c.
     """
@@ -338,23 +332,27 @@ def blur(images: Tensor, radius: Tensor) -> Tensor:
     whole = ((torch.sqrt(12 * variance + 1) - 1) / 2).floor()
     soft = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
     box = (whole + soft / (6 * (variance - (whole + 1) ** 2))).float()[:, None]  # with a fraction
-    places = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device).abs()
+    offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device).abs()
     full = (2**24 / (2 * box + 1)).long()  # Pillow's fixed point
     part = (2**24 - (2 * box.long() + 1) * full) // 2
-    weights = full * (places <= box.long()) + part * (places == box.long() + 1)
+    weights = full * (offsets <= box.long()) + part * (offsets == box.long() + 1)
     for _ in range(2):
         for _ in range(BLUR_PASSES):
             wide = F.pad(images.float(), (BLUR_REACH, BLUR_REACH, 0, 0), mode="replicate").long()
             total = torch.full(images.shape, 2**23, device=images.device)
-            for place in range(2 * BLUR_REACH + 1):
-                seen = wide[..., place : place + images.shape[-1]]
-                total += seen * weights[:, place, None, None, None]
+            for i in range(2 * BLUR_REACH + 1):
+                shifted = wide[..., i : i + images.shape[-1]]
+                total += shifted * weights[:, i, None, None, None]
             images = (total >> 24).to(torch.uint8)
         images = images.transpose(2, 3)
     return images
 
 
-PIXELWISE = {COLOR: color, SHARPNESS: sharpness, BLUR: blur}
+PIXELWISE = {
+    COLOR: lambda images, factor: blend(grey(images).expand_as(images), images, factor),
+    SHARPNESS: sharpness,
+    BLUR: blur,
+}
 
 
 def histograms(images: Tensor) -> Tensor:
@@ -362,81 +360,61 @@ def histograms(images: Tensor) -> Tensor:
     values = images.flatten(2).long()
     one = torch.ones((), dtype=torch.long, device=images.device)
     count = torch.zeros(*images.shape[:2], 256, dtype=torch.long, device=images.device)
-    return count.scatter_add_(2, values, one.expand_as(values))  # bincount asks for the greatest
+    return count.scatter_add_(
+        2, values, one.expand_as(values)
+    )  # bincount would copy the maximum to the host
 
 
-def _values(images: Tensor) -> Tensor:
-    return torch.arange(256, device=images.device).expand(len(images), 3, 256)
-
-
-def _autocontrast(images: Tensor, _: Tensor) -> Tensor:
-    there, values = histograms(images) > 0, _values(images)
+def _autocontrast(images: Tensor, values: Tensor, _: Tensor) -> Tensor:
+    there = histograms(images) > 0
     low = there.int().argmax(2, keepdim=True).double()
     high = 255 - there.flip(2).int().argmax(2, keepdim=True).double()
     scale = torch.full_like(low, 255) / (high - low)  # 255 / tensor would round twice
     stretched = (values * scale - low * scale).clamp(0, 255)
-    return torch.where(high > low, stretched, values.double()).to(torch.uint8)
+    return torch.where(high > low, stretched, values.double())
 
 
-def _equalize(images: Tensor, _: Tensor) -> Tensor:
-    count, values = histograms(images), _values(images)
+def _equalize(images: Tensor, values: Tensor, _: Tensor) -> Tensor:
+    count = histograms(images)
     last = 255 - (count > 0).flip(2).int().argmax(2, keepdim=True)
     step = (count.sum(2, keepdim=True) - count.gather(2, last)) // 255
     before = count.cumsum(2) - count
     even = ((step // 2 + before) // step.clamp_min(1)).clamp(0, 255)
-    return torch.where(step > 0, even, values).to(torch.uint8)
+    return torch.where(step > 0, even, values)
 
 
-def _posterize(images: Tensor, bits: Tensor) -> Tensor:
+def _posterize(images: Tensor, values: Tensor, bits: Tensor) -> Tensor:
     cut = 2 ** (8 - bits.long()).clamp_min(0)
-    return (_values(images) // cut * cut).to(torch.uint8)
+    return values // cut * cut
 
 
-def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    values = _values(images)
-    return torch.where(values < threshold, values, 255 - values).to(torch.uint8)
-
-
-def _solarize_add(images: Tensor, more: Tensor) -> Tensor:
-    values = _values(images)
-    return torch.where(values < 128, (values + more.long()).clamp_max(255), values).to(torch.uint8)
-
-
-def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    values = _values(images)
-    return blend(torch.zeros_like(values), values, factor)
-
-
-def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+def _contrast(images: Tensor, values: Tensor, factor: Tensor) -> Tensor:
     luma = grey(images).flatten(1)
     mean = (luma.sum(1).double() / luma.shape[1] + 0.5).floor()
-    return blend(mean.view(-1, 1, 1), _values(images), factor)
+    return blend(mean.view(-1, 1, 1), values, factor)
 
 
-# From images (B, 3, H, W) uint8 and a number each, (B, 1, 1), to what each value becomes, (B, 3,
-# 256) uint8
-TABLE_OF: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
-    INVERT: lambda images, _: (255 - _values(images)).to(torch.uint8),
+# Functions of images (B, 3, H, W) uint8, all values (B, 3, 256), and a number for each image
+# (B, 1, 1). They return the new values (B, 3, 256), which are then cut to uint8.
+TABLE_OF: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    INVERT: lambda _, values, __: 255 - values,
     AUTOCONTRAST: _autocontrast,
     EQUALIZE: _equalize,
     POSTERIZE: _posterize,
-    SOLARIZE: _solarize,
-    SOLARIZE_ADD: _solarize_add,
-    BRIGHTNESS: _brightness,
+    SOLARIZE: lambda _, values, least: torch.where(values < least, values, 255 - values),
+    SOLARIZE_ADD: lambda _, values, more: torch.where(
+        values < 128, (values + more.long()).clamp_max(255), values
+    ),
+    BRIGHTNESS: lambda _, values, factor: blend(torch.zeros_like(values), values, factor),
     CONTRAST: _contrast,
 }
-
-
-def look_up(images: Tensor, found: Tensor) -> Tensor:
-    """Return every value's entry in its sample's and channel's table, found: (B, 3, 256)."""
-    return found.gather(2, images.flatten(2).long()).view_as(images)
 
 
 def affine(images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
     """Return images whose pixel (x, y) comes from (a x + b y + c, d x + e y + f), as in Pillow.
 
-    images: (B, 3, H, W) uint8; numbers: (B, 7), a to f, and 1 for bicubic (a = -1, Pillow's, where
-    torch's has -0.75) or 0 for bilinear; fill: (3, 1, 1), for what comes from outside.
+    images: (B, 3, H, W) uint8; numbers: (B, 7), a to f, and 1 for bicubic (a = -1 as in Pillow,
+    torch has -0.75) or 0 for bilinear; fill: (3, 1, 1), for pixels from outside.
     """
     height, width = images.shape[2:]
     across = torch.arange(width, device=images.device, dtype=torch.float64) + 0.5
@@ -453,16 +431,16 @@ def affine(images: Tensor, numbers: Tensor, fill: Tensor) -> Tensor:
         first = (top.long() + i).clamp(0, height - 1) * width
         row = torch.zeros_like(total)
         for column, weight in zip(columns, along):
-            places = (first + column).flatten(1)[:, None].expand(-1, 3, -1)
-            row += flat.gather(2, places).view_as(images) * weight[:, None]
+            pixels = (first + column).flatten(1)[:, None].expand(-1, 3, -1)
+            row += flat.gather(2, pixels).view_as(images) * weight[:, None]
         total += row * share[:, None]
-    # Pillow cuts; a whole number must not fall below itself for a rounding of the weights
+    # Pillow truncates; rounding errors of the weights must not reduce a whole number
     values = (total + 1e-3).clamp_(0, 255)
     return torch.where(inside[:, None], values, fill).to(torch.uint8)
 
 
 def _taps(part: Tensor, cubic: Tensor) -> list[Tensor]:
-    """Return the float32 weights of the four pixels around a place, `part` after the second."""
+    """Return the float32 weights of the four pixels around a position, `part` after the second."""
     ours = [
         -part * (1 - part) ** 2,
         1 - part**2 * (2 - part),
@@ -493,7 +471,7 @@ def erase(images: Tensor, boxes: Tensor, noise: bool) -> Tensor:
 def normal_noise(keys: Tensor, count: int) -> Tensor:
     """Return (B, count) standard normal numbers that depend on their keys (B, 2) alone.
 
-    Counters are hashed and turned by Box and Muller, so that every device draws the same.
+    Counters are hashed and transformed by Box and Muller's method, so all devices draw the same.
     """
     counters = torch.arange(count, device=keys.device)
     first = (_hash(_hash(counters) ^ keys[:, :1]) + 0.5) / 2**32
