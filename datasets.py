@@ -42,7 +42,7 @@ def build_dataset(
 ) -> tuple[ImageDataset | Stream, int]:
     """Return the train or evaluation data of `args`, and how many classes the student needs.
 
-    The data set gives (tensor (3, H, W) normalised, int label) by index, and has `classes` (list
+    The data set returns (tensor (3, H, W) normalised, int label) by index. It has `classes` (list
     of names or None), `description` (one line) and `skipped()`. Shards (wds/, tfds/) give an
     iterable one instead. No image is decoded here.
     Raises UserError for what is not there, not complete, or does not fit --nb-classes.

@@ -1,8 +1,8 @@
-"""Training batches that cross to a GPU as bytes and are normalised there.
+"""Training batches that are copied to a GPU as bytes and normalised there.
 
 A batch of float32 images is four times as large. Random erasing replaces pixels of the normalised
-image by normal noise; these boxes are drawn in the workers and travel beside the bytes, so that a
-GPU run has the pixels of a CPU run, up to rounding.
+image by normal noise. These boxes are drawn in the workers and copied beside the bytes. So a run on
+a GPU has the pixels of a run on a CPU, up to rounding.
 Shapes: B batch, K erased boxes, M values in all of them, H height, W width.
 """
 
@@ -23,7 +23,7 @@ Box = tuple[int, int, Tensor]  # top, left, values (3, height, width) float32
 
 
 class ErasedBoxes:
-    """Stands for a normalised image (3, H, W) in timm's RandomErasing, and keeps what it sets."""
+    """Replaces a normalised image (3, H, W) in timm's RandomErasing; records erased boxes."""
 
     dtype = torch.float32
 
@@ -108,7 +108,7 @@ def finish(batch: ByteBatch, mean: Tensor, std: Tensor, device: torch.device) ->
 
 
 class ByteLoader(torch.utils.data.DataLoader):
-    """A loader whose batches cross as bytes; it yields images (B, 3, H, W) float32 on `device`."""
+    """Copies batches as bytes; yields images (B, 3, H, W) float32 on `device`."""
 
     def __init__(
         self, dataset: Any, *, deferred: DeferNormalize, device: torch.device, **options: Any

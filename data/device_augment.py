@@ -228,10 +228,10 @@ class Augment:
 
     mean, std: (3, 1, 1), of values in [0, 1]. fill: (red, green, blue) outside of the
     image. noise: fill erased boxes with normal noise instead of a colour.
-    Called with images (B, 3, H, W) uint8, programs (B, S, 8) on the CPU and a device, it returns
-    (B, 3, H, W) float32 there; the input is not changed. No sample depends on another one. The
-    indices of the samples are computed on the CPU and copied once, from pinned memory. With pinned
-    images the host never waits for the device.
+    Arguments of a call: images (B, 3, H, W) uint8, programs (B, S, 8) on the CPU, and a device.
+    Returns (B, 3, H, W) float32 there; the input is not changed. No sample depends on another one.
+    The indices of the samples are computed on the CPU and copied once, from pinned memory. With
+    pinned images the host never waits for the device.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def list_images(folder: str | os.PathLike, *, natural_order: bool = False) -> Li
         and DeiT sort them. True: classes are the folders that hold images, sorted with numbers
         by value, as timm's reader `folder` sorts them.
     Hidden files and folders, pipes and devices, other files, images outside class folders, empty
-    folders, and links to folders that are read already are skipped and counted.
+    folders, and links to folders that are read already: these are skipped and counted.
     Raises UserError without any class, and for a class folder in which no file is an image.
     """
     folder, skipped = os.fspath(folder), Skipped()

@@ -1,7 +1,7 @@
 """The order of the samples, and the seed of each.
 
 A sampler yields keys `(index, view)`. `SeededViews` seeds all generators from (seed, view, index)
-before it loads a sample, so the pixels do not depend on the number of workers or on a resume.
+before it loads a sample. So the pixels do not depend on the number of workers or on a resume.
 """
 
 import hashlib
@@ -48,9 +48,9 @@ class TrainSampler(Sampler[Key]):
 
     An epoch has about `length` samples. With repeats=1 each image comes once, and the
     `length % num_replicas` last of the order are left out. With repeats=3 (DeiT) the order is a
-    permutation in which each image comes three times in a row, of which the first
-    `length // 256 * 256` are kept, that is about a third of the images; below 256 images,
-    where that rounding would leave nothing, the first `length` are kept.
+    permutation in which each image comes three times in a row. The first `length // 256 * 256`
+    samples are kept, about a third of the images. Below 256 images the first `length` are kept,
+    because the rounding would leave nothing.
     Raises UserError if not every process gets a sample.
     Source: RASampler of DeiT; differs in that the order depends on `seed` and works in one process.
     """

@@ -137,8 +137,8 @@ def train_transform(
     Above 32 pixels `image_ops` crops, shears and shifts; its docstrings state the differences.
     policy: timm's AutoAugment, RandAugment or AugMix string; None, '' or 'none' for none.
         color_jitter (strength) acts only without a policy, as in timm.
-    erase_prob: of random erasing. Up to 32 pixels the random resized crop is replaced by a random
-        crop of the image padded by 4, after a resize if it has another size.
+    erase_prob: of random erasing. Up to 32 pixels, images are resized if
+        necessary, padded by 4 and cropped at random, instead of the random resized crop.
     Raises UserError for a policy that timm does not know.
     """
     if policy is None or policy.strip().lower() in ("", "none"):
@@ -376,7 +376,7 @@ def is_mixing(mixup: float, cutmix: float, cutmix_minmax: list[float] | None) ->
 def build_mixup(args: Namespace, num_classes: int) -> AnyBatchMixup | None:
     """Return the function that mixes a batch, or None if neither Mixup nor CutMix is on.
 
-    It is called with images (B, 3, H, W) and labels (B,), mixes the images in place, and
+    It is called with images (B, 3, H, W) and labels (B,), and mixes the images in place. It
     returns them with targets (B, C), label smoothing included. It uses NumPy's generator.
     Raises UserError for --cutmix-minmax values that would fail in a later batch.
     """

@@ -24,8 +24,8 @@ def classes_of_file(path: str, model: str = "") -> ModelClasses | None:
     """Return the outputs of a weights file; None if it has no classifier that is recognised.
 
     model: the name of its architecture, which has the name of the classifier. The names come
-    from `classes` in a checkpoint of this repository, from `label_names` in the config.json beside
-    an export, and for the published ImageNet weights of DeiT from timm.
+    from `classes` in a checkpoint of this repository, or from `label_names` in the config.json
+    beside an export. For the published ImageNet weights of DeiT they come from timm.
     Raises UserError for a file that cannot be read.
     """
     content = safe_load.read_weights_file(path)

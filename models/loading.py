@@ -87,8 +87,8 @@ def load_weights(
     """Load any released format into `network`, strictly: every tensor, every shape.
 
     source: a path or URL. The file may be a bare state dict, or hold it under `model`,
-        `state_dict` or DINO's `teacher`, with prefixes before the names, in half precision, or with
-        the names of DeiT III, CaiT, ResMLP or Hugging Face for a timm model.
+        `state_dict` or DINO's `teacher`. Names may have prefixes, or be those of DeiT III, CaiT,
+        ResMLP or Hugging Face for a timm model. Half precision is converted.
     key: what to take from a file with several (`model_ema` is the average); default: `model`.
     without_head: the network has no classifier (0 classes), and the file's is left out.
     advice: how to fix a mismatch, for the error.
