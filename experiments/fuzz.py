@@ -33,7 +33,7 @@ from PIL import Image  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
 import main  # noqa: E402
-from experiments.fuzz_inputs import CANARY, DISTIL, KINDS, TRAIN, Input  # noqa: E402
+from experiments.fuzz_inputs import CANARY, DISTIL, KINDS, PACK, TRAIN, Input  # noqa: E402
 from tools import export, prepare_data, report  # noqa: E402
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
@@ -64,7 +64,7 @@ def write_seeds(folder: Path) -> None:
     for request in (
         Input([*flags, "--output_dir", "run"]),
         Input([*flags, *teacher, "--teacher-cache-mode", "write"]),
-        Input(["images", "packed", "--num-workers", "0"], program="tools/prepare_data.py"),
+        Input(PACK, program="tools/prepare_data.py"),
     ):
         if problem := run_input(request, folder, limit_s=120, as_program=False)[0]:
             raise SystemExit(f"the unchanged input failed: {problem}\n{output_of(folder)}")

@@ -22,10 +22,8 @@ SMALL = {"model": MODEL, "epochs": 1, "warmup-epochs": 0, "batch-size": 4, "aa":
 SMALL |= {"repeated-aug": False, "model-ema": False, "num-workers": 0, "teacher-check": False}
 CONFIG = {"temperature": 4, "kd_loss_type": "ce", "hard_label_weight": 1, "kd_loss_weight": 0.5}
 MATCH = {"layer_T": 2, "layer_S": 1, "feature": "hidden", "loss": "hidden_mse", "weight": 1}
-CONFIG |= {
-    "intermediate_matches": [MATCH | {"proj": ["linear", 64, 64]}],
-    "is_caching_logits": False,
-}
+MATCH |= {"proj": ["linear", 64, 64]}
+CONFIG |= {"intermediate_matches": [MATCH], "is_caching_logits": False}
 CANARY = "canary"
 COMMAND = f"touch {CANARY}"
 WORDS = ["", "0", "-1", "2", "0.5", "1e999", "nan", "-inf", "9" * 400, "true", "null", "[1, 2]"]
@@ -58,13 +56,16 @@ class Execute:
 
 def flags(values: dict[str, Any]) -> list[str]:
     """Return settings as words of a command line."""
-    switches = [f"--{'' if on else 'no-'}{name}" for name, on in values.items() if on in (0, 1)]
-    pairs = [(f"--{name}", str(value)) for name, value in values.items() if value not in (0, 1)]
-    return [*switches, *(word for pair in pairs for word in pair)]
+    words: list[str] = []
+    for name, value in values.items():
+        is_switch = isinstance(value, bool)
+        words += [f"--{'' if value else 'no-'}{name}"] if is_switch else [f"--{name}", str(value)]
+    return words
 
 
-TRAIN = ["--epochs", "1", "--warmup-epochs", "0", "--num-workers", "0"]
-TRAIN += flags({name: value for name, value in SMALL.items() if f"--{name}" not in TRAIN})
+TRAIN = flags(SMALL)
+PACK = ["images", "packed", "--num-workers", "0"]
+MODES: tuple[list[str], ...] = ([], ["--dry-run"], ["--check"])
 # A compiler takes longer than the limit. A plugin is executed on purpose.
 LONG = ("torchcompile", "plugin")
 DISTIL = ["--distillation-type", "soft", "--teacher-model", MODEL, "--teacher-path"]
@@ -75,12 +76,13 @@ DISTIL = ["--distillation-type", "soft", "--teacher-model", MODEL, "--teacher-pa
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
     """Return the bytes with one to four changes: bits, pieces cut, doubled or replaced, words."""
-    for _ in range(rng.randint(1, 4)):
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
         start = rng.randrange(len(data) + 1)
         end = min(len(data), start + rng.choice((1, 4, 64, len(data))))
         word = rng.choice(WORDS).encode("utf-8", "surrogateescape")
         flipped = bytes([rng.randrange(256)])
-        middle = rng.choice((b"", data[start:end] * 2, word, flipped, rng.randbytes(end - start)))
+        same_size = rng.randbytes(end - start)
+        middle = rng.choice((b"", data[start:end] * 2, word, flipped, same_size, same_size))
         data = data[:start] + middle + data[end:]
     return data
 
@@ -103,12 +105,9 @@ def mutate_plain(rng: random.Random, value: Any, leaves: list[Any]) -> Any:
 
 def mutate_text(rng: random.Random, value: Any, path: Path) -> None:
     """Write plain data as YAML or JSON, mutated as data or as text."""
-    if as_text := rng.random() < 0.4:
-        value = copy.deepcopy(value)
-    else:
-        value = mutate_plain(rng, value, VALUES)
-    as_json = path.suffix == ".json"
-    text = json.dumps(value) if as_json else yaml.dump(value, allow_unicode=True)
+    as_text = rng.random() < 0.4
+    value = value if as_text else mutate_plain(rng, value, VALUES)
+    text = json.dumps(value) if path.suffix == ".json" else yaml.dump(value, allow_unicode=True)
     data = text.encode("utf-8", "surrogateescape")
     path.write_bytes(mutate_bytes(rng, data) if as_text else data)
 
@@ -137,12 +136,21 @@ def mutate_checkpoint(rng: random.Random, path: Path) -> None:
 # --- kinds of inputs: each writes its files to `folder`, from the unchanged ones in `seeds` ---
 
 
+def use_images(rng: random.Random, seeds: Path, *words: str) -> Input:
+    """Return a command that trains or evaluates on images, or that packs them."""
+    if rng.random() < 0.2:
+        return Input(PACK, program="tools/prepare_data.py")
+    evaluation = ["--eval", "--resume", str(seeds / "run/checkpoint.pth")]
+    words = (*words, "--on-bad-image", rng.choice(("fail", "skip")))
+    return Input([*TRAIN, *rng.choice(([], evaluation)), *words])
+
+
 def recipe(rng: random.Random, seeds: Path, folder: Path) -> Input:
     value = {"source": "a", "expected": {"acc1": 50.0, "tolerance": 2}, "effective-batch": 4}
     value |= {"needs": {"data-path": "a folder"}, "flags": SMALL}
     mutate_text(rng, value, folder / "recipe.yaml")
     words = ["--recipe", "recipe.yaml", "--data-path", str(seeds / "images")]
-    return Input(words + rng.choice(([], ["--dry-run"], ["--check"])))
+    return Input(words + rng.choice(MODES))
 
 
 def config(rng: random.Random, seeds: Path, folder: Path) -> Input:
@@ -150,7 +158,7 @@ def config(rng: random.Random, seeds: Path, folder: Path) -> Input:
     mutate_text(rng, CONFIG, folder / name)
     words = [*TRAIN, *DISTIL, str(seeds / "run/checkpoint.pth"), "--distill-config", name]
     words += ["--data-path", str(seeds / "images")]
-    return Input(words + rng.choice(([], ["--dry-run"], ["--check"])))
+    return Input(words + rng.choice(MODES))
 
 
 def cache(rng: random.Random, seeds: Path, folder: Path) -> Input:
@@ -166,11 +174,8 @@ def data(rng: random.Random, seeds: Path, folder: Path) -> Input:
     shutil.copytree(seeds / "packed", folder / "packed")
     others = sorted(path.name for path in (folder / "packed").iterdir())
     mutate_file(rng, folder / "packed" / rng.choice([*others, "manifest.json", "manifest.json"]))
-    if rng.random() < 0.2:
-        return Input([str(seeds / "images"), "packed"], program="tools/prepare_data.py")
-    words = [*TRAIN, "--data-set", "PREPARED", "--data-path", "packed"]
-    words += rng.choice(([], ["--eval", "--resume", str(seeds / "run/checkpoint.pth")]))
-    return Input([*words, "--on-bad-image", rng.choice(("fail", "skip"))])
+    (folder / "images").symlink_to(seeds / "images")
+    return use_images(rng, seeds, "--data-set", "PREPARED", "--data-path", "packed")
 
 
 def log(rng: random.Random, seeds: Path, folder: Path) -> Input:
@@ -188,10 +193,8 @@ def checkpoint(rng: random.Random, seeds: Path, folder: Path) -> Input:
     mutate_checkpoint(rng, folder / path)
     match rng.randrange(7):
         case 0:
-            return Input(
-                ["run", "--checkpoint", "checkpoint.pth", "--out", "a.html"],
-                program="tools/report.py",
-            )
+            (folder / "run/best_checkpoint.pth").unlink(missing_ok=True)
+            return Input(["run", "--out", "a.html"], program="tools/report.py")
         case 1:
             return Input([path, "export", "--formats", "safetensors"], program="tools/export.py")
         case 2:
@@ -218,11 +221,7 @@ def image(rng: random.Random, seeds: Path, folder: Path) -> Input:
         path.write_bytes(buffer.getvalue())
     if rng.random() < 0.8:
         mutate_file(rng, path)
-    if rng.random() < 0.2:
-        return Input(["images", "packed", "--num-workers", "0"], program="tools/prepare_data.py")
-    words = rng.choice(([], ["--eval", "--resume", str(seeds / "run/checkpoint.pth")]))
-    words = [*TRAIN, *words, "--on-bad-image", rng.choice(("fail", "skip"))]
-    return Input([*words, "--data-path", "images"])
+    return use_images(rng, seeds, "--data-path", "images")
 
 
 def folders(rng: random.Random, seeds: Path, folder: Path) -> Input:
@@ -247,11 +246,8 @@ def folders(rng: random.Random, seeds: Path, folder: Path) -> Input:
                 name.mkdir(exist_ok=True)
             case _ if path.is_file():
                 path.write_bytes(b"")
-    if rng.random() < 0.25:
-        return Input(["images", "packed", "--num-workers", "0"], program="tools/prepare_data.py")
-    words = rng.choice(([], ["--eval", "--resume", str(seeds / "run/checkpoint.pth")]))
-    words = [*TRAIN, *words, "--data-path", rng.choice(("images", "images", "images/train"))]
-    return Input(words + rng.choice(([], [], ["--data-set", "folder/"])))
+    reader = rng.choice(("IMNET", "IMNET", "folder/"))
+    return use_images(rng, seeds, "--data-path", "images", "--data-set", reader)
 
 
 def environment(rng: random.Random, seeds: Path, folder: Path) -> Input:
@@ -259,7 +255,7 @@ def environment(rng: random.Random, seeds: Path, folder: Path) -> Input:
     names = rng.sample(VARIABLES, rng.randint(1, 5))
     environ = {name: rng.choice(words) for name in names}
     argv = [*TRAIN, "--dist-timeout", "0.02", "--data-path", str(seeds / "images")]
-    return Input(argv + rng.choice(([], ["--dry-run"])), environ)
+    return Input(argv + rng.choice(MODES), environ)
 
 
 def flag(rng: random.Random, seeds: Path, folder: Path) -> Input:
@@ -276,15 +272,7 @@ def flag(rng: random.Random, seeds: Path, folder: Path) -> Input:
     return Input(argv)
 
 
-KINDS: dict[str, Callable[[random.Random, Path, Path], Input]] = {
-    "recipes": recipe,
-    "configs": config,
-    "caches": cache,
-    "data": data,
-    "logs": log,
-    "checkpoints": checkpoint,
-    "images": image,
-    "folders": folders,
-    "environment": environment,
-    "flags": flag,
-}
+Kind = Callable[[random.Random, Path, Path], Input]
+KINDS: dict[str, Kind] = {"recipes": recipe, "configs": config, "caches": cache, "data": data}
+KINDS |= {"logs": log, "checkpoints": checkpoint, "images": image, "folders": folders}
+KINDS |= {"environment": environment, "flags": flag}
