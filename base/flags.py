@@ -10,7 +10,9 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from base.errors import UserError
+from base.errors import UserError, shorten
+
+MAX_INTEGER = 2**63
 
 
 class Range(NamedTuple):
@@ -115,10 +117,14 @@ class Flag:
         return f"{self.text} (default: {default})"
 
     def check(self, value: Any) -> None:
-        """Raise UserError for a number that no run can use."""
+        """Raise UserError for a number or text that no run can use."""
         for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, str) and "\0" in number:
+                raise UserError(f"{self.name} {shorten(number)}: has a null character")
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
+            if isinstance(number, int) and abs(number) >= MAX_INTEGER:
+                raise UserError(f"{self.name} {shorten(number)}: is too large")
             if math.isnan(number) or (self.valid is not None and math.isinf(number)):
                 raise UserError(f"{self.name} {number}: must be a finite number")
             if self.valid is not None and not self.valid.contains(number):

@@ -74,7 +74,7 @@ def read_weights_file(source: str | Path) -> dict[str, Any]:
     and UserError for one that cannot be read or downloaded.
     """
     path = fetch(str(source)) if is_url(str(source)) else Path(source)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise CorruptFile(f"{source}: not there; give a checkpoint file or URL")
     if path.is_dir():
         raise CorruptFile(f"{source}: is a folder; give a checkpoint file in it")

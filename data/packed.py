@@ -212,9 +212,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest. Raises UserError if it is missing or has another format."""
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):  # Path.is_file raises for a name that is too long
         reason = "not complete; start tools/prepare_data.py again to continue"
-        if not (folder / PLAN).is_file():
+        if not os.path.isfile(folder / PLAN):
             reason = "no prepared data set there; make one with tools/prepare_data.py"
         raise UserError(f"{folder}: {reason}")
     manifest = _read(folder / MANIFEST)

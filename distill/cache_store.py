@@ -82,7 +82,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     Raises UserError for one that cannot be read, or that has another format.
     """
     path = Path(folder) / MANIFEST
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises for a name that is too long
         return None
     try:
         found = structured.read(path, dict[str, Any])
@@ -170,7 +170,7 @@ class Store:
 
     def _create(self, manifest: Mapping[str, Any]) -> None:
         """Create the files and then the manifest, unless it exists. One of several runs does it."""
-        if (self.folder / MANIFEST).exists():
+        if os.path.exists(self.folder / MANIFEST):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

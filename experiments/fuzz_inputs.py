@@ -263,7 +263,8 @@ def flag(rng: random.Random, seeds: Path, folder: Path) -> Input:
     argv += rng.choice(([], ["--dry-run"], [*DISTIL, str(seeds / "run/checkpoint.pth")]))
     known = [flag for flag in flag_table.FLAGS if flag.dest not in LONG]
     for flag in rng.sample(known, rng.randint(1, 3)):
-        words = [rng.choice((*WORDS, *flag.choices * 8, str(flag.default)))]
+        default = MODEL if "model" in flag.dest else str(flag.default)  # a large one takes long
+        words = [rng.choice((*WORDS, *flag.choices * 8, default))]
         if flag.kind in (int, float) and rng.random() < 0.7:
             words = [rng.choice(NUMBERS) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
         argv += [flag.name] if flag.kind is bool else [flag.name, *words]

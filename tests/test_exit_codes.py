@@ -1,13 +1,15 @@
 """Exit codes, and the line that is printed when a run ends early."""
 
 import shlex
+from pathlib import Path
 from signal import SIGINT, SIGTERM
 
 import pytest
 
 import main
 import options
-from base.errors import Stopped
+from base.errors import Stopped, UserError
+from tools import export, report
 from training.exit_codes import exit_code_of, resume_command
 
 
@@ -47,3 +49,46 @@ def test_ctrl_c_before_training_says_that_nothing_was_written(monkeypatch, capsy
     monkeypatch.setattr(main, "parse_and_run", interrupted)
     assert main.run([]) == 130
     assert "no checkpoint was written" in capsys.readouterr().out
+
+
+LONG_NAME = "9" * 400  # longer than a file name may be
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--recipe", LONG_NAME],
+        ["--finetune", LONG_NAME],
+        ["--resume", LONG_NAME],
+        ["--resume", f"auto:{LONG_NAME}", "--output_dir", "out"],
+        ["--distillation-type", "soft", "--teacher-path", LONG_NAME],
+        ["--distillation-type", "soft", "--teacher-cache", LONG_NAME],
+        ["--data-set", "PREPARED", "--data-path", LONG_NAME],
+        ["--output_dir", LONG_NAME],
+        ["--max-bad-steps", LONG_NAME],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_too_long_is_one_line(
+    flags: list[str], run_inside, image_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", "resnet_pico", "--data-path", str(image_folder)]
+    small += ["--teacher-model", "resnet_pico", "--batch-size", "4", "--num-workers", "0"]
+    result = run_inside(*small, *flags)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(lines) == 1, result.stderr
+    assert "999" in lines[0]
+
+
+@pytest.mark.parametrize("program", [export.main, report.main])
+def test_a_name_that_is_too_long_is_one_line_in_the_tools(program, capsys) -> None:
+    assert program([LONG_NAME, *(["out"] if program is export.main else [])]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_null_character_in_a_recipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text('flags: {output-dir: "a\\0b"}')
+    with pytest.raises(UserError, match="--output-dir .*: has a null character"):
+        options.parse_args(["--recipe", str(path)])

@@ -142,6 +142,8 @@ def test_with_data_the_defaults_are_deits() -> None:
         ("--input-size 0", "input-size"),
         ("--torchcompile tensorrt9", "tensorrt9: unknown to torch; known: .*inductor"),
         ("--opt-kwargs fused", "KEY=VALUE"),
+        ("--max-bad-steps " + "9" * 400, "--max-bad-steps 9+[.]+9+: is too large"),
+        ("--seed -" + "9" * 20, "--seed -9+: is too large"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(line: str, words: str) -> None:

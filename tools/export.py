@@ -225,7 +225,7 @@ def to_half(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def file_of(source: Path) -> Path:
     """Return the checkpoint of a run's folder, the best one if there is; a file as it is."""
-    if not source.is_dir():
+    if not os.path.isdir(source):  # Path.is_dir raises for a name that is too long
         return source
     found = [source / name for name in ("best_checkpoint.pth", "checkpoint.pth")]
     for path in found:

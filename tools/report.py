@@ -12,6 +12,7 @@ import argparse
 import base64
 import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -318,7 +319,7 @@ def between(runs: Sequence[Run]) -> dict[str, Any] | None:
 def run_settings(folder: Path) -> dict[str, Any]:
     """Return all flags of a run, from its config.yaml. Raises UserError if there is none."""
     path = folder / "config.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise UserError(f"{folder}: no config.yaml in it; give the --output_dir of a run")
     return options.settings_of_run(structured.read(path, dict[str, Any]), str(path))
 

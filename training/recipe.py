@@ -6,6 +6,7 @@ the user must give.
 """
 
 import difflib
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ def find(name: str) -> Recipe:
     """Return a recipe by name, or of a YAML file by path. Raises UserError for an unknown one."""
     is_file = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_file else FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         if is_file:
             raise UserError(f"--recipe {name}: not there; give a YAML file or a recipe's name")
         close = difflib.get_close_matches(name, names(), n=3)
