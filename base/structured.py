@@ -214,6 +214,8 @@ def convert(value: Any, kind: type[T], where: str) -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise UserError(f"{where}: {_explain(str(error), value, kind)}") from error
+    except UnicodeEncodeError as error:  # "\\ud800" in JSON
+        raise UserError(f"{where}: a key or text is not valid Unicode ({error.reason})") from error
 
 
 def _explain(message: str, value: Any, kind: Any) -> str:

@@ -327,3 +327,14 @@ def test_the_shared_cases_are_read_or_end_in_one_line(
             lines = capsys.readouterr().err.splitlines()
             assert code == 2 and len(lines) == 1 and path.stem in lines[0], path.name
         assert time.monotonic() - started < 10 and max(map(len, lines), default=0) < 400
+
+
+@pytest.mark.parametrize("text", ['{"\\udcff": 1}', '{"a": "\\udcff"}'])
+def test_half_a_character_is_read_as_text_or_refused(text: str) -> None:
+    value = structured.parse(text, "file", True)
+    try:
+        assert structured.convert(value, dict[str, Any], "file") == value
+    except UserError as error:
+        assert "not valid Unicode" in error.line()
+    with pytest.raises(UserError, match="not valid Unicode|unknown key|lacks"):
+        structured.convert(value, cache_store.Manifest, "file")
