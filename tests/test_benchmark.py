@@ -168,7 +168,11 @@ def test_a_comparison_trains_the_teacher_once_and_reads_what_is_complete(
     assert compare.main() == 0
     assert "teacher seed 0: done" in capsys.readouterr().err
     assert compare.main() == 0 and "done" not in capsys.readouterr().err
-    rows = [line.split(" | ") for line in page.read_text().splitlines() if " ± " in line]
+    rows = [
+        line.split(" | ")
+        for line in page.read_text().splitlines()
+        if line.startswith("| ") and " ± " in line
+    ]
     live, cached = rows
     assert live[1:4] == cached[1:4], "in its only epoch the live run uses the view of the cache"
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 import datasets
 from base.distributed import Processes
+from data import byte_batches
 from data.byte_batches import ByteLoader, DeferNormalize, collate_bytes, finish
 from data.samplers import SeededViews
 from data.transforms import InputConfig, build_transform
@@ -76,7 +77,9 @@ def test_a_loader_of_bytes_gives_the_batches_of_the_plain_one(workers, monkeypat
 
 def test_on_a_gpu_training_uses_bytes_and_evaluation_floats(monkeypatch) -> None:
     kinds = []
-    monkeypatch.setattr(datasets, "ByteLoader", lambda *_, **options: kinds.append(options) or [0])
+    monkeypatch.setattr(
+        byte_batches, "ByteLoader", lambda *_, **options: kinds.append(options) or [0]
+    )
     cuda = Processes(0, 0, 1, torch.device("cuda"), "single")
     loaders = build_loaders(settings("--batch-size", "8", "--no-pin-mem"), INPUTS, cuda)
     assert len(kinds) == 1 and isinstance(kinds[0]["deferred"], DeferNormalize)

@@ -486,6 +486,10 @@ def test_a_cache_is_refused_with_separate_logits_of_several_teachers(
     assert result.returncode == 2 and "stores the mean of several teachers" in result.stderr
 
 
+def _no_network(*_, **__) -> None:
+    raise AssertionError("a complete cache needs no network")
+
+
 def _live_written_and_read(rank: int, folder: str) -> None:
     import main
 
@@ -498,7 +502,7 @@ def _live_written_and_read(rank: int, folder: str) -> None:
         "read": [*kept, "read", "--num-workers", "0"],
     }.items():
         if name == "read":  # needs no network
-            cached_teacher.build_teacher = None
+            cached_teacher.build_teacher = _no_network
         where = ["--output_dir", f"{folder}/{name}", "--dist-url", f"file://{folder}/store_{name}"]
         if code := main.run([*RUN, *where, *flags]):
             raise SystemExit(code)
