@@ -139,7 +139,7 @@ def test_taps_record_in_their_own_forward_only_and_a_copy_is_idle() -> None:
     taps = FeatureTaps(network, TAPS)
     average = copy.deepcopy(network)
     network(IMAGES), average(IMAGES)
-    assert not taps._record.seen
+    assert not taps._record.states
     assert set(taps.forward(average, IMAGES).states) == set(TAPS)  # the hooks are the copy's too
     assert torch.equal(average(IMAGES), network(IMAGES))
 

@@ -47,7 +47,7 @@ NEEDED = (
 )
 
 
-def print_once(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = options.Parser("replay.py", description=__doc__.split("\n")[0])
     parser.add_argument("batch", type=Path, help="bad_batch.pth of a run")
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="default: the run's")
@@ -130,4 +130,4 @@ def build_terms(
 
 
 if __name__ == "__main__":
-    sys.exit(print_once())
+    sys.exit(main())
