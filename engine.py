@@ -70,8 +70,9 @@ def train_one_epoch(
             loss = compute_loss(model, criterion, (images, labels, outputs_T), key, config)
             updater.backward(loss, micro_step)
         del outputs_T  # features need much memory
-        state.add({"loss": loss.detach(), **criterion.terms})
-        finder.add(loss, images, labels, key, is_last=updater.completes(micro_step))
+        terms = {"loss": loss.detach(), **criterion.terms}
+        state.add(terms)
+        finder.add(terms, images, labels, key, is_last=updater.completes(micro_step))
         if updater.completes(micro_step):
             state.end_update(micro_step, grad_norm=updater.step(micro_step))
             due = progress.due(micro_step, updater.size(micro_step))
@@ -132,8 +133,7 @@ def _bad_batch_finder(
         outputs_T = teacher(images, config.within_cycle(key)) if teacher is not None else None
         loss = compute_loss(network, criterion, (images, labels, outputs_T), key, config)
         content = {"images": images, "labels": labels, "teacher_outputs": outputs_T}
-        terms = {"loss": loss.detach(), **criterion.terms}
-        return loss, content | {"micro_step": key.micro_step, "terms": terms, "seed": config.seed}
+        return loss, content | {"micro_step": key.micro_step, "seed": config.seed}
 
     return BadBatchFinder(
         state.bad, network, config.max_bad_steps, replay=replay, save=hooks.save_bad_batch

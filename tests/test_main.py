@@ -216,10 +216,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
         (data / "train").mkdir(parents=True)
         (data / "val").mkdir()
     elif case == "class without images":
-        (data / "train" / "three").mkdir()
-        (data / "val" / "three").mkdir()
+        for split in ("train", "val"):
+            (data / split / "three").mkdir()
+            (data / split / "three" / "notes.txt").write_text("no image")
     elif case == "lists differ":
-        shutil.copytree(data / "train" / "two", data / "train" / "three")
+        shutil.copytree(data / "val" / "two", data / "val" / "three")
     elif case == "unknown model":
         flags += ["--model", "deit_pico_destilled_patch4_32"]
     elif case == "batch too large":

@@ -189,7 +189,7 @@ def test_a_killed_and_resumed_run_has_the_projections_of_one_that_was_not(
         (
             "--input-size 16 64 --teacher-model deit_pico_patch4_32 --teacher-path VIT --match "
             "layer_S=4,layer_T=4,feature=hidden,loss=cos,tokens=patch",
-            "lie 4x16",
+            "patch grid is 4x16",
         ),
     ],
 )

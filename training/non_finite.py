@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from base import distributed
 from base.errors import UserError
 
+Kept = tuple[Mapping[str, Tensor], tuple[Any, ...]]  # the terms of a micro-step, and its batch
+
 
 class BadUpdateCounter:
     """Decides with all processes whether an update is bad, and counts bad updates.
@@ -112,12 +114,15 @@ class BadBatchFinder:
         self.counter, self.network, self.limit = counter, network, limit
         self.replay, self.save = replay, save
         self._keeps_all = limit <= 1
-        self._batches: list[tuple[Tensor, tuple[Any, ...]]] = []  # losses and batches
+        self._batches: list[Kept] = []
 
-    def add(self, loss: Tensor, *batch: Any, is_last: bool) -> None:
-        """Keep the batch of a micro-step if it is the last one of its update, or all are kept."""
+    def add(self, terms: Mapping[str, Tensor], *batch: Any, is_last: bool) -> None:
+        """Keep the batch of a micro-step if it is the last one of its update, or all are kept.
+
+        terms: "loss" and its parts, detached scalars.
+        """
         if is_last or self._keeps_all:
-            self._batches.append((loss.detach(), batch))
+            self._batches.append((terms, batch))
 
     def end_update(self, where: Mapping[str, int], *, look: bool) -> None:
         """Raise UserError if the last `limit` updates were bad.
@@ -139,21 +144,20 @@ class BadBatchFinder:
             if not (has_one.any() or had_all or is_last):
                 return  # an earlier micro-step is the cause: wait for the next bad update
             with torch.no_grad():  # in all processes: a loss may gather embeddings
-                _, content = self.replay(*(bad or [batch for _, batch in batches])[0])
+                terms, batch = (bad or batches)[0]
+                content = self.replay(*batch)[1] | {"terms": terms}
         self._stop(what, int(has_one.argmax()), content, where)
 
-    def _find(
-        self, batches: list[tuple[Tensor, tuple[Any, ...]]]
-    ) -> tuple[str, list[tuple[Any, ...]], Tensor]:
+    def _find(self, batches: list[Kept]) -> tuple[str, list[Kept], Tensor]:
         """Return what is wrong, this process's bad batches, and which processes have one.
 
         All processes must call it.
         """
-        bad = [batch for loss, batch in batches if not torch.isfinite(loss)]
+        bad = [kept for kept in batches if not torch.isfinite(kept[0]["loss"])]
         has_one = self._gather(bad)
         if has_one.any():
             return "the loss was not finite", bad, has_one
-        bad = [batch for _, batch in batches if self._gradient_overflows(batch)]
+        bad = [kept for kept in batches if self._gradient_overflows(kept[1])]
         return "the loss was finite and its gradient was not,", bad, self._gather(bad)
 
     def _gather(self, bad: list[Any]) -> Tensor:
