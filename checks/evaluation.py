@@ -82,8 +82,8 @@ def check_student_and_teacher(
         lines = found.problems
         if args.check:
             plan = optim.build_batch_plan(args, len(loaders.train), runtime.processes.world_size)
-            lines = optim.build_findings(args, plan) + lines
-            lines = found.accuracies + (lines or [diagnose.check_passed(args, teacher)])
+            lines = lines or [diagnose.check_passed(args, teacher)]
+            lines = found.accuracies + optim.build_findings(args, plan) + lines
         for line in lines:
             print_once("check", line)
     if teacher is None or args.check or not args.teacher_check:

@@ -160,7 +160,7 @@ class Checks:
             train = datasets.build_loaders(args, runtime.inputs, runtime.processes).train
             (images, programs), _ = next(DataLoader.__iter__(train))
             here, there = (
-                train.carry_out(images, programs, device).cpu()
+                train.augment(images, programs, device).cpu()
                 for device in (self.device, torch.device("cpu"))
             )
             apart = (here - there).abs()

@@ -220,7 +220,7 @@ def test_check_finds_few_patches_and_a_teacher_with_another_order_is_matched(
 ) -> None:
     result = run_inside("--check", "--distillation-type", "hard", "--input-size", "24")
     assert result.returncode == 0, result.stderr
-    assert "as 9 patches only" in result.stdout
+    assert "into 9 patches only" in result.stdout
     teacher = models.create_model("resnet_pico", num_classes=2)
     torch.save({"model": teacher.state_dict(), "classes": ["two", "one"]}, tmp_path / "t.pth")
     result = run_inside(

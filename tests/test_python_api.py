@@ -20,10 +20,10 @@ def test_the_snippets_of_the_python_api_run_and_distil(capsys: pytest.CaptureFix
         exec(compile(snippet, "docs/python-api.md", "exec"), names)
     assert len(SNIPPETS) == 4
     printed = capsys.readouterr().out
-    assert "complete (1200)" in printed and "hidden_hidden_mse_3_2" in printed
+    assert "complete (1200)" in printed and "hidden_hidden_mse_3_3" in printed
     assert names["cached"].missing() == 0
     terms = names["objective"].terms
-    assert set(terms) == {"base", "distillation", "hidden_hidden_mse_3_2"}
+    assert set(terms) == {"base", "distillation", "hidden_hidden_mse_3_3"}
     assert all(torch.isfinite(value) for value in terms.values())
     stats = names["evaluate"](names["val"], names["module"].network, names["device"])
     assert stats["count"] == 597 and stats["acc1"] > 20, "chance is 10 %"
