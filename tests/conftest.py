@@ -183,7 +183,7 @@ def run_torchrun() -> Run:
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
-    """A real browser. Whoever asks is skipped where there is none."""
+    """A real browser. Tests that use it are skipped if there is none."""
     program = chromium.find()
     if program is None:
         pytest.skip("no chromium to look at the page with; apt-get install it")
