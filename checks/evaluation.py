@@ -57,11 +57,16 @@ def print_accuracy(stats: dict[str, float], published: Released | None = None) -
     """Print the accuracy, and the published one of the file if there is one."""
     line = f"Accuracy of the network on the {stats['count']} test images: {stats['acc1']:.1f}%"
     print_once(None, line)
+    print_present(stats)
+    if published is not None and (note := published.beside(stats["acc1"], int(stats["count"]))):
+        print_once("published", note)
+
+
+def print_present(stats: dict[str, float]) -> None:
+    """Print the accuracy among the classes with images, if some classes have none."""
     if "acc1_present" in stats:
         among = f"Accuracy among the classes that have images: {stats['acc1_present']:.1f}%"
         print_once(None, among)
-    if published is not None and (note := published.beside(stats["acc1"], int(stats["count"]))):
-        print_once("published", note)
 
 
 def check_student_and_teacher(
@@ -90,14 +95,22 @@ def check_student_and_teacher(
         return {}
     sizes = {diagnose.size_of(member) for member in teacher.teacher.members if member.classifies}
     print_once("teacher", f"accuracy on the evaluation set, {' and '.join(sorted(sizes))}")
-    return engine.evaluate(loaders.val, teacher, runtime.device, header="Teacher:")
+    stats = engine.evaluate(
+        loaders.val, teacher, runtime.device, header="Teacher:", present=loaders.present
+    )
+    print_present(stats)
+    return stats
 
 
 def evaluate_epoch(
     training: Training, loaders: Loaders, runtime: Runtime
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Evaluate the student and its moving average; {} where there is none."""
-    options = {"amp_dtype": runtime.amp_dtype, "interrupt": training.checkpointer}
+    options: dict[str, Any] = {
+        "amp_dtype": runtime.amp_dtype,
+        "interrupt": training.checkpointer,
+        "present": loaders.present,
+    }
     stats = engine.evaluate(loaders.val, training.student.network, runtime.device, **options)
     if training.ema is None:
         return stats, {}

@@ -19,6 +19,9 @@ from data.transforms import InputConfig, eval_transform
 from distill.teacher import build_teacher
 from distill.teacher_classes import classes_of_teacher, match_outputs
 from models.class_names import classes_of_file, classes_of_published, outputs_to_keep
+from tools import report
+from tools.export_card import history
+from tools.report_page import page
 
 MODEL = "resnet_pico"
 ABC = ModelClasses(3, ("a", "b", "c"), "m.pth")
@@ -237,3 +240,71 @@ def test_fine_tuning_takes_the_head_by_name(case) -> None:
     assert outputs_to_keep(path, MODEL, ["two", "zero", "one"]) == (None, "")
     nameless = str(folder / "nameless.pth")
     assert "no class names in the file" in outputs_to_keep(nameless, MODEL, ["a", "b", "c"])[1]
+
+
+# ---- a class without evaluation images, in all places that print an accuracy ----
+
+
+@pytest.fixture(scope="module")
+def lacks_a_class(image_folder: Path, run_inside, tmp_path_factory) -> tuple[Path, str, float]:
+    """A run with a teacher on three classes, one without evaluation images; its output; and its
+    accuracy in % among the two others, worked out without our loaders."""
+    folder = tmp_path_factory.mktemp("lacks")
+    data = Path(shutil.copytree(image_folder, folder / "data"))
+    shutil.copytree(data / "train/one", data / "train/zero")
+    torch.save({"model": network(3).state_dict()}, folder / "teacher.pth")
+    flags = ["--data-path", str(data), "--num-workers", "0", "--model", MODEL]
+    flags += ["--batch-size", "8", "--warmup-epochs", "0", "--lr", "0.01", "--unscale-lr"]
+    flags += ["--teacher-model", MODEL, "--teacher-path", str(folder / "teacher.pth")]
+    flags += ["--distillation-type", "soft", "--distillation-head", "cls", "--epochs", "1"]
+    found = run_inside(*flags, "--output_dir", str(folder / "run"))
+    assert found.returncode == 0, found.stderr
+    model = network(3)
+    model.load_state_dict(torch.load(folder / "run/checkpoint.pth", weights_only=True)["model"])
+    logits = logits_of(data / "val", model)
+    outputs = {"one": 0, "two": 1}  # zero is the third
+    right = [(values[:, :2].argmax(1) == outputs[name]).float() for name, values in logits.items()]
+    return folder, found.stdout, 100 * float(torch.cat(right).mean())
+
+
+def test_training_prints_and_logs_the_accuracy_among_the_classes_present(lacks_a_class) -> None:
+    folder, out, among = lacks_a_class
+    lines = [line for line in out.splitlines() if "among the classes that have images" in line]
+    assert len(lines) == 2, "the teacher and the student"
+    assert lines[1].endswith(f"{among:.1f}%")
+    (line,) = (folder / "run/log.txt").read_text().splitlines()
+    assert json.loads(line)["test_acc1_present"] == pytest.approx(among)
+    assert "ema_acc1_present" in json.loads(line)
+
+
+def test_the_report_has_the_accuracy_among_the_classes_present(lacks_a_class, capsys) -> None:
+    folder, _, among = lacks_a_class
+    argv = [str(folder / "run"), "--out", str(folder / "report.html")]
+    assert report.main([*argv, "--checkpoint", "checkpoint.pth"]) == 0
+    shown = f"student top-1 among the classes with images {among:.2f}%"
+    assert shown in capsys.readouterr().out
+    (run,) = json.loads((folder / "report.json").read_text())["runs"]
+    assert run["accuracy"]["student"]["acc1_present"] == pytest.approx(among)
+    assert "acc1_present" in run["accuracy"]["teacher"]
+    assert "among the classes with images" in (folder / "report.html").read_text()
+
+
+def test_the_card_has_the_accuracy_among_the_classes_present(lacks_a_class) -> None:
+    folder, _, among = lacks_a_class
+    path = folder / "run/checkpoint.pth"
+    rows = dict(history(path, torch.load(path, weights_only=True), "model"))
+    assert rows["top-1 among the classes with images"] == f"{among:.2f}% after epoch 1"
+
+
+def test_runs_with_and_without_a_missing_class_share_one_table() -> None:
+    whole = {"student": {"acc1": 50.0, "acc5": 100.0}}
+    part = {"student": {"acc1": 50.0, "acc5": 100.0, "acc1_present": 75.0}}
+    common = {"run": "a", "teacher_of": "", "teacher_input": "", "curves": []}
+    common |= {"agreement": {"names": ["label", "student"], "matrix": [[1, 1], [1, 1]]}}
+    common |= {"student": "m", "input": "32", "distillation": "none", "weights": "w", "teacher": ""}
+    common["calibration"] = {"student": {"ece": 0.1, "bins": []}}
+    common |= {"teacher_note": "", "data": "d", "images": 4, "token_cosine": []}
+    runs = [common | {"accuracy": accuracy} for accuracy in (whole, part)]
+    found = page({"runs": runs, "agreement": None, "verdicts": []})
+    row = found.partition("student top-1 among the classes with images")[2].partition("</tr>")[0]
+    assert row == "</th><td>–</td><td>75.00%</td>"

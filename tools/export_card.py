@@ -75,13 +75,17 @@ def _result(path: Path, content: Mapping[str, Any], key: str) -> Rows:
     if (content.get("tally") or {}).get("micro_steps"):
         return [("top-1", f"not measured: stopped within epoch {epoch + 2}")]
     name = "ema_acc1" if key in EMA_KEYS else "test_acc1"
-    acc1 = None
+    acc1 = present = None
     for line in metrics.read_log(path.with_name("log.txt")):
-        acc1 = line.get(name) if line.get("epoch") == epoch else acc1
+        if line.get("epoch") == epoch:
+            acc1, present = line.get(name), line.get(f"{name}_present")
     if acc1 is None and path.name == BEST and key not in EMA_KEYS:
         acc1 = content.get("best_acc1")
     where = f"after epoch {epoch + 1}"
-    return [("top-1", f"{acc1:.2f}% {where}" if acc1 is not None else f"not known, {where}")]
+    rows = [("top-1", f"{acc1:.2f}% {where}" if acc1 is not None else f"not known, {where}")]
+    if present is not None:
+        rows.append(("top-1 among the classes with images", f"{present:.2f}% {where}"))
+    return rows
 
 
 def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:

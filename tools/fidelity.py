@@ -3,7 +3,7 @@
 Shapes: P images, B batch, C classes, N tokens, D width.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,17 @@ BINS = 15  # of confidence, all of one width (Guo et al. 2017)
 TEACHER, STUDENT, CLS, DIST = "teacher", "student", "class head", "distillation head"
 
 
-def top(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return {"acc1", "acc5"} in percent. logits: (P, C), labels: (P,)."""
+def top(logits: Tensor, labels: Tensor, present: Sequence[int] | None = None) -> dict[str, float]:
+    """Return {"acc1", "acc5"} in percent. logits: (P, C), labels: (P,).
+
+    present: the classes that have images; adds "acc1_present", of the largest of their logits.
+    """
     acc1, acc5 = (100 * float(hits) / len(labels) for hits in accuracy(logits, labels))
-    return {"acc1": acc1, "acc5": acc5}
+    if present is None:
+        return {"acc1": acc1, "acc5": acc5}
+    chosen = torch.tensor(present)
+    hits = (chosen[logits[:, chosen].argmax(1)] == labels).double()
+    return {"acc1": acc1, "acc5": acc5, "acc1_present": 100 * float(hits.mean())}
 
 
 def agreement(predictions: Mapping[str, Tensor]) -> list[list[float]]:
@@ -166,13 +173,18 @@ def collect(
     return Outputs(torch.cat(labels), together, (cosines / seen).tolist(), farthest)
 
 
-def numbers(outputs: Outputs, classes: list[str]) -> dict[str, Any]:
-    """Return all that the report shows, except images, in plain types."""
+def numbers(
+    outputs: Outputs, classes: list[str], present: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Return all that the report shows, except images, in plain types.
+
+    present: the classes that have images, or None if all have.
+    """
     labels, predictions = outputs.labels, outputs.predictions()
     logits = {name: outputs.logits[name] for name in predictions if name != "label"}
     found: dict[str, Any] = {
         "images": len(labels),
-        "accuracy": {name: top(values, labels) for name, values in logits.items()},
+        "accuracy": {name: top(values, labels, present) for name, values in logits.items()},
         "agreement": {"names": list(predictions), "matrix": agreement(predictions)},
         "calibration": {name: calibration(values, labels) for name, values in logits.items()},
         "token_cosine": outputs.token_cosine,

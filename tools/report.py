@@ -171,7 +171,7 @@ def build_run(
         "distillation": settings["distillation_type"],
         "weights": f"{weights.name}, {args.key}",
         "data": loaders.data[-1].description,
-        **numbers(outputs, classes),
+        **numbers(outputs, classes, loaders.present),
         "curves": metrics.read_log(folder / "log.txt"),
     }
     images = farthest(outputs, classes, inputs.mean, inputs.std)

@@ -28,6 +28,9 @@ def summary(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         known = f"{accuracy[name]['acc1']:.2f}%" if name in accuracy else "–"
         size = run["teacher_input"] if name == TEACHER and name in accuracy else ""
         rows.append((f"{name} top-1", known + f" at {size}" * bool(size)))
+        if "acc1_present" in accuracy.get(name, {}):
+            among = f"{accuracy[name]['acc1_present']:.2f}%"
+            rows.append((f"{name} top-1 among the classes with images", among))
     both = "–"
     if TEACHER in names:
         both = percent(run["agreement"]["matrix"][names.index(STUDENT)][names.index(TEACHER)])
@@ -46,7 +49,9 @@ def page(found: Mapping[str, Any], images: Sequence[Sequence[Mapping[str, Any]]]
     those on which it is farthest from its teacher.
     """
     runs = found["runs"]
-    rows = [[row[0][0], *(value for _, value in row)] for row in zip(*map(summary, runs))]
+    columns = [dict(summary(run)) for run in runs]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "–") for column in columns)] for name in names]
     parts = [
         "<h1>Student and teacher</h1>",
         f"<p>{shown_data(runs)} The student is evaluated as it is used: with two heads, on the "
