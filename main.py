@@ -22,7 +22,7 @@ from checks import evaluation
 from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
-from training import metrics, recipe, setup
+from training import metrics, recipe, run_folder, setup
 from training.exit_codes import StopWhenClosed, exit_code_of, out_of_memory_as_user_error
 from training.setup import Runtime, Training
 from training.step_config import Hooks
@@ -38,7 +38,13 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         plan = dry_run.build_plan(args, runtime.processes, runtime.inputs, runtime.amp_dtype)
         print_once(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return
-    setup.print_notes(notes, about)
+    with run_folder.build_settings(args) as settings:
+        setup.print_notes(notes, about)
+        set_up_and_train(settings, runtime)
+
+
+def set_up_and_train(args: Namespace, runtime: Runtime) -> None:
+    """Run the settings, whose output folder is known: evaluate, fill a cache, check or train."""
     trained = build_trained_classes(args)
     loaders = datasets.build_loaders(args, runtime.inputs, runtime.processes, trained)
     student = setup.build_student(args, loaders, runtime)

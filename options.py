@@ -21,7 +21,7 @@ from base.distributed import find_launcher
 from base.errors import UserError, shorten
 from base.flags import COMMON, idle_notes
 from models import plugins
-from training import recipe
+from training import recipe, run_folder
 from training.checkpointer import is_auto
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
@@ -170,6 +170,8 @@ def _parse(
         parser._defaults.clear()
         for action in parser._actions:
             action.default = argparse.SUPPRESS
+    if not suppress:
+        parser.set_defaults(output_dir=run_folder.AUTO)
     parser.set_defaults(**(defaults or {}))
     return parser.parse_args(argv)
 
@@ -305,8 +307,9 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         raise UserError(f"--torchcompile {args.torchcompile}: unknown to torch; known: {known}")
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
-    if is_auto(args.resume) and not args.output_dir:
-        raise UserError("--resume auto looks in --output_dir, which is not given")
+    in_no_folder = not args.output_dir or (args.eval and args.output_dir == run_folder.AUTO)
+    if is_auto(args.resume) and in_no_folder:
+        raise UserError("--resume auto looks in --output_dir: give the folder of the run")
     if args.sched == "plateau" and args.sched_on_updates and "sched_on_updates" in explicit:
         raise UserError("--sched plateau looks at epochs: use --no-sched-on-updates")
     if args.opt_betas is not None and len(args.opt_betas) < 2:

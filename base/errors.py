@@ -64,12 +64,13 @@ EXIT_STOPPED = 75  # sysexits' EX_TEMPFAIL: nothing is wrong, start again later
 class Stopped(Exception):
     """The run received a stop signal. All processes raise this together.
 
-    saved: whether a checkpoint was written. The exit code is `EXIT_STOPPED`, or 130 for Ctrl-C.
+    folder: of the checkpoint that was written, or "". The exit code is `EXIT_STOPPED`, or 130 for
+    Ctrl-C.
     """
 
-    def __init__(self, signal_number: int, *, saved: bool = True) -> None:
+    def __init__(self, signal_number: int, *, folder: str = "") -> None:
         super().__init__(f"stopped by signal {signal_number}")
-        self.signal_number, self.saved = signal_number, saved
+        self.signal_number, self.folder = signal_number, folder
 
 
 class PeerLost(RuntimeError):

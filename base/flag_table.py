@@ -67,7 +67,7 @@ def no_effect(name: str, kind: Any, default: Any, why: str) -> Flag:
     )
 
 
-NOT_SAVED = Idle(lambda s: not s.output_dir, "nothing is saved without --output_dir")
+NOT_SAVED = Idle(lambda s: not s.output_dir, "nothing is saved, because --output_dir is empty")
 NO_TEACHER = Idle(lambda s: not _has_teacher(s), "--distillation-type is none")
 NO_DISTILLATION = Idle(lambda s: not _distils(s), "--distillation-type is none")
 NO_CACHE = Idle(lambda s: not s.teacher_cache, "it belongs to --teacher-cache")
@@ -136,7 +136,9 @@ RUN = (
     ),
     Flag("--device", str, "auto", MAY_CHANGE, COMMON).help("auto, cpu or cuda"),
     Flag("--seed", int, 0, COMPARED, COMMON).help("seed of all random numbers"),
-    Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help("folder of checkpoints and logs"),
+    Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help(
+        "folder of the run; default: runs/<data>-<model>-<date>; '': nothing is saved"
+    ),
     Flag("--resume", str, "", MAY_CHANGE, COMMON).help("checkpoint: file, URL, auto or auto:FILE"),
     Flag("--resume-anyway", bool, False, NO_RESUME, MAY_CHANGE).help("ignore changed settings"),
     Flag("--checkpoint-steps", int, 0, FROM_0, NOT_SAVED, MAY_CHANGE).help(

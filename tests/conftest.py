@@ -136,6 +136,13 @@ def small_teacher(run_inside, folder_flags: list[str], tmp_path_factory) -> Path
 Run = Callable[..., subprocess.CompletedProcess]
 
 
+def _saves_nothing(flags: tuple[str, ...]) -> list[str]:
+    """Return the flags with an empty output folder if they name none, so that no test leaves one
+    in the checkout."""
+    names_folder = any(flag.startswith("--out") for flag in flags)
+    return [*flags] if names_folder else ["--output-dir", "", *flags]
+
+
 def _run(command: list[str], cwd: Path, timeout: float, **env: str) -> subprocess.CompletedProcess:
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
@@ -149,7 +156,8 @@ def run_main() -> Run:
     """`python main.py FLAGS` in a process of its own."""
 
     def run(*flags: str, cwd: Path = ROOT, timeout: float = 240, **env: str):
-        return _run([sys.executable, str(ROOT / "main.py"), *flags], cwd, timeout, **env)
+        words = _saves_nothing(flags) if cwd == ROOT else flags
+        return _run([sys.executable, str(ROOT / "main.py"), *words], cwd, timeout, **env)
 
     return run
 
@@ -163,7 +171,7 @@ def run_inside() -> Run:
 
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main.run(list(flags))
+            code = main.run(_saves_nothing(flags))
         return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
 
     return run
@@ -175,7 +183,8 @@ def run_torchrun() -> Run:
 
     def run(processes: int, *flags: str, cwd: Path = ROOT, timeout: float = 300, **env: str):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, f"--nproc_per_node={processes}", str(ROOT / "main.py"), *flags]
+        words = _saves_nothing(flags) if cwd == ROOT else flags
+        command = [*launcher, f"--nproc_per_node={processes}", str(ROOT / "main.py"), *words]
         return _run(command, cwd, timeout, **env)
 
     return run

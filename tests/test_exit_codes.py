@@ -13,15 +13,15 @@ from tools import export, report
 from training.exit_codes import exit_code_of, resume_command
 
 
-def stopped(number: int, saved: bool) -> None:
-    raise Stopped(number, saved=saved)
+def stopped(number: int, folder: str) -> None:
+    raise Stopped(number, folder=folder)
 
 
 @pytest.mark.parametrize(("number", "code"), [(SIGTERM, 75), (SIGINT, 130)])
 def test_a_stop_prints_the_command_that_continues(number, code, capsys) -> None:
     received: list[int] = []
     argv = ["--output_dir", "a folder", "--resume", "old.pth", "--epochs", "3"]
-    assert exit_code_of(lambda: stopped(number, True), received.append, argv) == code
+    assert exit_code_of(lambda: stopped(number, "a folder"), received.append, argv) == code
     assert received == [number]
     command = capsys.readouterr().out.strip().partition("to continue: ")[2]
     program, script, *flags = shlex.split(command)
@@ -31,14 +31,14 @@ def test_a_stop_prints_the_command_that_continues(number, code, capsys) -> None:
 
 
 def test_a_stop_without_an_output_folder_says_that_nothing_was_saved(capsys) -> None:
-    assert exit_code_of(lambda: stopped(SIGINT, False), lambda number: None, []) == 130
-    assert "nothing was saved, because there is no --output_dir" in capsys.readouterr().out
+    assert exit_code_of(lambda: stopped(SIGINT, ""), lambda number: None, []) == 130
+    assert "nothing was saved, because --output_dir is empty" in capsys.readouterr().out
 
 
 def test_the_command_under_torchrun_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert resume_command(["--resume=x", "--seed", "1"]) == (
-        "torchrun --nproc_per_node=4 main.py --seed 1 --resume auto"
+    assert resume_command(["--resume=x", "--seed", "1"], "runs/a") == (
+        "torchrun --nproc_per_node=4 main.py --seed 1 --output-dir runs/a --resume auto"
     )
 
 

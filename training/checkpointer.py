@@ -139,7 +139,7 @@ class Checkpointer:
         received = torch.tensor(self.stop_signal, device=self._agree.device)
         number = int(distributed.all_gather(received).max())
         self.save()
-        raise Stopped(number, saved=self.folder is not None)
+        raise Stopped(number, folder=str(self.folder or ""))
 
     def after_update(self, global_step: int) -> None:
         """Save if it is due. Stop in all processes if one of them has received a signal."""
@@ -204,7 +204,7 @@ class Checkpointer:
     def save_bad_batch(self, batch: Mapping[str, Any]) -> str:
         """Write a file that reproduces a batch with a non-finite loss; return its path."""
         if self.folder is None:
-            return "no file, because there is no --output_dir"
+            return "no file, because --output_dir is empty"
         path = self.folder / "bad_batch.pth"
         try:
             files.save_atomically({**files.to_plain(batch), "args": self.settings}, path)

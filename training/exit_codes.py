@@ -42,9 +42,9 @@ def exit_code_of(
         return EXIT_USER_ERROR  # without shutdown: another process may wait in a collective
     except Stopped as stop:
         name = Signals(stop.signal_number).name
-        how = f"saved; to continue: {resume_command(argv)}"
-        if not stop.saved:
-            how = "nothing was saved, because there is no --output_dir"
+        how = f"saved; to continue: {resume_command(argv, stop.folder)}"
+        if not stop.folder:
+            how = "nothing was saved, because --output_dir is empty"
         print_once(None, f"Stopped by {name}; {how}")
         distributed.shutdown()
         on_stop(stop.signal_number)
@@ -61,8 +61,8 @@ def exit_code_of(
     return 0
 
 
-def resume_command(argv: Sequence[str] | None) -> str:
-    """Return the command that continues the run of a command line."""
+def resume_command(argv: Sequence[str] | None, folder: str) -> str:
+    """Return the command that continues the run of a command line in `folder`."""
     flags = list(sys.argv[1:] if argv is None else argv)
     kept = []
     while flags:
@@ -71,6 +71,8 @@ def resume_command(argv: Sequence[str] | None) -> str:
             flags = flags[1:]
         elif not flag.startswith("--resume="):
             kept.append(flag)
+    if not any(word.startswith("--out") for word in kept):
+        kept += ["--output-dir", folder]
     program = ["python", "main.py"]
     if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
         program = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", "main.py"]

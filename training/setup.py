@@ -24,7 +24,7 @@ from datasets import Loaders
 from distill import objective
 from distill.teacher import AnyTeacher, LogitsOnly, build_identity, build_teacher
 from models import Student
-from training import metrics, optim
+from training import metrics, optim, run_folder
 from training.checkpointer import Checkpointer, build_checkpointer
 from training.state import EpochState
 from training.step_config import StepConfig
@@ -98,7 +98,8 @@ def build_runtime(args: Namespace) -> Runtime:
     amp_dtype = pick_amp(args.amp, device)
     teacher_amp = pick_amp(args.amp if args.teacher_amp == "auto" else args.teacher_amp, device)
     seed_device(derive_seed(args.seed, "model"))
-    if args.output_dir and distributed.is_main() and not (args.eval or args.dry_run):
+    is_named = args.output_dir not in ("", run_folder.AUTO)
+    if is_named and distributed.is_main() and not (args.eval or args.check or args.dry_run):
         files.make_folder(args.output_dir)
     return Runtime(processes, models.build_input_config(args), amp_dtype, teacher_amp)
 
