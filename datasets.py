@@ -24,7 +24,7 @@ from data.image_dataset import (
 )
 from data.image_source import Shards
 from data.labels import ModelClasses
-from data.loaders import DeviceLoader, EvalLoader
+from data.loaders import DeviceLoader, EvalLoader, Loader
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from data.sources import Part, open_source
 from data.transforms import InputConfig, build_transform
@@ -265,7 +265,7 @@ def _build_loader(
     else:
         dataset = SeededViews(data, seed)
         workers = min(workers, -(-len(sampler) // batch_size))  # type: ignore[arg-type]
-    kind: Callable[..., DataLoader] = DataLoader if is_train else EvalLoader
+    kind: Callable[..., DataLoader] = Loader if is_train else EvalLoader
     if is_train and augments_on_device:
         kind = partial(DeviceLoader, augment=data.transform.carry_out)
     elif is_train and device.type == "cuda":

@@ -282,6 +282,26 @@ def peer_lost_reason(error: Exception) -> str:
     return ""
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Block the stop signals in the block, and in every process that starts in it.
+
+    A DataLoader worker inherits the mask, so a stop signal cannot end it before
+    `leave_signals_to_parent` has run. This process receives the signal after the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """Make a DataLoader worker ignore the stop signals of a run.
 

@@ -17,6 +17,7 @@ from torchvision import transforms
 from base.device import to_device
 from data import image_ops
 from data.image_ops import ImageLike
+from data.loaders import Loader
 from data.transforms import Normalize
 
 Box = tuple[int, int, Tensor]  # top, left, values (3, height, width) float32
@@ -107,7 +108,7 @@ def finish(batch: ByteBatch, mean: Tensor, std: Tensor, device: torch.device) ->
     return images
 
 
-class ByteLoader(torch.utils.data.DataLoader):
+class ByteLoader(Loader):
     """Copies batches as bytes; yields images (B, 3, H, W) float32 on `device`."""
 
     def __init__(

@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from base.distributed import stop_signals_blocked
 
-class EvalLoader(DataLoader):
+
+class Loader(DataLoader):
+    """Starts its workers with the stop signals blocked; see `leave_signals_to_parent`."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        with stop_signals_blocked():
+            return super().__iter__()
+
+
+class EvalLoader(Loader):
     """Leaves out unreadable images (None), and batches without any other."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
@@ -32,7 +42,7 @@ class PendingImages:
         return self.augment(self.images, self.programs, device)
 
 
-class DeviceLoader(DataLoader):
+class DeviceLoader(Loader):
     """Workers crop images and draw the augmentation; batches are `PendingImages`."""
 
     def __init__(self, dataset: Dataset, *, augment: Callable[..., Tensor], **options: Any):

@@ -5,9 +5,11 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import pickle
 import random
 import shutil
+import sys
 import tarfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from base import flag_table
+from base import distributed, flag_table
 from base.distributed import Processes
 from base.errors import UserError
 from data import image_ops, image_source
@@ -867,3 +869,20 @@ def test_12_bit_data_in_16_bit_files_are_warned_of(
 
 def test_the_help_lists_every_data_set() -> None:
     assert set(flag_table.DATA_SETS) == set(data_sources.DATA_SETS)
+
+
+KILL_AT_FORK: list[int] = []  # signals that a process sends to itself as soon as it is forked
+os.register_at_fork(
+    after_in_child=lambda: [os.kill(os.getpid(), number) for number in KILL_AT_FORK] and None
+)
+
+
+def test_a_stop_signal_does_not_end_a_worker_that_is_starting(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = loaders("IMNET", folders, "--batch-size", "2", "--num-workers", "2")
+    for number in distributed.STOP_SIGNALS:
+        monkeypatch.setattr(sys.modules[__name__], "KILL_AT_FORK", [number])
+        for loader in (data.train, data.val):
+            assert len(list(loader)) == len(loader)
+            loader._iterator = None  # ends the workers, so that the next signal meets new ones

@@ -5,9 +5,11 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM
 
 import pytest
+import torch
 
 import main
 import options
+from base import files
 from base.errors import Stopped, UserError
 from tools import export, report
 from training.exit_codes import exit_code_of, resume_command
@@ -49,6 +51,35 @@ def test_ctrl_c_before_training_says_that_nothing_was_written(monkeypatch, capsy
     monkeypatch.setattr(main, "parse_and_run", interrupted)
     assert main.run([]) == 130
     assert "no checkpoint was written" in capsys.readouterr().out
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_written_is_reported_as_such(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """torch raises its death from a signal handler, here in the middle of `torch.save`."""
+    write, written = files._RecordingFile.write, []
+
+    def die(self: files._RecordingFile, data: bytes) -> int:
+        written.append(data)
+        if len(data) == 4000:  # the tensor
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        return write(self, data)
+
+    monkeypatch.setattr(files._RecordingFile, "write", die)
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(b"old")
+    content = {"weights": torch.ones(1000)}
+    with pytest.raises(RuntimeError, match="inline_container"):  # torch hides the first error
+        files.save_atomically(content, path)
+    assert exit_code_of(lambda: files.save_atomically(content, path), lambda number: None, []) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: a DataLoader worker has died (DataLoader worker (pid 7)")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unknown_error_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 / 0, lambda number: None, [])
 
 
 LONG_NAME = "9" * 400  # longer than a file name may be

@@ -49,7 +49,7 @@ def exit_code_of(
         distributed.shutdown()
         on_stop(stop.signal_number)
         return EXIT_CTRL_C if stop.signal_number == Signals.SIGINT else EXIT_STOPPED
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except Exception as error:
         distributed.kill_workers()
         if code := distributed.reported_code():  # it has ended, so a collective failed here
             return code
@@ -139,8 +139,21 @@ class StopWhenClosed(io.TextIOWrapper):
 def describe_fault(error: Exception) -> tuple[str, str]:
     """Return what happened, the same words in all processes, and the whole line with advice.
 
-    Raises `error` itself if it is none of the known faults.
+    The death of a worker is raised in the middle of other code, for example while a file is
+    written. Closing that file can raise another error, so the errors in `__context__` are examined
+    too. Raises `error` itself if none of them is a known fault.
     """
+    raised: BaseException | None = error
+    while raised is not None:
+        if isinstance(raised, RuntimeError | ConnectionError | EOFError) and (
+            fault := _known_fault(raised)
+        ):
+            return fault
+        raised = raised.__cause__ or raised.__context__
+    raise error
+
+
+def _known_fault(error: RuntimeError | ConnectionError | EOFError) -> tuple[str, str] | None:
     reason = " ".join(str(error).split())
     if failed := distributed.peer_lost_reason(error):
         what, reason = "a process of this run has died or does not respond", failed
@@ -152,5 +165,5 @@ def describe_fault(error: Exception) -> tuple[str, str]:
         what = "a DataLoader worker has died"
         advice = "was the memory full? Use fewer --num-workers; continue with --resume auto"
     else:
-        raise error
+        return None
     return what, f"{what} ({reason}); {advice}"

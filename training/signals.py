@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+from base.distributed import STOP_SIGNALS
+
 SAME_EVENT_S = 3.0  # a launcher may pass on a signal that the process group has already received
 
 
@@ -21,7 +22,7 @@ class StopSignals:
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Record signals in the block, instead of ending the process."""
-        before = {number: signal.signal(number, self._record) for number in SIGNALS}
+        before = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         try:
             yield
         finally:
