@@ -2,7 +2,7 @@
 
 `../shared/slurm/slurm_up.sh` beside the checkout brings up Slurm on this machine, as root. These
 tests take three minutes and install packages. Where they cannot run they are skipped with the
-reason; with REQUIRE_SLURM=1 that is a failure, and 0 leaves them out, as in `.ci/run`.
+reason; with REQUIRE_SLURM=1 that is a failure; 0 leaves them out.
 """
 
 import contextlib
