@@ -18,7 +18,7 @@ import engine
 import models
 import options
 from base.distributed import print_once
-from checks import evaluation
+from checks import evaluation, time_budget
 from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
@@ -59,6 +59,8 @@ def set_up_and_train(args: Namespace, runtime: Runtime) -> None:
     if cache is not None and args.teacher_cache_mode in ("write", "verify"):
         evaluation.fill_cache(args, loaders, cache, runtime)
         return
+    if args.minutes and not args.check:
+        args = time_budget.build_settings(args, loaders, student, teacher, runtime)
     training = setup.build_training(args, loaders, student, teacher, runtime)
     teacher_stats = evaluation.check_student_and_teacher(
         args, student, training.teacher_logits, loaders, runtime
@@ -86,10 +88,14 @@ def train(
         train_stats = train_epoch(args, training, loaders, runtime, log, epoch)
         if epoch == first:
             objective.warn_about_small_terms(train_stats)
-        stats, ema_stats = evaluation.evaluate_epoch(training, loaders, runtime)
-        training.config.schedule.end_epoch(epoch, stats["acc1"])
         parameters = training.student.num_parameters()
         images_seen = training.images_seen(epoch + 1)
+        if (epoch + 1) % args.val_interval and epoch + 1 < args.epochs:
+            log.epoch(epoch, train_stats, {}, {}, parameters, images_seen)
+            checkpointer.end_epoch(None)
+            continue
+        stats, ema_stats = evaluation.evaluate_epoch(training, loaders, runtime)
+        training.config.schedule.end_epoch(epoch, stats["acc1"])
         log.epoch(epoch, train_stats, stats, ema_stats, parameters, images_seen)
         if log.has_board:
             board.log_attention(log, training, loaders, runtime, teacher_stats)

@@ -305,6 +305,12 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
     if args.torchcompile and args.torchcompile not in torch.compiler.list_backends(()):
         known = ", ".join(torch.compiler.list_backends(()))
         raise UserError(f"--torchcompile {args.torchcompile}: unknown to torch; known: {known}")
+    if args.minutes and "epochs" in explicit:
+        raise UserError("--minutes and --epochs both set the length of the run; leave out one")
+    if args.minutes and args.teacher_cache and not args.teacher_cache_views:
+        raise UserError("--minutes with --teacher-cache: give --teacher-cache-views")
+    if args.sched == "plateau" and args.val_interval > 1:
+        raise UserError("--sched plateau needs the accuracy of every epoch: use --val-interval 1")
     if args.pretrained and args.finetune:
         raise UserError("--pretrained and --finetune both give the first weights; leave out one")
     in_no_folder = not args.output_dir or (args.eval and args.output_dir == run_folder.AUTO)

@@ -126,6 +126,12 @@ RUN = (
         "images per process and micro-step"
     ),
     Flag("--epochs", int, 300, FROM_0, MAY_CHANGE, COMPARED, COMMON).help("epochs to train"),
+    Flag("--minutes", float, None, POSITIVE, MAY_CHANGE, COMMON, metavar="M").help(
+        "instead of --epochs: minutes from the start to the last checkpoint"
+    ),
+    Flag("--val-interval", int, 1, FROM_1, MAY_CHANGE).help(
+        "epochs between two evaluations, each with a checkpoint; the last epoch has one"
+    ),
     Flag("--grad-accum-steps", int, 1, FROM_1, COMPARED).help("micro-steps per update"),
     Flag("--amp", str, "auto", COMMON, choices=AMP).help("mixed precision; auto: on a GPU"),
     Flag(

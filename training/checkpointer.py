@@ -158,12 +158,16 @@ class Checkpointer:
             self._saved_at = now
         return over and distributed.is_main()
 
-    def end_epoch(self, acc1: float) -> None:
-        """Save after an epoch; also as the best, if its accuracy (percent) is the highest."""
-        is_best, self.best = acc1 > self.best, max(self.best, acc1)
+    def end_epoch(self, acc1: float | None) -> None:
+        """Save after an epoch; also as the best, if its accuracy (percent) is the highest.
+
+        acc1: None after an epoch without evaluation (--val-interval), which is not saved.
+        """
         self.epoch += 1
         self.state.reset()
-        self.save(is_best=is_best)
+        if acc1 is not None:
+            is_best, self.best = acc1 > self.best, max(self.best, acc1)
+            self.save(is_best=is_best)
 
     # ---- writing
 
