@@ -37,12 +37,13 @@ def build_file_results(
         what = "published weights" if args.pretrained else "random weights (no --resume)"
         if args.pretrained and args.model.startswith("local-dir:"):
             what = args.model
+        if args.pretrained:
+            _print_input_differences("", args.model, runtime)
         print_once("weights", what)
         stats = engine.evaluate(loaders.val, student.network, runtime.device, **options)
         print_accuracy(stats, models.released.published(args.model) if args.pretrained else None)
         return stats
-    if changed := models.input_differences(path, runtime.inputs):
-        print_once("WARNING", f"the input differs from training: {'; '.join(changed)}")
+    _print_input_differences(path, args.model, runtime)
     by_key: dict[str, dict[str, float]] = {}
     for key in models.weight_keys(path):
         models.load_weights(student.network, path, key=key)
@@ -51,6 +52,12 @@ def build_file_results(
         print_accuracy(stats, models.released.published(args.model, path))
         by_key[key or "model"] = stats
     return by_key.get("model") or next(iter(by_key.values()))
+
+
+def _print_input_differences(path: str, model: str, runtime: Runtime) -> None:
+    """Print how the input differs from that of the weights. path: "" for published ones."""
+    if changed := models.input_differences(path, model, runtime.inputs):
+        print_once("WARNING", f"the input differs from that of the weights: {'; '.join(changed)}")
 
 
 def print_accuracy(stats: dict[str, float], published: Released | None = None) -> None:

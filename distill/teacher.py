@@ -386,10 +386,13 @@ def build_sides(args: Namespace, count: int) -> list[int | None]:
 def input_of(name: str, path: str, side: int | None = None) -> InputConfig:
     """Return the input that a teacher was trained on.
 
-    A file that a run of this repository wrote states it; else it is that of the model name.
+    A file that a run of this repository wrote states it, as do an export and a released file;
+    else it is that of the model name.
     side: --teacher-input-size, which replaces the size.
     """
     own, trained = models.data_config(name), _trained_with(name, path)
+    if path and not trained:
+        own = models.stated_input(path) or own
     size = (side,) if side else tuple(trained.get("input_size") or own["input_size"][1:])
     return InputConfig(
         input_size=(size[0], size[-1]),

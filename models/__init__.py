@@ -17,8 +17,9 @@ from base import safe_load
 from base.errors import UserError, differences
 from data.transforms import InputConfig
 from models import fast, hub, plugins, released
-from models.class_names import outputs_to_keep
+from models.class_names import config_beside, outputs_to_keep
 from models.deit import DistilledVisionTransformer
+from models.file_layouts import POSITIONS, some
 from models.loading import (
     FinetuneReport,
     finetune,
@@ -53,9 +54,11 @@ __all__ = [
     "select_kernels",
     "select_outputs",
     "set_attention",
+    "stated_input",
     "weight_keys",
 ]
 _logger = logging.getLogger(__name__)
+INPUT_FLAGS = ("input_size", "mean", "std", "interpolation", "eval_crop_ratio")
 SOURCES = ("hf-hub:", "hf_hub:", "local-dir:")  # where timm can take a model from, by prefix
 
 
@@ -112,6 +115,8 @@ def create_model(
     if pretrained and not loads_itself and not timm.models.is_model_pretrained(name):
         raise UserError(f"model {name}: timm has no published weights for it; give a file")
     network = _create_by_timm(name, options, pretrained)
+    if pretrained:
+        _report_resampling(network, name, img_size)
     if pretrained and num_classes is not None:
         _start_new_head(network, name, num_classes)
     return network
@@ -150,6 +155,21 @@ def _create_by_timm(name: str, options: dict[str, Any], pretrained: bool) -> nn.
                     f"model {name} cannot be built with input {size}, {classes} classes: {reason}"
                 ) from error
             raise
+
+
+def _report_resampling(network: nn.Module, name: str, img_size: tuple[int, int] | None) -> None:
+    """Log that timm has resampled published position embeddings to another input size."""
+    published = (getattr(network, "pretrained_cfg", None) or {}).get("input_size")
+    if img_size is None or not published or tuple(published[1:]) == img_size:
+        return
+    if found := [key for key in network.state_dict() if POSITIONS.search(key)]:
+        _logger.warning(
+            "%s: published for %dx%d pixels; resampled for %dx%d: %s",
+            name,
+            *published[1:],
+            *img_size,
+            some(found, 2),
+        )
 
 
 def _start_new_head(network: nn.Module, name: str, num_classes: int) -> None:
@@ -196,7 +216,11 @@ def data_config(name: str) -> dict[str, Any]:
 
 def build_input_config(args: Namespace) -> InputConfig:
     """Return the student's input: the model's own configuration, unless flags replace it."""
-    own = data_config(args.model)
+    return _build_input(args, data_config(args.model))
+
+
+def _build_input(args: Namespace, own: Mapping[str, Any]) -> InputConfig:
+    """Return the input of the flags, and `own` (see `data_config`) where a flag is not given."""
     size = args.input_size or own["input_size"][1:]
     return InputConfig(
         input_size=(size[0], size[-1]),
@@ -207,18 +231,49 @@ def build_input_config(args: Namespace) -> InputConfig:
     )
 
 
-def input_differences(path: str, inputs: InputConfig) -> list[str]:
-    """Return the differences between `inputs` and those of the run that wrote a checkpoint.
+def stated_input(path: str) -> dict[str, Any] | None:
+    """Return the data configuration of an export (its config.json) or of a released file by name.
 
-    Empty for files of other programs, which do not contain their input.
+    Keys as of `data_config`. None for other files. Raises UserError for a damaged config.json.
     """
-    settings = safe_load.read_weights_file(path).get("args")
-    names = ("model", "input_size", "mean", "std", "interpolation", "eval_crop_ratio")
-    if not isinstance(settings, Mapping) or not all(name in settings for name in names):
+    config = config_beside(path).get("pretrained_cfg")
+    if isinstance(config, dict):
+        what = f"{path}: the pretrained_cfg in its config.json is damaged"
+        try:
+            with safe_load.in_one_line(what):
+                found = resolve_data_config({}, pretrained_cfg=config)
+                found |= {key: tuple(map(float, found[key])) for key in ("mean", "std")}
+                _build_input(Namespace(**dict.fromkeys(INPUT_FLAGS)), found)  # checks the values
+                return found
+        except UserError as error:
+            raise UserError(f"{what} ({error})") from error
+    file = released.published("", path) if path else None
+    names = [name for name, known in released.RELEASED.items() if known is file]
+    return data_config(names[0]) if names else None
+
+
+def input_differences(path: str, model: str, inputs: InputConfig) -> list[str]:
+    """Return the differences between `inputs` and the input that weights were trained with.
+
+    path: of a file, or "" for the published weights of `model`. Empty for files of other
+    programs, which do not state their input.
+    """
+    settings = safe_load.read_weights_file(path).get("args") if path else None
+    no_flags = Namespace(**dict.fromkeys(INPUT_FLAGS))
+    if not path:
+        trained = _build_input(no_flags, data_config(model))
+    elif isinstance(settings, Mapping) and all(k in settings for k in ("model", *INPUT_FLAGS)):
+        with safe_load.in_one_line(f"{path}: its settings are damaged"):
+            flags = {name: settings[name] for name in ("model", *INPUT_FLAGS)}
+            trained = build_input_config(Namespace(**flags))
+    elif stated := stated_input(path):
+        trained = _build_input(no_flags, stated)
+    else:
         return []
-    with safe_load.in_one_line(f"{path}: its settings are damaged"):
-        trained = build_input_config(Namespace(**{name: settings[name] for name in names}))
-    return list(differences(vars(trained), vars(inputs)))
+    was, now = vars(trained), vars(inputs)
+    if trained.is_small and inputs.is_small:  # neither is cropped
+        was, now = was | {"crop_ratio": None}, now | {"crop_ratio": None}
+    return list(differences(was, now))
 
 
 def build_student(

@@ -30,7 +30,7 @@ def classes_of_file(path: str, model: str = "") -> ModelClasses | None:
     """
     content = safe_load.read_weights_file(path)
     count = _count_outputs(read_weights(path), model)
-    names = _names(content.get("classes")) or _names(_config_beside(path).get("label_names"))
+    names = _names(content.get("classes")) or _names(config_beside(path).get("label_names"))
     if count is None or (names and len(names) > count):
         return None
     if names is None and model and released.published(model, path) is not None:
@@ -94,7 +94,7 @@ def _names(value: Any) -> tuple[str, ...] | None:
     return tuple(value) if all(isinstance(name, str) for name in value) else None
 
 
-def _config_beside(path: str) -> dict[str, Any]:
+def config_beside(path: str) -> dict[str, Any]:
     """Return the config.json beside the safetensors file of an export, or {}."""
     if safe_load.is_url(path) or Path(path).suffix != ".safetensors":
         return {}

@@ -23,6 +23,7 @@ Weights = dict[str, Tensor]
 RAW_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
 SELF_DISTILLED_KEYS = ("teacher", "student")  # DINO's; its evaluation takes the teacher
+POSITIONS = re.compile(r"(^|\.)(pos_embed|positional_embedding|rel\w*_pos\w*)($|\.)")
 WRAPPERS = ("module.", "_orig_mod.")  # left by DDP and torch.compile
 
 HUGGING_FACE_PATCHES = "embeddings.patch_embeddings.projection.weight"
@@ -148,14 +149,17 @@ def _from_hugging_face(weights: Weights) -> Weights | None:
 
 
 def _by_timm(weights: Weights, network: nn.Module) -> Weights:
-    """Rename by timm's own function for this architecture, where it has one."""
+    """Rename by timm's own function for this architecture, where it has one.
+
+    timm also resamples position and patch embeddings, silently. These keep their shape here.
+    """
     rename = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if rename is None:
         return weights
-    own, positions = network.state_dict().get("pos_embed"), weights.get("pos_embed")
-    kept = dict(weights)
-    if own is not None and positions is not None and positions.shape != own.shape:
-        del kept["pos_embed"]  # timm would resample it silently, as it does the patch embedding
+    own, kept = network.state_dict().get("pos_embed"), dict(weights)
+    name = _name_of_positions(weights) if own is not None and own.dim() == 3 else ""
+    if name:
+        kept[name] = torch.zeros_like(own if weights[name].dim() == 3 else own[0])
     options = {"adapt_layer_scale": True}  # DeiT III's gamma_1 is timm's ls1.gamma
     if "adapt_layer_scale" not in inspect.signature(rename).parameters:
         options = {}
@@ -165,11 +169,29 @@ def _by_timm(weights: Weights, network: nn.Module) -> Weights:
         return weights  # another architecture: the caller reports which
     if not isinstance(renamed, dict):
         return weights
-    as_they_were = {} if "pos_embed" in kept or positions is None else {"pos_embed": positions}
-    patches = weights.get("patch_embed.proj.weight")
-    if patches is not None and patches.dim() == 4 and "patch_embed.proj.weight" in renamed:
-        as_they_were["patch_embed.proj.weight"] = patches
+    as_they_were = {
+        key: value
+        for key, value in weights.items()
+        if key in renamed
+        and renamed[key].dim() == value.dim()
+        and renamed[key].shape != value.shape
+    }
+    if name and "pos_embed" in renamed:
+        as_they_were["pos_embed"] = (
+            weights[name] if weights[name].dim() == 3 else weights[name][None]
+        )
     return renamed | as_they_were
+
+
+def _name_of_positions(weights: Weights) -> str:
+    """Return the name of the position embedding of the image tokens; "" if there is none."""
+    names = [
+        name
+        for name, value in weights.items()
+        if name.endswith(("pos_embed", "positional_embedding")) and value.dim() in (2, 3)
+    ]
+    names.sort(key=lambda name: "visual" not in name)  # CLIP's file has one of the text, too
+    return names[0] if names else ""
 
 
 def seems_to_be(weights: Mapping[str, Tensor]) -> str:

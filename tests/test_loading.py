@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import models
 from base.errors import UserError
+from distill.teacher import input_of
 from models.positions import Layout, layout_of_file
 
 SHAPE = {"img_size": 8, "patch_size": 4, "embed_dim": 12, "depth": 2, "num_heads": 3}
@@ -318,15 +319,158 @@ def test_a_published_head_that_is_replaced_is_reported_and_the_new_one_starts_at
 
 
 def test_another_input_than_in_training_is_put_in_words(tmp_path: Path) -> None:
-    settings = {"model": "deit_pico_patch8_32", "input_size": [32], "mean": None, "std": None}
+    settings = {"model": "deit_pico_patch8_32", "input_size": [64], "mean": None, "std": None}
     settings |= {"interpolation": None, "eval_crop_ratio": 0.9}
     path = save(tmp_path / "x.pth", {"model": network_of().state_dict(), "args": settings})
     trained = models.build_input_config(Namespace(**settings))
-    assert models.input_differences(path, trained) == []
+    assert models.input_differences(path, "", trained) == []
     other = replace(trained, crop_ratio=1.0, mean=(0.0, 0.0, 0.0))
-    assert models.input_differences(path, other) == [
+    assert models.input_differences(path, "", other) == [
         "crop_ratio was 0.9 and is 1.0",
         "mean was (0.5, 0.5, 0.5) and is (0.0, 0.0, 0.0)",
     ]
     bare = save(tmp_path / "bare.pth", network_of().state_dict())
-    assert models.input_differences(bare, other) == []
+    assert models.input_differences(bare, "", other) == []
+
+
+def clip(network: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a CLIP network of timm under OpenAI's names, with a text part."""
+    found = {"positional_embedding": torch.ones(77, 12), "text_projection": torch.ones(12, 12)}
+    names = [
+        (r"^patch_embed\.proj\.", "conv1."),
+        (r"^blocks\.", "transformer.resblocks."),
+        (r"^norm_pre\.", "ln_pre."),
+        (r"^norm\.", "ln_post."),
+        (r"\.norm(\d)\.", r".ln_\1."),
+        (r"\.attn\.qkv\.", ".attn.in_proj_"),
+        (r"\.attn\.proj\.", ".attn.out_proj."),
+        (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+        (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    ]
+    for name, value in network.state_dict().items():
+        if name == "cls_token":
+            name, value = "class_embedding", value[0, 0]
+        elif name == "pos_embed":
+            name, value = "positional_embedding", value[0]
+        elif name == "head.weight":
+            name, value = "proj", value.T
+        elif name == "head.bias":
+            continue
+        for pattern, new in names:
+            name = re.sub(pattern, new, name)
+        found[f"visual.{name}"] = value
+    return found
+
+
+def test_positions_of_a_clip_file_are_resampled_by_fine_tuning_alone(tmp_path: Path) -> None:
+    name = "vit_base_patch16_clip_224"
+    source = network_of(name)
+    source.head.bias.data.zero_()  # CLIP's projection has none
+    path = save(tmp_path / "clip.pt", clip(source))
+    same = network_of(name, seed=1)
+    models.load_weights(same, path)
+    torch.testing.assert_close(logits(same), logits(source))
+    larger = network_of(name, seed=1, img_size=16)
+    with pytest.raises(UserError, match="2x2 patches .* the model's 4x4 .*: another resolution"):
+        models.load_weights(larger, path)
+    report = models.finetune(larger, path)
+    assert report.resampled == ["pos_embed"]
+    old, new = source.pos_embed, larger.pos_embed
+    torch.testing.assert_close(new[:, :1], old[:, :1])
+    patches = old[:, 1:].unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+    wanted = nn.functional.interpolate(patches, (4, 4), mode="bicubic", antialias=True)
+    torch.testing.assert_close(new[:, 1:], wanted.flatten(2).mT)
+
+
+def test_a_table_of_relative_positions_of_another_size_is_not_resampled(tmp_path: Path) -> None:
+    def swin(size: int) -> nn.Module:
+        options = {"img_size": size, "window_size": size // 8, "embed_dim": 12, "depths": (1, 1)}
+        return timm.create_model("swin_tiny_patch4_window7_224", num_heads=(2, 2), **options)
+
+    weights = swin(32).state_dict() | {"layers.0.blocks.0.attn_mask": torch.ones(1)}
+    path = save(tmp_path / "swin.pth", {"model": weights})
+    with pytest.raises(UserError, match="relative_position_bias_table"):
+        models.load_weights(swin(64), path)
+
+
+def export_of(network: nn.Module, folder: Path, **config) -> str:
+    """Write an export as timm reads it, and return the path of its weights."""
+    save_file(network.state_dict(), folder / "model.safetensors")
+    own = {"input_size": [3, 8, 8], "num_classes": 5} | config
+    content = {"architecture": PLAIN, "num_classes": 5, "model_args": SHAPE, "pretrained_cfg": own}
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder / "model.safetensors")
+
+
+def test_another_input_than_an_exports_or_a_released_files_is_put_in_words(tmp_path: Path) -> None:
+    path = export_of(network_of(), tmp_path, mean=[0.1, 0.2, 0.3], crop_pct=0.95)
+    inputs = models.build_input_config(Namespace(model=PLAIN, **dict.fromkeys(models.INPUT_FLAGS)))
+    assert models.input_differences(path, PLAIN, inputs) == [
+        "crop_ratio was 0.95 and is 0.875",
+        "input_size was (8, 8) and is (224, 224)",
+        f"mean was (0.1, 0.2, 0.3) and is {inputs.mean}",
+    ]
+    name = "deit_small_patch16_LS"  # by default the file of 224 pixels
+    given = Namespace(**dict.fromkeys(models.INPUT_FLAGS) | {"model": name})
+    inputs = models.build_input_config(given)
+    assert models.input_differences("", name, inputs) == []
+    assert models.input_differences("", name, replace(inputs, crop_ratio=0.5)) == [
+        "crop_ratio was 0.9 and is 0.5"
+    ]
+    released = save(tmp_path / "deit_3_small_384_1k.pth", {"model": network_of().state_dict()})
+    assert models.input_differences(released, name, inputs) == [
+        "crop_ratio was 1.0 and is 0.9",
+        "input_size was (384, 384) and is (224, 224)",
+    ]
+
+
+def test_small_images_have_no_crop_to_differ_in(tmp_path: Path) -> None:
+    path = export_of(network_of(), tmp_path, crop_pct=0.95)
+    inputs = models.build_input_config(
+        Namespace(model=f"local-dir:{tmp_path}", **dict.fromkeys(models.INPUT_FLAGS))
+    )
+    assert models.input_differences(path, PLAIN, replace(inputs, crop_ratio=0.5)) == []
+
+
+@pytest.mark.parametrize(
+    "config", [{"mean": "abc"}, {"std": [0, 0, 0]}, {"input_size": "abc"}, {"crop_pct": "x"}]
+)
+def test_a_damaged_config_of_an_export_is_one_line(config: dict, tmp_path: Path) -> None:
+    path = export_of(network_of(), tmp_path, **config)
+    with pytest.raises(UserError, match="pretrained_cfg in its config.json is damaged"):
+        models.stated_input(path)
+
+
+def test_published_positions_that_timm_resamples_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_of(network_of(), tmp_path)
+    name = f"local-dir:{tmp_path}"
+    models.create_model(name, pretrained=True, img_size=(8, 8))
+    assert not caplog.text
+    models.create_model(name, pretrained=True, img_size=(16, 16))
+    assert "published for 8x8 pixels; resampled for 16x16: pos_embed" in caplog.text
+
+
+def test_eval_prints_how_the_input_differs_from_an_exports(
+    tmp_path: Path, image_folder: Path, run_inside
+) -> None:
+    network = timm.create_model("deit_pico_patch8_32", num_classes=2)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    config = {"input_size": [3, 32, 32], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    content = {"num_classes": 2, "label_names": ["one", "two"], "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    flags = ["--eval", "--model", "deit_pico_patch8_32", "--data-path", str(image_folder)]
+    flags += ["--resume", str(tmp_path / "model.safetensors"), "--num-workers", "0"]
+    found = run_inside(*flags)
+    assert found.returncode == 0, found.stderr
+    assert "the input differs from that of the weights: mean was (0.1, 0.2, 0.3)" in found.stdout
+    found = run_inside(*flags, "--mean", "0.1", "0.2", "0.3")
+    assert "the input differs" not in found.stdout
+
+
+def test_a_teacher_from_an_export_gets_the_exports_mean_and_std(tmp_path: Path) -> None:
+    path = export_of(network_of(), tmp_path, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    inputs = input_of(PLAIN, path)
+    assert (inputs.input_size, inputs.mean) == ((8, 8), (0.1, 0.2, 0.3))
+    assert inputs.std == (0.4, 0.5, 0.6)
