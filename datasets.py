@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from base.distributed import Processes, leave_signals_to_parent
 from base.errors import UserError
 from base.text import printable
+from data.folder_parts import find_validation
 from data.image_dataset import (
     ImageDataset,
     Stream,
@@ -38,13 +39,14 @@ MAX_WORKERS = 32
 
 
 def build_dataset(
-    is_train: bool, args: Namespace, inputs: InputConfig
+    is_train: bool, args: Namespace, inputs: InputConfig, val_fraction: float | None = None
 ) -> tuple[ImageDataset | Stream, int]:
     """Return the train or evaluation data of `args`, and how many classes the student needs.
 
     The data set returns (tensor (3, H, W) normalised, int label) by index. It has `classes` (list
     of names or None), `description` (one line) and `skipped()`. Shards (wds/, tfds/) give an
     iterable one instead. No image is decoded here.
+    val_fraction: the held-out share without --val-fraction; see `folder_parts.open_part`.
     Raises UserError for what is not there, not complete, or does not fit --nb-classes.
     """
     part = Part(
@@ -53,6 +55,8 @@ def build_dataset(
         val_split=args.val_split,
         seed=derive_seed(args.seed, "reader") % 2**31,
         batch_size=args.batch_size,
+        val_fraction=args.val_fraction if args.val_fraction is not None else val_fraction,
+        val_labels=args.val_labels,
     )
     name, root = str(args.data_set), str(args.data_path)
     bad_images = "fail"
@@ -155,17 +159,19 @@ def build_loaders(
     inputs: InputConfig,
     processes: Processes,
     trained: ModelClasses | None = None,
+    val_fraction: float | None = None,
 ) -> Loaders:
     """Return the loaders of a run; with args.eval the train data is not touched.
 
     trained: the outputs of the weights that the run starts from, if it keeps their head. The
     labels then number these outputs; without, the classes of the data in their reader's order.
+    val_fraction: the held-out share without --val-fraction; None: `folder_parts.VAL_FRACTION`.
     Training drops the last, smaller batch; evaluation is exact, with batches 1.5 times as large.
     Every image's randomness depends on (seed, view, index) alone, whatever the workers.
     Raises UserError, before any image is read, for missing or empty folders, class lists that
     differ, and a batch that an epoch cannot fill.
     """
-    data, notes = _build_data(args, inputs, trained)
+    data, notes = _build_data(args, inputs, trained, val_fraction)
     val_data, is_main = data[-1], processes.rank == 0
     if isinstance(val_data, Stream) and processes.world_size > 1:
         notes.append(
@@ -211,13 +217,17 @@ def build_loaders(
 
 
 def _build_data(
-    args: Namespace, inputs: InputConfig, trained: ModelClasses | None
+    args: Namespace,
+    inputs: InputConfig,
+    trained: ModelClasses | None,
+    val_fraction: float | None,
 ) -> tuple[tuple[ImageDataset | Stream, ...], list[str]]:
     """Return the training data, unless with --eval, and the evaluation data; and what to print."""
+    check_val_fraction(args)
     data = [] if args.eval else [build_dataset(True, args, inputs)[0]]
     if data:
         check_has_classes(data[0])
-    data.append(build_dataset(False, args, inputs)[0])
+    data.append(build_dataset(False, args, inputs, val_fraction)[0])
     train, val = data[0], data[-1]
     if len(val) == 0:
         raise UserError(f"the evaluation data is empty: {val.description}")
@@ -308,6 +318,19 @@ def check_has_classes(data: ImageDataset | Stream) -> None:
             f"{data.source.what}: all images are of one class ({printable(name)}), so there is "
             "nothing to learn; add a folder of images for every other class"
         )
+
+
+def check_val_fraction(args: Namespace) -> None:
+    """Raise UserError if --val-fraction is given and nothing is held out, or everything."""
+    if args.val_fraction is None or args.data_set != "IMNET":
+        return
+    if folder := find_validation(args.data_path):
+        raise UserError(
+            f"--val-fraction {args.val_fraction}: nothing is held out, because there is {folder}; "
+            "leave out the flag, or move the folder away"
+        )
+    if args.val_fraction == 1 and not args.eval:
+        raise UserError("--val-fraction 1: no image is left to train on; give a smaller share")
 
 
 def cores_here() -> int:

@@ -26,7 +26,7 @@ from training import metrics, recipe, run_folder, setup
 from training.exit_codes import StopWhenClosed, exit_code_of, out_of_memory_as_user_error
 from training.setup import Runtime, Training
 from training.step_config import Hooks
-from training.trained_classes import build_trained_classes
+from training.trained_classes import build_trained_classes, build_val_fraction
 
 
 def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) -> None:
@@ -46,7 +46,9 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
 def set_up_and_train(args: Namespace, runtime: Runtime) -> None:
     """Run the settings, whose output folder is known: evaluate, fill a cache, check or train."""
     trained = build_trained_classes(args)
-    loaders = datasets.build_loaders(args, runtime.inputs, runtime.processes, trained)
+    loaders = datasets.build_loaders(
+        args, runtime.inputs, runtime.processes, trained, build_val_fraction(args)
+    )
     student = setup.build_student(args, loaders, runtime)
     if args.eval:
         evaluation.build_file_results(args, student, loaders, runtime)

@@ -280,6 +280,11 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         raise UserError("--data-set DIGITS is embedded; leave out --data-path")
     if args.data_set != "DIGITS" and not args.data_path and "/" not in str(args.data_set):
         raise UserError(f"--data-set {args.data_set}: give its folder with --data-path")
+    if args.val_labels and args.data_set != "IMNET":
+        raise UserError(
+            f"--val-labels {args.val_labels}: only a folder of images (--data-set IMNET) takes it; "
+            f"--data-set {args.data_set} has its own labels"
+        )
     if args.cosub and distils:
         raise UserError(
             "--cosub has no teacher: it cannot go with "

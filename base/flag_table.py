@@ -96,6 +96,7 @@ ONE_MIXING = Idle(lambda s: not (s.mixup > 0 and s.cutmix > 0), "only one kind o
 COSUB_IS_BCE = Idle(lambda s: s.cosub, "--cosub always is binary cross entropy")
 NOT_DIGITS = Idle(lambda s: s.data_set != "DIGITS", "only for the embedded digits")
 NOT_INAT = Idle(lambda s: s.data_set not in ("INAT", "INAT19"), "only for INAT and INAT19")
+NOT_IMNET = Idle(lambda s: s.data_set != "IMNET", "only for folders of images (IMNET)")
 NO_WORKERS = Idle(lambda s: s.num_workers == 0, "there are no workers")
 
 
@@ -377,6 +378,14 @@ DATA = (
     ),
     Flag("--val-split", str, "test", NOT_DIGITS, choices=("test", "dev")).help(
         "of the embedded digits: the split to evaluate; tune on dev"
+    ),
+    Flag("--val-fraction", float, None, Range(0, 1, above=True), NOT_IMNET, metavar="SHARE").help(
+        "share of each class to hold out if there is no validation folder; default: 0.2; --eval: "
+        "that of the run"
+    ),
+    Flag("--val-labels", str, "", NOT_IMNET, MAY_CHANGE, metavar="FILE").help(
+        "classes of a validation folder without class folders: CSV name,class, Kaggle's "
+        "LOC_val_solution.csv, or the ground truth of ImageNet's development kit"
     ),
     Flag("--inat-category", str, "name", NOT_INAT, choices=INAT_CATEGORIES).help("labels of INAT"),
     Flag("--eval-crop-ratio", float, None, FROM_0, aliases=("--crop-pct",)).help(

@@ -24,7 +24,7 @@ class Range(NamedTuple):
 
     def describe(self) -> str:
         if self.above:
-            return f"above {self.low}"
+            return f"above {self.low}" + (f", at most {self.high}" if self.high < math.inf else "")
         if self.high == math.inf:
             return f"at least {self.low}"
         return f"between {self.low} and {self.high}"

@@ -21,7 +21,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from base.errors import UserError
 from base.text import printable
-from data.folders import list_images, some
+from data.folder_parts import check_folder, open_folder, open_part
+from data.folders import some
 from data.image_source import Files, Pairs, Shards, Source
 
 
@@ -30,7 +31,8 @@ class Part:
     """Which part of a data set to open.
 
     val_split: of the digits, `test` or `dev`. seed, batch_size: hints for readers of shards.
-    in_order: True if these readers must not shuffle.
+    in_order: True if these readers must not shuffle. val_fraction, val_labels: of a folder of
+    images, see `folder_parts.open_part`.
     """
 
     is_train: bool
@@ -39,6 +41,8 @@ class Part:
     seed: int = 0
     batch_size: int = 1
     in_order: bool = False
+    val_fraction: float | None = None
+    val_labels: str = ""
 
 
 # The rows are grouped by writer, so that no writer is in two parts.
@@ -59,13 +63,18 @@ def open_digits(root: str, part: Part) -> Pairs:
 
 
 def open_imagenet(root: str, part: Part) -> Files:
-    """Open `root`/train or `root`/val, folders with a folder of images for every class."""
-    return open_folder(_split_folder(root, ["train"] if part.is_train else ["val"]))
+    """Open the training or the validation part of a folder of images; see `folder_parts`."""
+    return open_part(
+        root,
+        is_train=part.is_train,
+        val_fraction=part.val_fraction,
+        val_labels=part.val_labels,
+    )
 
 
 def open_cifar(root: str, part: Part, *, num_classes: int) -> Source:
     """Open CIFAR-10 or CIFAR-100, as unpacked from its archive or as folders of images."""
-    _check_folder(root)
+    check_folder(root)
     reader = {10: CIFAR10, 100: CIFAR100}[num_classes]
     base = Path(root).absolute()
     if base.name == reader.base_folder:
@@ -101,7 +110,7 @@ def open_inat(root: str, part: Part, *, year: int) -> Files:
     a category is found by its position in the file, which fails for ids with gaps.
     Images have the path of the listing, or without its second folder (DeiT's layout).
     """
-    _check_folder(root)
+    check_folder(root)
     listing = _read_json(os.path.join(root, f"{'train' if part.is_train else 'val'}{year}.json"))
     categories = _read_json(os.path.join(root, "categories.json"))
     try:
@@ -155,23 +164,9 @@ DATA_SETS: dict[str, Callable[[str, Part], Source]] = {
 }
 
 
-def open_folder(folder: str, *, natural_order: bool = False) -> Files:
-    """Return the images of `folder`, one subfolder per class; see `folders.list_images`."""
-    found = list_images(folder, natural_order=natural_order)
-    source = Files(folder, found.paths, found.labels, found.classes)
-    source.skipped = found.skipped.describe()
-    return source
-
-
-def _check_folder(root: str) -> None:
-    if not os.path.isdir(root):
-        what = "not a folder" if os.path.exists(root) else "not there"
-        raise UserError(f"--data-path {root or '(empty)'}: {what}; give the data's folder")
-
-
 def _split_folder(root: str, names: Sequence[str]) -> str:
     """Return the first folder `root`/name that is there."""
-    _check_folder(root)
+    check_folder(root)
     for name in names:
         if os.path.isdir(os.path.join(root, name)):
             return os.path.join(root, name)

@@ -28,15 +28,11 @@ SMALL = ["--model", MODEL, "--num-workers", "0", "--batch-size", "16", "--warmup
 SMALL += ["--epochs", "1", "--lr", "0.002", "--unscale-lr", "--no-repeated-aug", "--no-model-ema"]
 SMALL += ["--aa", "none", "--mixup", "0", "--cutmix", "0"]
 NOT_COVERED = {
-    "no_split": "a validation split of the training images does not exist yet",
-    "val_is_called_valid": "other names of the folder val/ do not exist yet",
-    "val_is_called_validation": "other names of the folder val/ do not exist yet",
-    "val_is_called_test": "other names of the folder val/ do not exist yet",
-    "flat_val": "labels of a flat validation folder do not exist yet",
     "own_folder_unlabelled": "training with images without labels does not exist yet",
 }
 COVERED = {"own_folder", "three", "three_renamed", "two_of_three", "three_other_case", "numbered"}
-COVERED |= {"val_lacks_a_class", "junk", "suffixes", "photos", "structured"}
+COVERED |= {"val_lacks_a_class", "junk", "suffixes", "photos", "structured", "flat_val"}
+COVERED |= {"no_split", "val_is_called_valid", "val_is_called_validation", "val_is_called_test"}
 STRUCTURED = {  # the words of the line, or "" for a file that is read
     "aliases.yaml": "aliases expand to more than",
     "self_reference.yaml": "a value contains itself",
@@ -140,10 +136,23 @@ def test_every_case_is_covered_or_listed_as_not_covered(cases: Path) -> None:
     assert not COVERED & set(NOT_COVERED)
 
 
-@pytest.mark.parametrize("name", sorted(set(NOT_COVERED) - {"own_folder_unlabelled"}))
-def test_what_is_not_covered_yet_ends_in_one_line(cases: Path, run: Run, name: str) -> None:
-    line = one_line(run(*SMALL, "--data-path", str(cases / name)))
-    assert "--data-path needs train/ and val/" in line or "one folder per class" in line
+def test_a_folder_without_parts_is_split(cases: Path, run: Run) -> None:
+    out = train(run, cases / "no_split").stdout
+    assert "train on 96 images" in out and "(24 of 120 are held out)" in out
+    assert "evaluate on 24 images" in out and "20 % of each class" in out
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "test"])
+def test_other_names_of_the_validation_folder_are_used_and_printed(cases, run, name) -> None:
+    folder = cases / f"val_is_called_{name}"
+    assert f"evaluate on 30 images in {folder / name}" in train(run, folder).stdout
+
+
+def test_a_flat_validation_folder_is_evaluated_by_its_table(cases: Path, run: Run) -> None:
+    line = one_line(run(*SMALL, "--data-path", str(cases / "flat_val")))
+    assert "no class folders" in line and "--val-labels FILE" in line
+    out = train(run, cases / "flat_val", "--val-labels", str(cases / "flat_val/val.csv")).stdout
+    assert f"evaluate on 30 images in {cases / 'flat_val/val'}, 3 classes" in out
 
 
 def test_unlabelled_images_are_no_data_set_of_their_own(cases: Path, run: Run) -> None:

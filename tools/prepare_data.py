@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--short-side", default=288, type=int, help="pixels")
     add("--quality", default=90, type=int, help="of JPEG, 1 to 95")
     add("--splits", default=list(SPLITS), nargs="+", choices=list(SPLITS))
+    add("--val-fraction", default=None, type=float, help="as for main.py")
+    add("--val-labels", default="", help="as for main.py")
     add("--on-bad-image", default="fail", choices=("fail", "skip"))
     add("--num-workers", default=datasets.cores_here(), type=int)
     add("--inat-category", default="name", choices=INAT_CATEGORIES)
@@ -121,6 +123,8 @@ def open_all(args: argparse.Namespace) -> dict[str, image_source.Source]:
             inat_category=args.inat_category,
             val_split=args.val_split,
             in_order=True,
+            val_fraction=args.val_fraction if "val" in args.splits else 0,
+            val_labels=args.val_labels,
         )
         opened[split] = sources.open_source(args.data_set, args.source, part)
         for note in opened[split].notes():
@@ -271,6 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.short_side < 1 or not 1 <= args.quality <= 95:
             raise UserError("--short-side must be at least 1, --quality from 1 to 95")
+        if args.val_fraction is not None and not 0 < args.val_fraction < 1:
+            raise UserError(f"--val-fraction {args.val_fraction}: must be between 0 and 1")
         if args.num_workers < 0:
             raise UserError(f"--num-workers {args.num_workers}: must be at least 0")
         if args.verify:

@@ -29,7 +29,8 @@ _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
 COMPARED = frozenset(flag_table.with_fact(flags.COMPARED))
 # Settings that name files or folders
-PATHS = ("data_path", "teacher_path", "teacher_cache", "finetune", "distill_config", "plugin")
+PATHS = ("data_path", "val_labels", "teacher_path", "teacher_cache", "finetune")
+PATHS += ("distill_config", "plugin")
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
