@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train fast test system table lint clean
+.PHONY: train fast test system table lint docs clean
 train: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc_per_node=1 main.py --distillation-type hard
 
@@ -32,6 +32,12 @@ table: $(VENV)/.installed
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
+# the documentation site, in build/site; a broken link is an error
+docs: $(VENV)/.installed-docs
+	rm -rf build/pages && mkdir -p build/pages
+	cp -r docs results examples README.md CONTRIBUTING.md CHANGELOG.md LICENSE build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +48,10 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 clean:

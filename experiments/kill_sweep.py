@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -274,10 +275,15 @@ def report(rows: list[list[object]]) -> str:
         "",
         "| point | setting | killed in | last line; continued from | result |",
         "|---|---|---|---|---|",
-        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+        *(f"| {' | '.join(map(_cell, row))} |" for row in rows),
         "",
     ]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Return a cell of the table; in a code span, `[1/2] [2/12]` is not a link."""
+    return re.sub(r"\[\d+/\d+\] \[\d+/\d+\]", r"`\g<0>`", str(value))
 
 
 if __name__ == "__main__":
