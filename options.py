@@ -196,11 +196,30 @@ class ShortHelp(argparse.Action):
         parser.exit()
 
 
+class PrintCompletion(argparse.Action):
+    """--print-completion: the script that completes flags of the installed command in a shell."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        try:
+            import shtab
+        except ImportError as error:
+            raise UserError(f"{option_string} needs shtab: pip install shtab") from error
+        parser.prog = "vit-distillation"
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
 def argparse_with_help() -> argparse.ArgumentParser:
     about = "Train, distil and evaluate ViTs."
     parser = Parser("main.py", parents=[get_args_parser()], description=about, add_help=False)
     parser.add_argument("-h", "--help", action=ShortHelp, nargs=0, help="common flags")
     parser.add_argument("--help-all", action="help", help="all flags, by group")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print the shell completion of the installed command; needs shtab",
+    )
     return parser
 
 

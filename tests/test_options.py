@@ -1,5 +1,9 @@
 """The command line: DeiT's flags in both spellings, the quick start, what cannot go together."""
 
+import shlex
+import shutil
+import subprocess
+
 import pytest
 
 import options
@@ -251,6 +255,25 @@ def test_the_short_help_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> N
     assert len(lines) <= 40 and max(map(len, lines)) < 80
     assert 15 <= sum(line.startswith("  --") for line in lines) <= 25
     assert sum("main.py" in line for line in lines[-3:]) == 3, "three examples"
+
+
+@pytest.mark.parametrize("words", [["--distillation-t"], ["--distillation-type", ""]])
+def test_the_shell_completes_flags_and_their_choices(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("shtab")
+    if not shutil.which("bash"):
+        pytest.skip("no bash")
+    with pytest.raises(SystemExit):
+        parse("--print-completion", "bash")
+    script = capsys.readouterr().out + (
+        f"COMP_WORDS=(vit-distillation {shlex.join(words)}); COMP_CWORD={len(words)}\n"
+        "$(complete -p vit-distillation | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    expected = "none soft hard" if words[-1] == "" else "--distillation-type --distillation-tau"
+    assert found.stdout.split() == expected.split()
 
 
 def test_the_long_help_has_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
