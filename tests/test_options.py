@@ -265,7 +265,7 @@ def test_the_shell_completes_flags_and_their_choices(
     if not shutil.which("bash"):
         pytest.skip("no bash")
     with pytest.raises(SystemExit):
-        parse("--print-completion", "bash")
+        parse("--print-completion bash")
     script = capsys.readouterr().out + (
         f"COMP_WORDS=(vit-distillation {shlex.join(words)}); COMP_CWORD={len(words)}\n"
         "$(complete -p vit-distillation | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
