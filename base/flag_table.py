@@ -141,8 +141,8 @@ RUN = (
     Flag("--cudnn-benchmark", bool, True, MAY_CHANGE).help(
         "on a GPU: fastest kernels, and TF32", off="on a GPU: repeatable, slower"
     ),
-    Flag("--device", str, "auto", MAY_CHANGE, COMMON).help("auto, cpu or cuda"),
-    Flag("--seed", int, 0, COMPARED, COMMON).help("seed of all random numbers"),
+    Flag("--device", str, "auto", MAY_CHANGE).help("auto, cpu or cuda"),
+    Flag("--seed", int, 0, COMPARED).help("seed of all random numbers"),
     Flag("--output-dir", str, "", MAY_CHANGE, COMMON).help(
         "folder of the run; default: runs/<data>-<model>-<date>; '': nothing is saved"
     ),
