@@ -74,7 +74,8 @@ def train_one_epoch(
         state.add(terms)
         finder.add(terms, images, labels, key, is_last=updater.completes(micro_step))
         if updater.completes(micro_step):
-            state.end_update(micro_step, grad_norm=updater.step(micro_step))
+            grad_norm = updater.step(micro_step)
+            state.end_update(micro_step, grad_norm)
             due = progress.due(micro_step, updater.size(micro_step))
             finder.end_update(updater.describe(micro_step), look=due)
             if due:

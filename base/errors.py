@@ -29,6 +29,16 @@ class UserError(ValueError):
         return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
+def system_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the system, such as a full disk, that led to `error`; None for others.
+
+    torch and other libraries raise an error of their own while they handle it.
+    """
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__context__
+    return error
+
+
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 2, 6, 4, 60, 60
 

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from base.errors import UserError
+from base.errors import UserError, system_error
 
 _logger = logging.getLogger(__name__)
 LOCK = ".lock"  # in a run's folder
@@ -39,23 +39,6 @@ def hash_of(path: Path, start: int = 0) -> str:
     return digest.hexdigest()
 
 
-class _RecordingFile:
-    """A binary file that stores the error of a write, which torch wraps in a RuntimeError."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.error = file, None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error: OSError | None = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 def write_atomically(
     path: Path, write: Callable[[Any], object], *, keep: int = 1, copy_to: Path | None = None
 ) -> None:
@@ -67,12 +50,10 @@ def write_atomically(
     errors of `write` are raised unchanged.
     """
     shadow = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    recorder = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(shadow, "wb") as file:
-            recorder = _RecordingFile(file)
-            write(recorder)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         if copy_to is not None:
@@ -85,14 +66,11 @@ def write_atomically(
         os.replace(shadow, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        failed = error if isinstance(error, OSError) else recorder and recorder.error
-        if failed is None:  # no error of the disk: a CUDA error, a dead DataLoader worker
-            raise
-        if "CUDA" in str(error):  # the GPU failed while tensors were copied from it, not the disk
+        failed = system_error(error)
+        if failed is None or "CUDA" in str(error):  # not the disk, or a dead DataLoader worker
             raise
         raise UserError(
-            f"{path}: cannot be written ({failed.strerror or failed}); the file from before is "
-            "untouched"
+            f"{path}: cannot be written ({failed.strerror}); the file from before is untouched"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 import torch
 
 from base import distributed
-from base.errors import CorruptFile, UserError
+from base.errors import CorruptFile, UserError, system_error
 from base.files import hash_of, is_finite
 
 _logger = logging.getLogger(__name__)
@@ -50,11 +50,8 @@ UNREADABLE = (
 
 def _brief(error: BaseException) -> str:
     """Return the reason on one line: the message of the system (disk full) if there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__context__
+    if cause := system_error(error):
+        return cause.strerror
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 

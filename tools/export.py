@@ -14,6 +14,7 @@ With --half the weights are rounded to float16, and .safetensors files store the
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
@@ -22,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import models  # noqa: E402
 import options  # noqa: E402
 from base import files, safe_load  # noqa: E402
-from base.errors import UserError  # noqa: E402
+from base.errors import UserError, system_error  # noqa: E402
 from data.transforms import InputConfig  # noqa: E402
 from models.file_layouts import RAW_KEYS  # noqa: E402
 from models.loading import read_weights, weight_keys  # noqa: E402
@@ -105,21 +106,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
     """Report a full disk or an unwritable folder as a one-line UserError."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        while isinstance(error, OSError | SafetensorError | RuntimeError) and error.__context__:
-            error = error.__context__  # torch wraps the system's error
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-            raise UserError(f"{self.out}: cannot be written ({reason})") from error
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = system_error(error)
+        if cause is None and not isinstance(error, SafetensorError):
+            raise
+        reason = cause.strerror if cause else " ".join(str(error).split())[:120]
+        raise UserError(f"{out}: cannot be written ({reason})") from error
 
 
 def _export_folder(args: argparse.Namespace, student: Student) -> list[str]:

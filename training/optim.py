@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from timm.optim import Adahessian, Lookahead, create_optimizer_v2, get_optimizer_class
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -150,10 +150,7 @@ def build_optimizer(
         own = projection.optimizer_options
         if unknown := set(own) - set(optimizer.defaults):
             raise UserError(f"match {name}: proj: {args.opt} has no option {sorted(unknown)}")
-        if any(
-            name in ("lr", "weight_decay") and not 0 <= value < float("inf")
-            for name, value in own.items()
-        ):
+        if any(not 0 <= own.get(name, 0) < math.inf for name in ("lr", "weight_decay")):
             raise UserError(f"match {name}: proj: {dict(own)}; rates must not be below 0")
         group = {"params": list(projection.parameters()), "weight_decay": args.weight_decay}
         optimizer.add_param_group(group | own)  # a rate of its own is taken as it is
@@ -202,39 +199,27 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, A
 
 
 def _check_state(saved: Mapping[Any, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the state of a parameter has other keys, shapes, or NaN."""
-    if not saved or isinstance(optimizer, Lookahead):  # its state grows later
-        return
-    expected = expected_state(optimizer)
-    for index, state in saved.items():
-        if not state:  # a parameter that has not been updated
-            continue
-        if index not in expected:
-            raise ValueError(f"it has a state of parameter {index}, this optimizer has none")
-        found = {key: _outline(value) for key, value in state.items()}
-        for key in sorted({*found, *expected[index]}, key=str):
-            is_, should = found.get(key, "missing"), expected[index].get(key, "unknown")
-            if is_ != should:
-                raise ValueError(f"{key} of parameter {index} is {is_}, not {should}")
-        for key, value in state.items():
-            if isinstance(value, Tensor) and bool(value.isnan().any()):
-                raise ValueError(f"{key} of parameter {index} contains NaN")
-
-
-def expected_state(optimizer: torch.optim.Optimizer) -> dict[Any, dict[Any, Any]]:
-    """Return the keys of each parameter's state after an update, with an outline of each value.
+    """Raise ValueError where the state of a parameter has other keys, shapes, or NaN.
 
     A copy of the optimizer makes an update of zeros: on the meta device, which computes nothing,
     or on the CPU if the update needs values.
     """
+    if not saved or isinstance(optimizer, Lookahead):  # its state grows later
+        return
     try:
-        state = _state_of_copy(optimizer, "meta")
+        expected = _state_of_copy(optimizer, "meta")
     except RuntimeError:
-        state = _state_of_copy(optimizer, "cpu")
-    return {
-        index: {key: _outline(value) for key, value in values.items()}
-        for index, values in state.items()
-    }
+        expected = _state_of_copy(optimizer, "cpu")
+    for index, state in saved.items():
+        if state and index not in expected:
+            raise ValueError(f"it has a state of parameter {index}, this optimizer has none")
+        for key in {**state, **expected[index]} if state else ():
+            found = _outline(state[key]) if key in state else "missing"
+            should = _outline(expected[index][key]) if key in expected[index] else "unknown"
+            if found != should:
+                raise ValueError(f"{key} of parameter {index} is {found}, not {should}")
+            if isinstance(state[key], Tensor) and bool(state[key].isnan().any()):
+                raise ValueError(f"{key} of parameter {index} contains NaN")
 
 
 def _state_of_copy(optimizer: torch.optim.Optimizer, device: str) -> dict[Any, dict[Any, Any]]:
@@ -284,19 +269,16 @@ class Schedule:
     plateau scheduler has a state of its own: it depends on the accuracy of every epoch.
     """
 
-    def __init__(
-        self, scheduler: Any, *, on_updates: bool, on_step: Callable[[int], None] | None = None
-    ) -> None:
-        self.scheduler, self.on_updates, self.on_step = scheduler, on_updates, on_step
-        self._is_plateau = type(scheduler).__name__ == "PlateauLRScheduler"
+    def __init__(self, scheduler: Any, on_step: Callable[[int], None] | None = None) -> None:
+        self.scheduler, self.on_step = scheduler, on_step
+        self._is_plateau = isinstance(scheduler, PlateauLRScheduler)
 
     def step(self, global_step: int, epoch: int) -> None:
         """Set the learning rate for update `global_step`, which lies in `epoch`; both from 0."""
         if self.on_step is not None:
             self.on_step(global_step)
-        if self.on_updates:
-            self.scheduler.step_update(global_step)
-        elif not self._is_plateau:
+        self.scheduler.step_update(global_step)  # timm's schedulers skip one of the two
+        if not self._is_plateau:
             self.scheduler.step(epoch)
 
     def end_epoch(self, epoch: int, acc1: float) -> None:
@@ -325,13 +307,9 @@ def build_schedule(
     on_step: Callable[[int], None] | None = None,
 ) -> Schedule:
     """Return the learning rate's schedule over --epochs. Raises UserError for an unknown one."""
-    on_updates = args.sched_on_updates and args.sched != "plateau"
     lr = max(group["lr"] for group in optimizer.param_groups)
     for line in build_warnings(args, lr):
         _logger.warning("%s", line)
-    noise = args.lr_noise
-    if noise and len(noise) == 1:
-        noise = noise[0]
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
@@ -344,11 +322,11 @@ def build_schedule(
             min_lr=args.min_lr,
             warmup_lr=args.warmup_lr,
             warmup_epochs=args.warmup_epochs,
-            noise=noise,
+            noise=args.lr_noise[0] if args.lr_noise and len(args.lr_noise) == 1 else args.lr_noise,
             noise_pct=args.lr_noise_pct,
             noise_std=args.lr_noise_std,
             noise_seed=args.seed,
-            step_on_epochs=not on_updates,
+            step_on_epochs=not args.sched_on_updates or args.sched == "plateau",
             updates_per_epoch=updates_per_epoch,
         )
     except (AssertionError, ValueError, KeyError) as error:
@@ -356,7 +334,7 @@ def build_schedule(
         raise UserError(f"--sched {args.sched}: timm cannot create it ({reason})") from error
     if scheduler is None:
         raise UserError(f"--sched {args.sched}: timm has no schedule of it; use --sched constant")
-    return Schedule(scheduler, on_updates=on_updates, on_step=on_step)
+    return Schedule(scheduler, on_step)
 
 
 class Ema:
@@ -370,28 +348,12 @@ class Ema:
     def __init__(
         self, network: nn.Module, *, decay: float, warmup: bool, device: str | None = None
     ) -> None:
-        # timm computes the decay. Its update visits every module of both networks in each step,
-        # which takes as long as the arithmetic of a small network. So the update is here.
         self._ema = ModelEmaV3(network, decay=decay, use_warmup=warmup, device=device)
-        self._pairs: tuple[Any, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]] | None
-        self._pairs = None
+        self.module: nn.Module = self._ema.module
 
-    @property
-    def module(self) -> nn.Module:
-        return self._ema.module
-
-    @torch.no_grad()
     def update(self, network: nn.Module, global_step: int) -> None:
         """Update the moving average from `network` after `global_step`."""
-        if not self._ema.foreach:  # on another device than the network
-            self._ema.update(network, step=global_step)
-            return
-        if self._pairs is None or self._pairs[0] is not network:
-            self._pairs = (network, *_paired(self.module, network))
-        _, mine, its, counters = self._pairs
-        torch._foreach_lerp_(mine, its, weight=1 - self._ema.get_decay(global_step))
-        for own, other in counters:
-            own.copy_(other)
+        self._ema.update(network, step=global_step)
 
     def refresh(self, network: nn.Module) -> None:
         """Set the average to the weights of `network`."""
@@ -408,15 +370,6 @@ class Ema:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.module.load_state_dict(state)
-
-
-def _paired(
-    average: nn.Module, network: nn.Module
-) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Return the numbers that are averaged, on both sides, and the pairs that are counters."""
-    pairs = list(zip(average.state_dict().values(), network.state_dict().values()))
-    mine, its = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-    return list(mine), list(its), [pair for pair in pairs if not pair[0].is_floating_point()]
 
 
 def build_ema(args: Namespace, network: nn.Module) -> Ema | None:

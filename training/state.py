@@ -32,7 +32,7 @@ class EpochState:
         for name, value in values.items():
             self.meters.setdefault(name, Meter(self.device)).update(value)
 
-    def end_update(self, micro_step: int, *, grad_norm: Tensor) -> None:
+    def end_update(self, micro_step: int, grad_norm: Tensor) -> None:
         """Count an update as done, whose last micro-step is `micro_step`."""
         self.micro_step = micro_step + 1
         self.add({"grad_norm": grad_norm})
