@@ -23,7 +23,7 @@ from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
 from training import metrics, recipe, run_folder, setup
-from training.exit_codes import StopWhenClosed, exit_code_of, out_of_memory_as_user_error
+from training.exit_codes import StopWhenClosed, exit_code_of, user_errors_about_batch_size
 from training.setup import Runtime, Training
 from training.step_config import Hooks
 from training.trained_classes import build_trained_classes, build_val_fraction
@@ -154,7 +154,7 @@ def parse_and_run(argv: Sequence[str] | None) -> None:
     if settings.args.list_models is not None:
         print(models.released.table(settings.args.list_models))
     else:
-        with out_of_memory_as_user_error(settings.args.batch_size):
+        with user_errors_about_batch_size(settings.args.batch_size):
             main(settings.args, settings.notes, settings.about)
 
 

@@ -332,6 +332,11 @@ def check_contradictions(args: Namespace) -> None:
         raise UserError(
             "--kd-loss-type dist takes one temperature: leave out --temperature-scheduler"
         )
+    if kd_loss == "dist" and args.batch_size < 2:
+        raise UserError(
+            f"--batch-size {args.batch_size}: --kd-loss-type dist compares the images of a batch; "
+            "give at least 2"
+        )
     if args.probability_shift and is_mixing(args.mixup, args.cutmix, args.cutmix_minmax):
         raise UserError("probability_shift needs one true class an image: set --mixup 0 --cutmix 0")
     if args.probability_shift and args.distillation_type == "none":

@@ -26,6 +26,7 @@ from models.features import Tap, TappedOutput, taps_on
 
 _logger = logging.getLogger(__name__)
 SIMILARITIES = {"cos": losses.cos_sim, "dot": losses.dot_score}
+FEW_IMAGES = 8  # with a smaller batch, a loss that fails is tried with so many
 RANKING, POOLED = "ranking", Tap("pooled", 0)
 
 
@@ -114,13 +115,15 @@ def build_terms(
     matches: Sequence[IntermediateMatch] = (),
     *,
     input_size: tuple[int, int],
+    batch_size: int = 2,
     ranking: Ranking | None = None,
     of_teacher: Sequence[int] | None = None,
     adaptors: tuple[Any, Any] = (None, None),
 ) -> dict[str, Term]:
     """Tap student and teachers, and return a checked term for every match and the ranking.
 
-    Both run once on two random images of `input_size` (height, width) to check every match.
+    Both run once on two random images of `input_size` (height, width) to check every match. For
+    the losses, the features of the two are repeated to `batch_size` images.
     of_teacher: which of `teachers` each match uses, the first by default. adaptors: of the
         student and of the teachers, entries of `ADAPTORS` or None.
     Raises UserError, in one line, for a match that these networks cannot satisfy.
@@ -144,7 +147,9 @@ def build_terms(
     for match, index in zip(matches, of_teacher):
         same = sum(name.partition("#")[0] == match.name for name in terms)
         name = f"{match.name}#{same + 1}" if same else match.name
-        builder = _MatchBuilder(match, name, index, student.taps, teachers[index].taps)
+        builder = _MatchBuilder(
+            match, name, index, student.taps, teachers[index].taps, batch_size=batch_size
+        )
         try:
             terms[name] = builder.build(projections, states_S, states_T, device)
         except UserError:
@@ -212,9 +217,16 @@ class _MatchBuilder:
     """Builds the term of one match from the taps of two networks."""
 
     def __init__(
-        self, match: IntermediateMatch, name: str, index: int, taps_S: Any, taps_T: Any
+        self,
+        match: IntermediateMatch,
+        name: str,
+        index: int,
+        taps_S: Any,
+        taps_T: Any,
+        *,
+        batch_size: int,
     ) -> None:
-        self.match, self.name, self.index = match, name, index
+        self.match, self.name, self.index, self.batch_size = match, name, index, batch_size
         self.taps_S, self.taps_T = taps_S, taps_T
 
     def build(
@@ -244,10 +256,33 @@ class _MatchBuilder:
         layers = ", ".join("+".join(map(str, several(x))) for x in (match.layer_S, match.layer_T))
         row = (self.name, layers, *shapes, projected, f"{match.weight:g}")
         term = Term(match.weight, target, _comparison(match), row)
-        with torch.no_grad():
-            term.compare(found_S, found_T, None)  # raises what the first step would raise
+        self._try(term, found_S, found_T)
         self._warn_about_heads(found_S[0], found_T[0])
         return term
+
+    @torch.no_grad()
+    def _try(self, term: Term, states_S: list[Tensor], states_T: list[Tensor]) -> None:
+        """Raise what the first step would raise: UserError, ValueError or RuntimeError."""
+
+        def loss_of(count: int) -> Any:
+            rows = torch.arange(count, device=states_S[0].device) % len(states_S[0])
+            return term.compare([x[rows] for x in states_S], [x[rows] for x in states_T], None)
+
+        try:
+            loss = loss_of(self.batch_size)
+        except (ValueError, RuntimeError) as error:
+            if self.batch_size < FEW_IMAGES:
+                loss_of(FEW_IMAGES)
+                raise UserError(
+                    f"match {self.name}: {error}; it fails with --batch-size {self.batch_size}, "
+                    f"not with {FEW_IMAGES}"
+                ) from error
+            raise
+        if not isinstance(loss, Tensor) or loss.dim():
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise UserError(
+                f"match {self.name}: the loss returned {found}, not one number; take its mean"
+            )
 
     def _target(
         self, prefix: Sequence[str], grids: Sequence[tuple] | None

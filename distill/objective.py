@@ -159,7 +159,7 @@ def build_objective(
     """Return the loss of the run: `losses.DistillationLoss` if there are no other settings.
 
     It puts taps and projections into `student` and taps on `teacher`, and runs both on two images
-    of `input_size` (height, width) to check every match.
+    of `input_size` (height, width) to check every match, with losses of --batch-size images.
     Raises UserError, in one line, for a match that these two networks cannot satisfy.
     """
     members = teacher.members if teacher is not None else ()
@@ -180,6 +180,7 @@ def build_objective(
             members,
             matches,
             input_size=input_size,
+            batch_size=args.batch_size,
             ranking=Ranking(weight, *similarity) if weight else None,
             of_teacher=of_teacher,
             adaptors=(ADAPTORS.get(args.student_adaptor), ADAPTORS.get(args.teacher_adaptor)),

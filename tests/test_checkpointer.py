@@ -397,6 +397,31 @@ def test_what_must_not_change_is_refused_with_both_values_unless_anyway(
     assert "resumed anyway" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--weight-decay", "0.2"], {"weight_decay": {0.0, 0.2}}),
+        (["--opt-betas", "0.8", "0.9"], {"betas": {(0.8, 0.9)}}),
+        (["--opt-eps", "1e-6"], {"eps": {1e-6}}),
+        (["--opt-kwargs", "amsgrad=False"], {"amsgrad": {False}}),
+    ],
+)
+def test_resume_anyway_uses_the_new_options_of_the_optimizer(
+    flags: list[str], options: dict, small_run, run_inside, tmp_path: Path
+) -> None:
+    folder, command = small_run
+    shutil.copytree(folder, tmp_path / "run")
+    words = [*command, "--output_dir", str(tmp_path / "run"), "--resume-anyway", *flags]
+    found = run_inside(*words)
+    assert found.returncode == 0, found.stderr
+    assert f"resumed anyway: {flags[0]} was" in found.stderr
+    saved = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    for name, values in options.items():
+        groups = saved["optimizer"]["param_groups"]
+        found = {tuple(x) if isinstance(x, list) else x for x in (g[name] for g in groups)}
+        assert found == values
+
+
 def test_what_does_not_reach_the_weights_may_change(tmp_path: Path) -> None:
     checkpointer(tmp_path).end_epoch(1.0)
     assert "epoch 1" in checkpointer(tmp_path, num_workers=3, output_dir="b").resume("auto")

@@ -12,7 +12,7 @@ import main
 import options
 from base import files
 from base.errors import UserError
-from training.exit_codes import out_of_memory_as_user_error
+from training.exit_codes import user_errors_about_batch_size
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "CUDA out of memory. Tried to allocate 616.00 MiB. GPU 0 has a capacity of 79 GiB"
@@ -44,7 +44,7 @@ def test_too_little_memory_is_one_line_with_what_helps(error, monkeypatch, capsy
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_as_user_error(4):
+    with pytest.raises(RuntimeError, match="shapes"), user_errors_about_batch_size(4):
         raise RuntimeError("shapes differ")
 
 

@@ -37,6 +37,7 @@ OURS = {
 }
 WEIGHTS = ("model", "model_ema", "projections")
 MOST_EPOCHS = 2**31
+OPTIMIZER_OPTIONS = ("weight_decay", "betas", "eps", "momentum")  # those that have a flag
 NEWEST, BEST = "checkpoint.pth", "best_checkpoint.pth"
 # Settings that a resumed run may change: they do not change the weights. --data-path and
 # --teacher-path are among them because images and file hashes are compared. --epochs is, because
@@ -287,7 +288,7 @@ class Checkpointer:
                     if name in WEIGHTS:
                         safe_load.check_numbers(saved[name], part.state_dict(), same_type=True)
                     if name == "optimizer":
-                        load_optimizer_state(part, saved[name])
+                        load_optimizer_state(part, saved[name], self._own_options(saved))
                     else:
                         part.load_state_dict(saved[name])
                 elif hasattr(part, "refresh"):  # the average starts from the weights
@@ -304,6 +305,15 @@ class Checkpointer:
                 f"--resume {path}: damaged, or of another model or optimizer ({reason}); use the "
                 "flags it was made with, or --finetune to take its weights alone"
             ) from error
+
+    def _own_options(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the optimizer's options that follow this run's flags; of a file of DeiT's, none.
+
+        Without --resume-anyway they are as in the file.
+        """
+        if "facts" not in saved:
+            return ()
+        return (*OPTIMIZER_OPTIONS, *(self.settings.get("opt_kwargs") or {}))
 
     def _restore_tally(self, saved: Mapping[str, Any]) -> None:
         self.state.reset()

@@ -80,10 +80,17 @@ def resume_command(argv: Sequence[str] | None, folder: str) -> str:
 
 
 @contextlib.contextmanager
-def out_of_memory_as_user_error(batch_size: int) -> Iterator[None]:
-    """Turn a lack of memory for a batch of `batch_size` into a UserError with advice."""
+def user_errors_about_batch_size(batch_size: int) -> Iterator[None]:
+    """Turn a batch of `batch_size` that is too large or too small into a UserError with advice."""
     try:
         yield
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"--batch-size {batch_size}: BatchNorm in the model needs more than one value per "
+            "channel in training; use --batch-size 2 or more, or a larger --input-size"
+        ) from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

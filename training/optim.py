@@ -10,7 +10,7 @@ import logging
 import math
 import reprlib
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,16 +180,19 @@ def default_options(name: str, device: torch.device, momentum: float) -> dict[st
     return options
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], own: Collection[str] = ()
+) -> None:
     """Load a saved state. The implementation (fused, foreach, ...) stays that of `optimizer`.
 
+    own: other options of the groups that stay those of `optimizer`.
     Raises ValueError if the state is not one of this optimizer with these parameters.
     """
     groups = []
-    for group, own in zip(saved["param_groups"], optimizer.param_groups):
-        kernels = {key: own[key] for key in IMPLEMENTATION if key in own}
-        groups.append({k: v for k, v in group.items() if k not in IMPLEMENTATION} | kernels)
-        for key, value in own.items():
+    for group, now in zip(saved["param_groups"], optimizer.param_groups):
+        kept = {key: now[key] for key in (*IMPLEMENTATION, *own) if key in now}
+        groups.append({k: v for k, v in group.items() if k not in IMPLEMENTATION} | kept)
+        for key, value in now.items():
             if key != "params" and not compatible(groups[-1].get(key), value):
                 found = reprlib.repr(groups[-1].get(key))
                 raise ValueError(f"{key} of a parameter group is {found}")
