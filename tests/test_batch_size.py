@@ -55,7 +55,7 @@ def test_a_loss_that_is_no_number_is_one_line(flags, run_inside, monkeypatch) ->
         (["--distillation-type", "soft", "--kd-loss-type", "dist"], "give at least 2", "2"),
         (["--ranking-kl-weight", "1"], "ranking needs 3 images", "3"),
         (["--model", "resnet_pico", "--input-size", "8"], "use --batch-size 2 or more", "2"),
-        (["--model", "resnet_pico", "--input-size", "8"], "or a larger --input-size", "16 px"),
+        (["--model", "resnet_pico", "--input-size", "8"], "or a larger --input-size", "32 px"),
     ],
 )
 def test_one_image_is_too_few_and_the_advice_works(words, advice, enough, flags, run_inside):
@@ -64,7 +64,7 @@ def test_one_image_is_too_few_and_the_advice_works(words, advice, enough, flags,
     assert "--batch-size 1: " in found.stderr and advice in found.stderr
     change = ["--batch-size", enough]
     if enough.endswith("px"):
-        change = ["--batch-size", "1", "--input-size", "16"]
+        change = ["--batch-size", "1", "--input-size", "32"]
     found = run_inside(*flags, *words, *change)
     assert found.returncode == 0, found.stderr
 
