@@ -9,7 +9,7 @@ import torch
 
 import models
 from data import sources
-from tools import export, prepare_data, report
+from tools import export, predict, prepare_data, report
 from training import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +18,7 @@ TOOLS = {
     "tools/report.py": report,
     "tools/export.py": export,
     "tools/prepare_data.py": prepare_data,
+    "tools/predict.py": predict,
 }
 SMALL = ["--epochs", "1", "--batch-size", "12", "--num_workers", "0", "--warmup-epochs", "0"]
 
@@ -34,6 +35,7 @@ def test_the_commands_for_own_images_work_in_their_order(
 ) -> None:
     small = {
         "my_images": str(image_folder),
+        "my_images/val": str(image_folder / "val"),
         "resnet50": TEACHER,
         "deit_tiny_distilled_patch16_224": STUDENT,
         "exported": str(tmp_path / "exported"),
@@ -60,9 +62,12 @@ def test_the_commands_for_own_images_work_in_their_order(
             if tool is export:
                 flags += ["--formats", "safetensors", "torch_export"]
             assert tool.main(flags) == 0, capsys.readouterr().err
-    assert done == ["main.py"] * 6 + ["tools/report.py", "tools/export.py", "main.py"] + [
-        "tools/prepare_data.py"
-    ] * 2 + ["main.py"]
+    assert done == ["main.py"] * 6 + [
+        "tools/report.py",
+        "tools/export.py",
+        "main.py",
+        "tools/predict.py",
+    ] + ["tools/prepare_data.py"] * 2 + ["main.py"]
     assert (tmp_path / "exported" / "model.pt2").exists() and (tmp_path / "report.html").exists()
     assert len(evaluated) == 2 and evaluated[0] == evaluated[1]  # the student, and what it became
 
