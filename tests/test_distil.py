@@ -1,0 +1,107 @@
+"""One command from a folder of images to a distilled student: its runs, and what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tools import distil
+from training.checkpointer import load_run
+
+SMALL = [
+    "--model",
+    "deit_pico_distilled_patch8_32",
+    "--batch-size",
+    "4",
+    "--num-workers",
+    "0",
+    "--device",
+    "cpu",
+]
+
+
+def steps_of(*flags: str, out: Path = Path("out")) -> dict[str, list[str]]:
+    args, others = distil._parser().parse_known_args(flags)
+    return {step.name: list(step.flags) for step in distil.build_steps(args, others, out)}
+
+
+def value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def test_three_runs_share_the_minutes_and_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil.hub, "unreachable_reason", lambda: "")
+    found = steps_of("images", "--minutes", "50", "--val-fraction", "0.1", "--unlabelled-path", "u")
+    assert list(found) == ["teacher", "labels-only", "distilled"]
+    assert [value(flags, "--minutes") for flags in found.values()] == ["20", "15", "15"]
+    for flags in found.values():
+        assert value(flags, "--data-path") == "images" and value(flags, "--val-fraction") == "0.1"
+    assert "--pretrained" in found["teacher"]
+    assert value(found["distilled"], "--teacher-model") == value(found["teacher"], "--model")
+    assert value(found["distilled"], "--teacher-path") == "out/teacher/checkpoint.pth"
+    assert [name for name in found if "--unlabelled-path" in found[name]] == ["distilled"]
+    assert "--distillation-type" not in found["labels-only"]
+
+
+def test_a_teacher_is_trained_from_scratch_without_a_network(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(distil.hub, "unreachable_reason", lambda: "no network")
+    found = steps_of("images")
+    assert value(found["teacher"], "--model") == distil.FROM_SCRATCH
+    assert "--pretrained" not in found["teacher"]
+    assert "from scratch" in capsys.readouterr().out
+
+
+def test_a_given_teacher_is_used_or_fine_tuned_by_its_classes(
+    small_teacher: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    given = ["--teacher-model", "resnet_pico", "--teacher-path", str(small_teacher)]
+    same = steps_of(str(image_folder), *given, "--minutes", "8")
+    assert list(same) == ["labels-only", "distilled"]
+    assert [value(flags, "--minutes") for flags in same.values()] == ["4", "4"]
+    assert value(same["distilled"], "--teacher-path") == str(small_teacher)
+    other = tmp_path / "other"
+    for name in ("one", "three"):
+        (other / "train" / name).mkdir(parents=True)
+        for image in (image_folder / "train" / "one").iterdir():
+            (other / "train" / name / image.name).write_bytes(image.read_bytes())
+    found = steps_of(str(other), *given)
+    assert list(found) == ["teacher", "labels-only", "distilled"]
+    assert value(found["teacher"], "--finetune") == str(small_teacher)
+
+
+def test_weights_of_a_teacher_without_its_model_are_refused(capsys) -> None:
+    assert distil.main(["images", "--teacher-path", "x.pth"]) == 2
+    assert "give its model with --teacher-model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_command_continues_and_ends_with_a_report_and_an_export(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "tools" / "distil.py"), str(image_folder), "--out"]
+    command += [str(out), "--epochs", "2", *SMALL, "--checkpoint-steps", "1"]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    first = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while not (out / "labels-only" / "checkpoint.pth").exists():
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    teacher = (out / "teacher" / "checkpoint.pth").stat().st_mtime_ns
+    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert (out / "teacher" / "checkpoint.pth").stat().st_mtime_ns == teacher
+    for name in ("teacher", "labels-only", "distilled"):
+        assert load_run(out / name / "checkpoint.pth")["epoch"] == 1
+    runs = json.loads((out / "report.json").read_text())["runs"]
+    assert [run["run"] for run in runs] == ["distilled", "labels-only", "teacher"]
+    assert (out / "report.html").exists() and (out / "exported" / "model.safetensors").exists()
+    assert f"predict.py {out}/exported" in result.stdout
