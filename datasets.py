@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from base.distributed import Processes, leave_signals_to_parent
 from base.errors import UserError
 from base.text import printable
+from data.byte_batches import DeferNormalize
 from data.folder_parts import find_validation
 from data.image_dataset import (
     ImageDataset,
@@ -25,7 +26,7 @@ from data.image_dataset import (
 )
 from data.image_source import Shards
 from data.labels import ModelClasses
-from data.loaders import DeviceLoader, EvalLoader, Loader
+from data.loaders import ImageLoader
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from data.sources import Part, open_source
 from data.transforms import InputConfig, build_transform
@@ -66,9 +67,7 @@ def build_dataset(
     hflip = 0.5 if source.mirrors else 0.0
     transform = build_transform(is_train, args, inputs, hflip=hflip)
     if is_train and args.augment_on == "device":
-        from data.device_augment import Recorded  # few runs use it
-
-        transform = Recorded(transform)
+        transform = DeferNormalize(transform, augments=True)
     num_classes = count_classes(source.classes, args.nb_classes, source.what)
     if isinstance(source, Shards):
         return Stream(source, transform, num_classes), num_classes
@@ -92,12 +91,13 @@ class Loaders:
     """The batches of a run. `train` and `train_sampler` are None if nothing trains.
 
     Batches are images (B, 3, H, W) float32 and labels (B,) int64, which number the outputs of the
-    model. num_classes: its outputs; classes: their names, in order. present: the outputs with
+    model. On a GPU, and with --augment-on device, the images are `byte_batches.PendingImages`.
+    num_classes: the outputs of the model; classes: their names, in order. present: the outputs with
     evaluation images, or None if all have some. The train sampler is None for streamed data too.
     """
 
-    train: DataLoader | None
-    val: DataLoader
+    train: ImageLoader | None
+    val: ImageLoader
     num_classes: int
     classes: list[str] | None
     train_sampler: TrainSampler | None
@@ -191,7 +191,6 @@ def build_loaders(
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         rank=processes.rank,
         device=processes.device,
-        augments_on_device=args.augment_on == "device",
     )
     train = sampler = None
     if not args.eval:
@@ -267,24 +266,18 @@ def _build_loader(
     pin_memory: bool,
     rank: int,
     device: torch.device,
-    augments_on_device: bool,
-) -> DataLoader:
+) -> ImageLoader:
     dataset: Dataset = data
     if isinstance(data, Stream):
         data.set_workers(workers)
     else:
         dataset = SeededViews(data, seed)
         workers = min(workers, -(-len(sampler) // batch_size))  # type: ignore[arg-type]
-    kind: Callable[..., DataLoader] = Loader if is_train else EvalLoader
-    if is_train and augments_on_device:
-        kind = partial(DeviceLoader, augment=data.transform.carry_out)
-    elif is_train and device.type == "cuda":
-        from data.byte_batches import ByteLoader, DeferNormalize  # only a GPU needs it
-
+    if device.type == "cuda" and not isinstance(data.transform, DeferNormalize):
         data.transform = DeferNormalize(data.transform)
-        kind = partial(ByteLoader, deferred=data.transform, device=device)
-    return kind(
+    return ImageLoader(
         dataset,
+        deferred=data.transform if isinstance(data.transform, DeferNormalize) else None,
         sampler=sampler,
         batch_size=batch_size,
         num_workers=workers,

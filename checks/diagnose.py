@@ -106,23 +106,21 @@ def accuracy_line(logits: Tensor, labels: Tensor) -> str:
     return f"Acc@1 {acc1:.1f} on a sample of {len(labels)} images"
 
 
-def sample(loader: torch.utils.data.DataLoader, count: int) -> tuple[Tensor, Tensor]:
+def sample(loader: datasets.ImageLoader, count: int) -> tuple[Tensor, Tensor]:
     """Return images and labels, evenly spread over an evaluation set, `count` at most.
 
     Of streamed data, which has no fixed order, the first ones.
     """
-    data = loader.dataset
     if isinstance(loader.sampler, datasets.EvalSampler):
-        total = len(data)  # type: ignore[arg-type]
+        total = len(loader.dataset)  # type: ignore[arg-type]
         positions = torch.linspace(0, total - 1, min(count, total)).long().tolist()
-        pairs = [pair for i in positions if (pair := data[i, 0]) is not None]
-        images = [image for image, _ in pairs]
-        labels = [label for _, label in pairs]
-        if not pairs:
-            return torch.empty(0), torch.empty(0)
-        return torch.stack(images), torch.tensor(labels)
-    images, labels = next(iter(loader))[:2]
-    return images[:count], labels[:count]
+        batch = loader.load([(position, 0) for position in positions])
+    else:
+        batch = next(iter(loader))
+    if batch is None:
+        return torch.empty(0), torch.empty(0)
+    images, labels = (part.to(torch.device("cpu"))[:count] for part in batch)
+    return images, labels
 
 
 def teacher_problems(logits: Tensor, labels: Tensor, published: float | None) -> list[str]:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from base.errors import UserError
 from base.text import class_name
-from data.byte_batches import ByteLoader
+from data.loaders import ImageLoader
 from data.transforms import InputConfig
-from datasets import DeviceLoader
 from models.features import FeatureTaps, Tap, layout_of
 
 SIDE, LINE, LETTERS = 192, 19, 15  # pixels of a tile, of a line of its caption, and of its letters
@@ -59,7 +58,7 @@ def top_classes(shares: Tensor, classes: Sequence[str] | None, most: int = 2) ->
 
 @torch.no_grad()
 def train_batch(
-    loader: torch.utils.data.DataLoader,
+    loader: ImageLoader,
     inputs: InputConfig,
     classes: Sequence[str] | None,
     device: torch.device,
@@ -78,10 +77,7 @@ def train_batch(
     ):
         return None
     keys = list(itertools.islice(iter(loader.sampler), count))
-    batch = loader.collate_fn([loader.dataset[key] for key in keys])
-    if isinstance(loader, DeviceLoader | ByteLoader):
-        batch = loader.finish(batch)
-    images, labels = (part.to(device) for part in batch)
+    images, labels = (part.to(device) for part in loader.load(keys))
     if mixup_fn is not None:
         images, labels = mixup_fn(images, labels)
     width = len(classes) if classes else int(labels.max()) + 1

@@ -24,7 +24,7 @@ UNREADABLE_IN_A_ROW = 100  # more is a lost disk, not a bad image
 class ImageDataset(Dataset):
     """A source and a transform: index to (tensor (3, H, W) float32, label).
 
-    With --augment-on device, to ((pixels (3, H, W) uint8, program (S, 8)), label).
+    With a `DeferNormalize` transform, to ((pixels, boxes, program), label).
 
     bad_images: "fail" raises UserError naming the file; "replace" takes the next readable
     image of the source instead; "leave out" returns None, so that evaluation counts no image

@@ -22,9 +22,10 @@ except ImportError:  # optional; decoding is faster by a half with it
     simplejpeg = None
 
 # Version of the pixels that a key (seed, view, index) and a position in a batch give. Raise it with
-# any change that gives other pixels: here, in transforms, device_augment, samplers, or in mixing.
+# any change that gives other pixels: here, in transforms, samplers, or in mixing.
 # Caches of teacher logits with another version are refused.
 VERSION = 2
+DEVICE_VERSION = 3  # the same, of images that are augmented on the device
 ImageLike = Image.Image | np.ndarray
 JPEG_START = b"\xff\xd8"
 # what Pillow raises for a file that is not a complete image
@@ -116,7 +117,7 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     pixels: (..., 3, H, W) uint8; mean, std: (3, 1, 1), of values in [0, 1].
     """
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    return (pixels / 255).sub_(mean).div_(std)
 
 
 def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any, *, cubic: bool) -> Image.Image:

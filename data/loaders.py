@@ -1,61 +1,54 @@
-"""Loaders that leave out unreadable images, or finish batches on the device."""
+"""The loader of a run: it leaves out unreadable images, and may leave work to the device."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from base.distributed import stop_signals_blocked
+from data.byte_batches import DeferNormalize, PendingImages, collate_bytes
 
 
-class Loader(DataLoader):
-    """Starts its workers with the stop signals blocked; see `leave_signals_to_parent`."""
+class ImageLoader(DataLoader):
+    """Yields (images, labels (B,)); leaves out unreadable images (None), and batches of nothing.
+
+    Workers start with the stop signals blocked; see `leave_signals_to_parent`.
+    deferred: the transform of the data if it leaves the normalisation to the device. Images are
+    then `PendingImages`, else tensors (B, 3, H, W) float32.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, deferred: DeferNormalize | None = None, **options: Any
+    ) -> None:
+        collate = collate_present if deferred is None else collate_bytes
+        super().__init__(dataset, collate_fn=collate, **options)
+        self.deferred = deferred
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         with stop_signals_blocked():
-            return super().__iter__()
+            batches = super().__iter__()
+        return (self._finished(batch) for batch in batches if batch is not None)
 
+    def load(self, keys: Sequence[Any]) -> tuple[Any, Tensor] | None:
+        """Return the batch of the samples with these keys; None if none can be read."""
+        batch = self.collate_fn([self.dataset[key] for key in keys])
+        return None if batch is None else self._finished(batch)
 
-class EvalLoader(Loader):
-    """Leaves out unreadable images (None), and batches without any other."""
+    def _finished(self, batch: Any) -> tuple[Any, Tensor]:
+        if self.deferred is None:
+            return batch
+        return PendingImages(batch, self.deferred), batch.labels
 
-    def __init__(self, dataset: Dataset, **options: Any) -> None:
-        super().__init__(dataset, collate_fn=collate_present, **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if batch is not None)
-
-
-@dataclass(frozen=True)
-class PendingImages:
-    """Images (B, 3, H, W) uint8 that are augmented on the device that they are copied to."""
-
-    images: Tensor
-    programs: Tensor
-    augment: Callable[[Tensor, Tensor, torch.device], Tensor]
-
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> Tensor:
-        """Return the augmented images (B, 3, H, W) on the device."""
-        return self.augment(self.images, self.programs, device)
-
-
-class DeviceLoader(Loader):
-    """Workers crop images and draw the augmentation; batches are `PendingImages`."""
-
-    def __init__(self, dataset: Dataset, *, augment: Callable[..., Tensor], **options: Any):
-        super().__init__(dataset, **options)
-        self.augment = augment
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return map(self.finish, super().__iter__())
-
-    def finish(self, batch: Any) -> tuple[PendingImages, Tensor]:
-        """Return the images and labels (B,) of a batch that workers have begun."""
-        (images, programs), labels = batch
-        return PendingImages(images, programs, self.augment), labels
+    def subset(self, keys: Sequence[Any]) -> "ImageLoader":
+        """Return a loader of these samples, in batches of the same size."""
+        return ImageLoader(
+            self.dataset,
+            deferred=self.deferred,
+            sampler=keys,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
 
 
 def collate_present(samples: list[Any]) -> Any:

@@ -319,7 +319,9 @@ def build_cache_fingerprint(
     if outputs := _build_reordered_outputs(args, data):
         found["teacher outputs"] = outputs
     found |= {name: getattr(args, name) for name in TRANSFORM}
-    found["version of our pixels"] = image_ops.VERSION
+    on_device = args.augment_on == "device"
+    version = image_ops.DEVICE_VERSION if on_device else image_ops.VERSION
+    found["version of our pixels"] = version
     return found | {f"version of {name}": _version(name) for name in LIBRARIES}
 
 

@@ -21,7 +21,7 @@ from timm.data import create_transform
 import datasets
 from base.errors import UserError
 from data import image_source, packed, samplers, sources, transforms
-from data.device_augment import Recorded
+from data.byte_batches import DeferNormalize
 from experiments.bench_race import race, table
 from options import get_args_parser
 from tools import prepare_data
@@ -101,7 +101,7 @@ def rows(folder: Path, work: Path, count: int) -> dict[str, Callable[[int], Any]
     jpeg = packed.Prepared(prepare(folder, work / "jpeg", packed.JPEG), "val")
     args: argparse.Namespace = get_args_parser().parse_args(["--data-path", str(folder)])
     whole = transforms.build_transform(True, args, INPUTS)
-    recorded = Recorded(transforms.build_transform(True, args, INPUTS))
+    recorded = DeferNormalize(transforms.build_transform(True, args, INPUTS), augments=True)
     index_of = np.random.default_rng(0).permutation(len(files))[:count].tolist()
 
     def by_timm(steps: Sequence[Callable]) -> Callable[[int], Any]:

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets
 from base.distributed import Processes
-from data import byte_batches
-from data.byte_batches import ByteLoader, DeferNormalize, collate_bytes, finish
+from checks import diagnose
+from data.byte_batches import DeferNormalize, PendingImages, collate_bytes
+from data.loaders import ImageLoader
 from data.samplers import SeededViews
 from data.transforms import InputConfig, build_transform
 from datasets import build_dataset, build_loaders
@@ -40,7 +40,7 @@ def test_the_pixels_are_those_of_the_workers_bit_for_bit(case: str) -> None:
     data.transform = deferred = DeferNormalize(build_transform(True, args, INPUTS, hflip=0))
     batch = collate_bytes([SeededViews(data, 5)[key] for key in keys])
     assert batch.images.dtype == torch.uint8
-    found = finish(batch, deferred.mean, deferred.std, CPU)
+    found = deferred.finish(batch, CPU)
     assert found.equal(wanted)
     assert batch.labels.tolist() == [data.source.load(index)[1] for index, _ in keys]
 
@@ -63,35 +63,45 @@ def test_a_loader_of_bytes_gives_the_batches_of_the_plain_one(workers, monkeypat
     data, _ = build_dataset(True, args, INPUTS)
     sampler = build_loaders(args, INPUTS, place).train_sampler
     data.transform = deferred = DeferNormalize(data.transform)
-    loader = ByteLoader(
+    loader = ImageLoader(
         SeededViews(data, args.seed),
         deferred=deferred,
-        device=CPU,
         sampler=sampler,
         batch_size=8,
         num_workers=args.num_workers,
     )
     for (ours, label), (theirs, wanted), _ in zip(loader, plain, range(3)):
-        assert ours.equal(theirs) and label.tolist() == wanted.tolist()
+        assert ours.to(CPU).equal(theirs) and label.tolist() == wanted.tolist()
 
 
-def test_on_a_gpu_training_uses_bytes_and_evaluation_floats(monkeypatch) -> None:
-    kinds = []
-    monkeypatch.setattr(
-        byte_batches, "ByteLoader", lambda *_, **options: kinds.append(options) or [0]
-    )
-    cuda = Processes(0, 0, 1, torch.device("cuda"), "single")
-    loaders = build_loaders(settings("--batch-size", "8", "--no-pin-mem"), INPUTS, cuda)
-    assert len(kinds) == 1 and isinstance(kinds[0]["deferred"], DeferNormalize)
-    assert isinstance(loaders.val, datasets.EvalLoader)
+def test_on_a_gpu_training_and_evaluation_use_bytes() -> None:
+    cuda, cpu = (Processes(0, 0, 1, torch.device(name), "single") for name in ("cuda", "cpu"))
+    args = settings("--batch-size", "8", "--no-pin-mem")
+    loaders, plain = (build_loaders(args, INPUTS, place) for place in (cuda, cpu))
+    for mine, theirs in ((loaders.train, plain.train), (loaders.val, plain.val)):
+        (images, labels), (wanted, wanted_labels) = next(iter(mine)), next(iter(theirs))
+        assert isinstance(images, PendingImages) and images.batch.images.dtype == torch.uint8
+        assert images.to(CPU).equal(wanted) and labels.equal(wanted_labels)
+    sample, exact = (diagnose.sample(each.val, 5) for each in (loaders, plain))
+    assert sample[0].equal(exact[0]) and sample[1].equal(exact[1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_unreadable_image_is_left_out_of_a_batch_of_bytes() -> None:
+    deferred = DeferNormalize(build_transform(False, settings(), INPUTS))
+    image = deferred(Image.fromarray(np.full((64, 64, 3), 99, np.uint8)))
+    assert collate_bytes([None, (image, 3), None]).labels.tolist() == [3]
+    data = [(image, 3), None, None, None, (image, 5)]
+    loader = ImageLoader(data, deferred=deferred, batch_size=2)
+    assert [labels.tolist() for _, labels in loader] == [[3], [5]]
+    assert loader.load([1, 2]) is None and loader.load([1, 4])[1].tolist() == [5]
+    assert [labels.tolist() for _, labels in loader.subset([4, 0])] == [[5, 3]]
+
+
+@pytest.mark.gpu
 def test_the_gpu_normalises_as_the_cpu_does() -> None:
     args = settings("--reprob", "1")
     data, _ = build_dataset(True, args, INPUTS)
     data.transform = deferred = DeferNormalize(data.transform)
     batch = collate_bytes([SeededViews(data, 5)[number, 0] for number in range(12)])
-    device = torch.device("cuda")
-    there = finish(batch, deferred.mean.to(device), deferred.std.to(device), device).cpu()
-    torch.testing.assert_close(there, finish(batch, deferred.mean, deferred.std, CPU))
+    there = deferred.finish(batch, torch.device("cuda")).cpu()
+    torch.testing.assert_close(there, deferred.finish(batch, CPU))

@@ -277,18 +277,13 @@ def build_note(
     return ""
 
 
-def spread(loader: torch.utils.data.DataLoader, limit: int) -> torch.utils.data.DataLoader:
+def spread(loader: datasets.ImageLoader, limit: int) -> datasets.ImageLoader:
     """Return a loader of `limit` images, evenly spread over the data; of a stream, the first."""
     if not isinstance(loader.sampler, EvalSampler):
         return loader
     keys = list(loader.sampler)
     places = torch.linspace(0, len(keys) - 1, min(limit, len(keys))).long().tolist()
-    return datasets.EvalLoader(
-        loader.dataset,
-        sampler=[keys[place] for place in places],
-        batch_size=loader.batch_size,
-        num_workers=loader.num_workers,
-    )
+    return loader.subset([keys[place] for place in places])
 
 
 def between(runs: Sequence[Run]) -> dict[str, Any] | None:
