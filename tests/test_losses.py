@@ -6,7 +6,7 @@ B images, N tokens, D width, H heads, C classes, K candidates; a mask of 1 keeps
 import copy
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import losses
 from base.errors import UserError
+from matching import TWO_LAYERS
 
 B, N, D, H, C, K = 3, 5, 7, 2, 11, 4
 RAGGED = [[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 1, 0]]
@@ -68,6 +69,14 @@ def strided(values: Tensor) -> Tensor:
     other = values.transpose(0, -1).contiguous().transpose(0, -1)
     assert not other.is_contiguous() and torch.equal(other, values)
     return other
+
+
+def map_states(function: Callable, states: Sequence) -> list:
+    """The function of every tensor, of one or two layers of each network."""
+    return [
+        [function(layer) for layer in side] if isinstance(side, list) else function(side)
+        for side in states
+    ]
 
 
 def refuses(
@@ -207,12 +216,29 @@ PAIR_MATCHES = {
     "nst": (formula_mmd, SAME_D, SAME_D),
     "mmd": (formula_mmd, SAME_D, OTHER_D),
 }
+REGISTERED = dict(losses.MATCH_LOSS_MAP)  # before a test adds an entry
+EVERY = list(dict.fromkeys([*MATCHES, *PAIR_MATCHES, *REGISTERED]))
 matches = pytest.mark.parametrize("name", MATCHES)
 pair_matches = pytest.mark.parametrize("name", PAIR_MATCHES)
+every_match = pytest.mark.parametrize("name", EVERY)
 
 
 def match_loss(name: str) -> Callable[..., Tensor]:
-    return losses.MATCH_LOSS_MAP[name.split()[0]]
+    return REGISTERED[name.split()[0]]
+
+
+def random_states(name: str) -> tuple:
+    """The states of both networks that a loss takes; a new loss gets those of its kind."""
+    if name in PAIR_MATCHES or name in TWO_LAYERS:
+        return two_layers(*PAIR_MATCHES.get(name, (None, SAME_D, SAME_D))[1:])
+    shape = SCORES if name.startswith("attention_") else (B, N, D)
+    return pair(*MATCHES.get(name, (None, shape, shape))[1:])
+
+
+def test_every_loss_of_the_registry_has_a_formula_and_a_value_worked_by_hand() -> None:
+    formulas = {match_loss(name) for name in [*MATCHES, *PAIR_MATCHES]}
+    by_hand = {match_loss(name) for name in BY_HAND}
+    assert formulas == by_hand == set(REGISTERED.values())
 
 
 # --- matching losses ------------------------------------------------------------------------
@@ -307,15 +333,11 @@ def test_a_match_is_zero_where_student_equals_teacher(name: str, mask: Tensor) -
         near(value, torch.zeros_like(value))
 
 
-@pytest.mark.parametrize("name", [*MATCHES, *PAIR_MATCHES])
+@every_match
 def test_memory_order_changes_nothing(name: str) -> None:
     for mask in (None, MASKS["0/1"]):
-        if name in PAIR_MATCHES:
-            states = two_layers(*PAIR_MATCHES[name][1:])
-            others = [[strided(layer) for layer in side] for side in states]
-        else:
-            states = pair(*MATCHES[name][1:])
-            others = [strided(state) for state in states]
+        states = random_states(name)
+        others = map_states(strided, states)
         other_mask = mask if mask is None else strided(mask)
         near(match_loss(name)(*others, other_mask), match_loss(name)(*states, mask))
 
@@ -326,17 +348,11 @@ def test_cos_takes_a_map_of_a_convolution_network() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", [*MATCHES, *PAIR_MATCHES])
+@every_match
 def test_half_precision_is_raised_to_float32(name: str, dtype: torch.dtype) -> None:
     """Large values: their squares alone would overflow float16."""
-    if name in PAIR_MATCHES:
-        shapes_S, shapes_T = PAIR_MATCHES[name][1:]
-        states = [[300 * draw(*s, seed=i) for i, s in enumerate(x)] for x in (shapes_S, shapes_T)]
-        low = [[layer.to(dtype) for layer in side] for side in states]
-        full = [[layer.float() for layer in side] for side in low]
-    else:
-        low = [300 * draw(*s, seed=i).to(dtype) for i, s in enumerate(MATCHES[name][1:])]
-        full = [state.float() for state in low]
+    low = map_states(lambda state: (300 * state.detach()).to(dtype), random_states(name))
+    full = map_states(Tensor.float, low)
     for mask in (None, MASKS["bool"]):
         expected = match_loss(name)(*full, mask)
         assert expected.dtype == torch.float32 and expected.isfinite()
@@ -450,13 +466,7 @@ def test_nst_of_two_widths_in_one_network_is_refused() -> None:
     refuses(shapes, losses.mmd_loss, *two_layers(shapes, SAME_D))
 
 
-MASKED = [name for name in [*MATCHES, *PAIR_MATCHES] if name != "pkd"]
-
-
-def random_states(name: str) -> tuple:
-    if name in PAIR_MATCHES:
-        return two_layers(*PAIR_MATCHES[name][1:])
-    return pair(*MATCHES[name][1:])
+MASKED = [name for name in EVERY if name != "pkd"]
 
 
 @pytest.mark.parametrize("name", MASKED)

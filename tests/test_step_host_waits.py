@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
+import losses
 import models
 import options
 from base.device import to_device
@@ -27,6 +28,7 @@ from data.samplers import BatchKey
 from data.transforms import build_mixup
 from distill import objective
 from distill.teacher import InputAdapter, Teacher
+from matching import PROJ_MAP, TWO_LAYERS
 from training import optim, optimizer_step
 from training.state import EpochState
 from training.step_config import StepConfig
@@ -155,32 +157,37 @@ def waits_of_a_step(*flags: str) -> list[str]:
             for parameter in student.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             with waits:
-                state.end_update(step, grad_norm=updater.step(step))
+                state.end_update(step, updater.step(step))
     return waits.found
 
 
-HIDDEN = "layer_S=2,layer_T=3,feature=hidden,loss=hidden_mse,proj=linear,tokens=patch"
-ATTENTION = "layer_S=1,layer_T=2,feature=attention,loss="
+def match_of(loss: str) -> str:
+    """Return a --match with a loss of the registry."""
+    if loss.startswith("attention_"):
+        return f"layer_S=1,layer_T=2,feature=attention,loss={loss}"
+    layers = "layer_S=1+2,layer_T=1+3" if loss in TWO_LAYERS else "layer_S=2,layer_T=3"
+    return f"{layers},feature=hidden,loss={loss}"
+
+
+NO_LOGITS, SOFT = "--distillation-type none", "--distillation-type soft"
+HIDDEN = f"{NO_LOGITS} --match {match_of('hidden_mse')},tokens=patch,proj="
 OBJECTIVES = {
-    "none": "--distillation-type none",
-    "bce": "--distillation-type none --bce-loss",
-    "soft": "--distillation-type soft",
+    "none": NO_LOGITS,
+    "bce": f"{NO_LOGITS} --bce-loss",
+    "soft": SOFT,
     "hard": "--distillation-type hard",
-    "hidden": f"--distillation-type none --match {HIDDEN}",
-    "vkd": "--distillation-type soft --match layer_S=0,layer_T=0,feature=pooled,loss=vkd",
-    "ranking": "--distillation-type none --ranking-kl-weight 1",
-    "weight schedule": "--distillation-type soft --kd-loss-weight-scheduler linear_decay",
+    "ranking": f"{NO_LOGITS} --ranking-kl-weight 1",
+    "pooled": f"{SOFT} --match layer_S=0,layer_T=0,feature=pooled,loss=vkd",
+    "weight schedule": f"{SOFT} --kd-loss-weight-scheduler linear_decay",
+    **{loss: f"{NO_LOGITS} --match {match_of(loss)}" for loss in losses.MATCH_LOSS_MAP},
+    **{f"kd {loss}": f"{SOFT} --kd-loss-type {loss}" for loss in losses.KD_LOSS_MAP},
+    **{f"proj {name}": HIDDEN + name for name in PROJ_MAP if name != "orthogonal"},
 }
 
 
 @pytest.mark.parametrize("flags", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_a_step_makes_the_host_wait_for_nothing(flags: str) -> None:
     assert waits_of_a_step(*flags.split()) == []
-
-
-@pytest.mark.parametrize("loss", ["attention_mse", "attention_ce"])
-def test_attention_matches_make_the_host_wait_for_nothing(loss: str) -> None:
-    assert waits_of_a_step("--distillation-type", "none", "--match", f"{ATTENTION}{loss}") == []
 
 
 @pytest.mark.parametrize("scheduler", ["flsw", "cwsm"])
