@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import chromium
+import programs
 import pytest
 import torch
 
@@ -153,13 +154,8 @@ def _run(command: list[str], cwd: Path, timeout: float, **env: str) -> subproces
 
 @pytest.fixture(scope="session")
 def run_main() -> Run:
-    """`python main.py FLAGS` in a process of its own."""
-
-    def run(*flags: str, cwd: Path = ROOT, timeout: float = 240, **env: str):
-        words = _saves_nothing(flags) if cwd == ROOT else flags
-        return _run([sys.executable, str(ROOT / "main.py"), *words], cwd, timeout, **env)
-
-    return run
+    """`python main.py FLAGS` in a forked process; with `processes`, in several."""
+    return programs.run
 
 
 @pytest.fixture(scope="session")

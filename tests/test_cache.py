@@ -510,7 +510,9 @@ def _live_written_and_read(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_live_written_and_read, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _live_written_and_read, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
     assert log(tmp_path / "live") == log(tmp_path / "written") == log(tmp_path / "read")
 
 

@@ -20,12 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Program, finish, start
 from torch import Tensor, nn
 
 import engine
 from base import distributed, files, safe_load
 from base.errors import EXIT_STOPPED, Stopped, UserError
-from experiments.kill_sweep import children, compare_runs, differences, finish, kill, start
+from experiments import kill_sweep
+from experiments.kill_sweep import children, compare_runs, differences
 from losses import DistillationLoss
 from models.features import Tap, TappedOutput
 from training.checkpointer import Checkpointer, is_auto
@@ -44,7 +46,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert not compare_runs(one, other)
 
 
-def wait_for(words: str, log: Path, process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for(
+    words: str, log: Path, process: Program | subprocess.Popen, timeout: float = 120
+) -> None:
     """Wait until the run has printed `words`."""
     end = time.monotonic() + timeout
     while words not in log.read_text():
@@ -95,7 +99,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_nothing_had_happened(
     finish(flags + own[whole], whole, processes)
     process = start(flags + own[killed], killed, processes)
     wait_for(words, Path(f"{killed}.log"), process)
-    kill(process)
+    process.kill()
     flags += ["--num_workers", "0", "--log-interval", "2", *own[killed]]
     text = finish(flags, killed, processes)
     assert "resume: " in text and "starting from the beginning" in text
@@ -131,7 +135,7 @@ def stop_second(folder_flags: list[str], tmp_path: Path, words: str, number: int
     flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     finish(flags, whole, 2)
-    process = start(flags, out, 2, ["--standalone", *launch])
+    process = kill_sweep.start(flags, out, 2, ["--standalone", *launch])
     wait_for(words, Path(f"{out}.log"), process)
     os.kill(children(process.pid)[-1], number)
     return whole, process, out, flags
@@ -839,7 +843,9 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_a_bad_loss_in_one_process_is_skipped_and_told_by_both(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        one_of_two, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
     for limit, words in ((2, "1"), (1, "step 1, process 1: loss nan, base nan; the batch is in")):
         one, two = (torch.load(tmp_path / f"{rank}-{limit}.pth") for rank in (0, 1))
         assert one["said"] == two["said"] and words in one["said"]

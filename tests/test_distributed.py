@@ -117,7 +117,9 @@ def _gathered_gradients(rank: int, folder: str) -> None:
 
 
 def test_gathered_rows_keep_the_gradients_of_every_process(tmp_path) -> None:
-    torch.multiprocessing.spawn(_gathered_gradients, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _gathered_gradients, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
     every = torch.arange(12.0).reshape(6, 2).requires_grad_()
     (3 * (every @ every.T).square().sum()).backward()  # 1 of rank 0 and 2 of rank 1
     for rank in (0, 1):
@@ -181,7 +183,9 @@ def test_nobody_waits_for_the_store_of_a_frozen_process(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with contextlib.suppress(torch.multiprocessing.ProcessExitedException):
-        torch.multiprocessing.spawn(_first_freezes, (str(tmp_path), port), nprocs=2)
+        torch.multiprocessing.start_processes(
+            _first_freezes, (str(tmp_path), port), nprocs=2, start_method="fork"
+        )
     assert (tmp_path / "told").exists()
 
 
@@ -208,7 +212,9 @@ def wait_for(file: Path, timeout: float = 120) -> None:
 
 
 def test_a_collective_in_which_a_process_sleeps_ends_in_an_error(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_falls_asleep, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(
+        _one_falls_asleep, (str(tmp_path),), nprocs=2, start_method="fork"
+    )
     assert (tmp_path / "told").exists()
 
 

@@ -158,12 +158,11 @@ def test_a_bad_batch_is_computed_again_to_the_bit(
 
 
 def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(
-    run_torchrun, folder_flags: list[str], small_teacher: Path, tmp_path: Path
+    run_main, folder_flags: list[str], small_teacher: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "odd.py").write_text(PLUGIN)
     out = tmp_path / "out"
-    result = run_torchrun(
-        2,
+    result = run_main(
         *folder_flags,
         *taught_by(small_teacher),
         "--plugin",
@@ -180,8 +179,9 @@ def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(
         "2",
         "--output_dir",
         str(out),
+        processes=2,
     )
-    assert result.returncode != 0
+    assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, result.stderr
     for words in ("2 updates in a row", "step 4, process 1", "loss nan", "bad_batch.pth"):

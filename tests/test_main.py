@@ -290,9 +290,7 @@ def test_an_odd_batch_mixes(run_inside, image_folder: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
-    run_main, run_torchrun, tmp_path: Path
-) -> None:
+def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(run_main, tmp_path: Path) -> None:
     base = [
         "--distillation-type",
         "hard",
@@ -309,7 +307,7 @@ def test_two_processes_of_batch_b_lose_what_one_of_batch_2b_loses(
         "--no-teacher-check",
     ]
     one = run_main(*base, "--batch-size", "64", "--output_dir", str(tmp_path / "one"))
-    two = run_torchrun(2, *base, "--batch-size", "32", "--output_dir", str(tmp_path / "two"))
+    two = run_main(*base, "--batch-size", "32", "--output_dir", str(tmp_path / "two"), processes=2)
     assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     each = [
@@ -338,7 +336,7 @@ def test_an_error_that_one_of_two_processes_meets_is_one_line(
 
 
 def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
-    run_main, run_torchrun, imagenet_sample: Path, shared_data: Path
+    run_main, imagenet_sample: Path, shared_data: Path
 ) -> None:
     flags = [
         "--eval",
@@ -351,7 +349,7 @@ def test_the_published_cnn_scores_its_number_in_one_process_and_in_two(
         "--num_workers",
         "1",
     ]
-    for result in (run_main(*flags, OMP_NUM_THREADS="2"), run_torchrun(2, *flags)):
+    for result in (run_main(*flags), run_main(*flags, processes=2)):
         assert result.returncode == 0, result.stderr
         assert "* Acc@1 87.300 Acc@5 96.900" in result.stdout
         assert "on the 1000 test images: 87.3%" in result.stdout

@@ -1,13 +1,11 @@
 """Whole runs with matches: two processes, a kill and a resume, and one line for bad input."""
 
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from programs import start
 
 import matching
 
@@ -76,7 +74,7 @@ def vit_teacher(run_main, tmp_path_factory: pytest.TempPathFactory) -> list[str]
 
 @pytest.mark.parametrize("kind", ["vit", "cnn"])
 def test_two_processes_keep_the_same_projections(
-    kind: str, run_torchrun, vit_teacher: list[str], tmp_path: Path
+    kind: str, run_main, vit_teacher: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "plugin.py").write_text(PLUGIN)
     flags = [
@@ -95,7 +93,7 @@ def test_two_processes_keep_the_same_projections(
         str(tmp_path / "out"),
     ]
     flags += [*vit_teacher, *matches(VIT_MATCHES)] if kind == "vit" else matches(CNN_MATCHES)
-    result = run_torchrun(2, *QUICK, *flags)
+    result = run_main(*QUICK, *flags, processes=2)
     assert result.returncode == 0, result.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
@@ -134,14 +132,10 @@ def test_a_killed_and_resumed_run_has_the_projections_of_one_that_was_not(
     whole = run_main(*flags, "--output_dir", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     half = tmp_path / "parts" / "checkpoint.pth"
-    command = [sys.executable, str(ROOT / "main.py"), *flags, "--output_dir", str(half.parent)]
-    run = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-    )
+    run = start(flags, half.parent)
     while run.poll() is None and not half.exists():
         time.sleep(0.05)
     run.kill()
-    run.wait()
     assert torch.load(half, weights_only=True)["epoch"] == 0
     again = run_main(*flags, "--output_dir", str(half.parent), "--resume", str(half))
     assert again.returncode == 0, again.stderr
