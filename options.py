@@ -141,6 +141,8 @@ def _with_recipe(
     found = recipe.find(name)
     flags = read_recipe(recipe.FOLDER / f"{name}.yaml" if name == found.name else Path(name))
     flags |= over
+    if not given.get("plugin"):
+        plugins.load_given_plugins([], found.plugins, f"--recipe {name}")
     args = _parse(argv, defaults=flags)
     recipe.check_needs(found, args)
     world = find_launcher(os.environ)[3]
@@ -212,12 +214,16 @@ class PrintCompletion(argparse.Action):
 def argparse_with_help() -> argparse.ArgumentParser:
     about = "Train, distil and evaluate ViTs."
     parser = Parser("main.py", parents=[get_args_parser()], description=about, add_help=False)
-    parser.add_argument("-h", "--help", action=ShortHelp, nargs=0, help="common flags")
+    no_setting: dict[str, Any] = {"default": argparse.SUPPRESS}
+    parser.add_argument(
+        "-h", "--help", action=ShortHelp, nargs=0, help="common flags", **no_setting
+    )
     parser.add_argument("--help-all", action="help", help="all flags, by group")
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,
         choices=("bash", "zsh", "tcsh"),
+        **no_setting,
         help="print the shell completion of the installed command; needs shtab",
     )
     return parser

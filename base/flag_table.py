@@ -120,7 +120,9 @@ def schedule(text: str) -> str | list[Any]:
 # --- the table --------------------------------------------------------------------------------
 
 RUN = (
-    Flag("--recipe", str, "", COMMON, metavar="NAME").help("published run or YAML file (recipes/)"),
+    Flag("--recipe", str, "", MAY_CHANGE, COMMON, metavar="NAME").help(
+        "published run or YAML file (recipes/)"
+    ),
     Flag("--dry-run", bool, False, MAY_CHANGE, COMMON).help("print settings, sizes and time; exit"),
     Flag("--check", bool, False, MAY_CHANGE, COMMON).help("check the run and exit"),
     Flag("--batch-size", int, 64, FROM_1, MIXING, COMPARED, COMMON).help(

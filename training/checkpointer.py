@@ -18,6 +18,7 @@ import torch
 
 from base import distributed, files, flag_table, flags, safe_load
 from base.errors import CorruptFile, Stopped, UserError
+from training import run_settings
 from training.optim import load_optimizer_state
 from training.signals import StopSignals
 
@@ -87,7 +88,7 @@ class Checkpointer:
         self.folder = Path(folder) if folder else None
         self.parts, self.state, self.steps, self.keep = parts, state, steps, keep
         self.classes = classes  # names, for students of this network
-        self.settings, self.facts = files.to_plain(settings), files.to_plain(facts)
+        self.settings, self.facts = run_settings.to_save(settings), files.to_plain(facts)
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.epoch, self.global_step, self.best = int(settings.get("start_epoch", 0)), 0, -1.0
         self._signals = StopSignals()
@@ -276,7 +277,8 @@ class Checkpointer:
             return  # DeiT's, which has no such entries
         for was, now in ((saved["args"], self.settings), (saved["facts"], self.facts)):
             for name in sorted(set(was) & set(now) - MAY_CHANGE):
-                if differ(was[name], now[name]):
+                # Older files have paths as they were given.
+                if differ(was[name], now[name]) and not run_settings.is_same(was[name], now[name]):
                     what = f"--{name.replace('_', '-')}" if was is saved["args"] else f"{name}:"
                     yield f"{what} was {reprlib.repr(was[name])} and is {reprlib.repr(now[name])}"
 

@@ -24,13 +24,11 @@ from torch import Tensor
 from base import distributed, files, flag_table, flags
 from base.errors import UserError
 from base.text import printable
+from training import run_settings
 
 _logger = logging.getLogger(__name__)
 # Settings in TensorBoard's table of runs; all of them are in its text.
 COMPARED = frozenset(flag_table.with_fact(flags.COMPARED))
-# Settings that name files or folders
-PATHS = ("data_path", "val_labels", "teacher_path", "teacher_cache", "finetune")
-PATHS += ("distill_config", "plugin")
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
@@ -210,10 +208,7 @@ class RunLog:
     def config(self, settings: Mapping[str, Any]) -> None:
         """Write the settings of the run, every flag with its value."""
         if self._folder is not None:
-            plain = {
-                k: _absolute(v) if k in PATHS else files.to_plain(v) for k, v in settings.items()
-            }
-            text = yaml.safe_dump(plain, sort_keys=True)
+            text = yaml.safe_dump(run_settings.to_save(settings), sort_keys=True)
             files.write_text_atomically(self._folder / "config.yaml", text)
             if self._board is not None:
                 self._board.add_text("config", f"```\n{text}```")
@@ -290,13 +285,6 @@ class RunLog:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def _absolute(value: Any) -> Any:
-    """Return the paths of existing files and folders as absolute paths, all else unchanged."""
-    if isinstance(value, list | tuple):
-        return [_absolute(each) for each in value]
-    return os.path.abspath(value) if value and os.path.exists(value) else value
 
 
 def keep_epochs_before(path: Path, epoch: int) -> None:

@@ -17,13 +17,17 @@ import msgspec
 
 from base import structured
 from base.errors import UserError, shorten
+from training import run_settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe file as it is read. `flags` by destination name."""
+    """A recipe file, or the config.yaml of a run, as it is read. `flags` by destination name.
+
+    plugins: files that the run had.
+    """
 
     name: str
     source: str
@@ -32,6 +36,7 @@ class Recipe:
     tolerance: float = 0.0
     effective_batch: int | None = None
     needs: dict[str, str] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
     def expects(self) -> str:
         """Return the expected accuracy and its source as text."""
@@ -82,7 +87,13 @@ def find(name: str) -> Recipe:
         close = difflib.get_close_matches(name, names(), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError(f"--recipe {name}: unknown; {hint}known: {', '.join(names())}")
-    content = structured.read(path, _File, what="--recipe")
+    values = structured.read(path, dict[str, Any], what="--recipe")
+    if is_of_run(values):
+        named = values.get("plugin") or []
+        source = f"the settings of {path}"
+        flags = {k: v for k, v in values.items() if k not in run_settings.OF_ONE_START}
+        return Recipe(name=path.stem, source=source, flags=flags, plugins=tuple(map(str, named)))
+    content = structured.convert(values, _File, f"--recipe {path}")
     expected = content.expected or _Expected()
     return Recipe(
         name=path.stem,
@@ -93,6 +104,11 @@ def find(name: str) -> Recipe:
         effective_batch=content.effective_batch,
         needs=content.needs or {},
     )
+
+
+def is_of_run(values: Mapping[str, Any]) -> bool:
+    """Return whether the content of a YAML file is the config.yaml of a run, not a recipe."""
+    return "flags" not in values and {"output_dir", "data_set", "epochs"} <= values.keys()
 
 
 def check_needs(recipe: Recipe, args: Namespace) -> None:
