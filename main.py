@@ -109,7 +109,7 @@ def train(
             print_once(None, f"{left} epoch{'s' * (left > 1)} left, about {metrics.clock(seconds)}")
     if not stats:
         print_once(None, f"Nothing to train: {checkpointer.epoch} of {args.epochs} epochs are done")
-    elif args.recipe and (line := recipe.find(args.recipe).beside(stats["acc1"])):
+    elif line := recipe.beside(args.recipe, stats["acc1"]):
         print_once("recipe", line)
     print_once(None, f"Training time {metrics.clock(time.time() - started)}")
     if skipped := setup.count_skipped_images(loaders, runtime):

@@ -21,7 +21,7 @@ from base.distributed import find_launcher
 from base.errors import UserError, shorten
 from base.flags import COMMON, idle_notes
 from models import plugins
-from training import recipe, run_folder
+from training import auto_recipe, recipe, run_folder
 from training.checkpointer import is_auto
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
@@ -79,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """Return the settings of a run: flags over the quick start's values over the defaults.
 
     Without a data path, settings that are not given come from the quick start's recipe, except
-    --distillation-type.
+    --distillation-type. For a small training set they come from `auto_recipe`.
     Raises UserError for unknown flags, values out of range, and combinations that cannot work.
     """
     given = vars(_parse(argv, suppress=True))
@@ -89,12 +89,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     defaults, notes = read_distill_config(given)
     args = _parse(argv, defaults=defaults)
     about: list[str] = []
-    if args.recipe:
+    if args.recipe not in recipe.UNPUBLISHED:
         args, about, warnings = _with_recipe(argv, args.recipe, given, defaults)
         notes = [*warnings, *notes]
-    elif uses_quick_start(args):
-        flags = read_recipe(QUICK_START)
-        del flags["distillation_type"]
+    elif args.recipe == recipe.AUTO:
+        if uses_quick_start(args):
+            flags = read_recipe(QUICK_START)
+            del flags["distillation_type"]
+        else:
+            flags, about = auto_recipe.build_auto_recipe(args, explicit)
         args = _parse(argv, defaults=flags | defaults)
     if args.data_set is None:
         args.data_set = "IMNET" if args.data_path else "DIGITS"

@@ -120,8 +120,8 @@ def schedule(text: str) -> str | list[Any]:
 # --- the table --------------------------------------------------------------------------------
 
 RUN = (
-    Flag("--recipe", str, "", MAY_CHANGE, COMMON, metavar="NAME").help(
-        "published run or YAML file (recipes/)"
+    Flag("--recipe", str, "auto", MAY_CHANGE, COMMON, metavar="NAME").help(
+        "auto: suits small data; none: DeiT's defaults; a published run or YAML file (recipes/)"
     ),
     Flag("--dry-run", bool, False, MAY_CHANGE, COMMON).help("print settings, sizes and time; exit"),
     Flag("--check", bool, False, MAY_CHANGE, COMMON).help("check the run and exit"),
@@ -136,7 +136,7 @@ RUN = (
         "epochs between two evaluations, each with a checkpoint; the last epoch has one"
     ),
     Flag("--grad-accum-steps", int, 1, FROM_1, COMPARED).help("micro-steps per update"),
-    Flag("--amp", str, "auto", COMMON, choices=AMP).help("mixed precision; auto: on a GPU"),
+    Flag("--amp", str, "auto", choices=AMP).help("mixed precision; auto: on a GPU"),
     Flag(
         "--torchcompile", str, "", NOT_COMPILED, nargs="?", const="inductor", metavar="BACKEND"
     ).help("compile student and teacher in training; inductor if no backend"),
@@ -186,8 +186,6 @@ STUDENT = (
     Flag("--input-size", int, None, FROM_1, COMPARED, COMMON, nargs="+", metavar="PX").help(
         "side, or height and width; default: the model's"
     ),
-    Flag("--drop", float, 0.0, SHARE).help("dropout probability"),
-    Flag("--drop-path", float, 0.1, SHARE, COMPARED).help("stochastic depth probability"),
     Flag("--pretrained", bool, False, MAY_CHANGE, COMMON).help("start from the published weights"),
     Flag("--finetune", str, "", WEIGHTS_RESUMED, MAY_CHANGE, COMMON).help(
         "initial weights: file or URL; the head may differ"
@@ -203,6 +201,11 @@ STUDENT = (
         "train in training mode",
         off="no dropout or stochastic depth in training, as DeiT's fine-tuning",
     ),
+)
+
+REGULARIZATION = (
+    Flag("--drop", float, 0.0, SHARE).help("dropout probability"),
+    Flag("--drop-path", float, 0.1, SHARE, COMPARED).help("stochastic depth probability"),
 )
 
 DISTILLATION = (
@@ -408,6 +411,7 @@ DATA = (
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "run": RUN,
     "student": STUDENT,
+    "regularization": REGULARIZATION,
     "distillation": DISTILLATION,
     "what to match beside the labels": OBJECTIVE,
     "optimizer, schedule and EMA": OPTIMIZER,

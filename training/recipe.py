@@ -20,6 +20,8 @@ from base.errors import UserError, shorten
 from training import run_settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+AUTO, NONE = "auto", "none"
+UNPUBLISHED = (AUTO, NONE, "")  # values of --recipe without a file
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def find(name: str) -> Recipe:
             raise UserError(f"--recipe {name}: not there; give a YAML file or a recipe's name")
         close = difflib.get_close_matches(name, names(), n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise UserError(f"--recipe {name}: unknown; {hint}known: {', '.join(names())}")
+        known = ", ".join([AUTO, NONE, *names()])
+        raise UserError(f"--recipe {name}: unknown; {hint}known: {known}")
     values = structured.read(path, dict[str, Any], what="--recipe")
     if is_of_run(values):
         named = values.get("plugin") or []
@@ -109,6 +112,11 @@ def find(name: str) -> Recipe:
 def is_of_run(values: Mapping[str, Any]) -> bool:
     """Return whether the content of a YAML file is the config.yaml of a run, not a recipe."""
     return "flags" not in values and {"output_dir", "data_set", "epochs"} <= values.keys()
+
+
+def beside(name: str, acc1: float) -> str:
+    """Return `Recipe.beside` of a published recipe, "" for any other value of --recipe."""
+    return find(name).beside(acc1) if name not in UNPUBLISHED else ""
 
 
 def check_needs(recipe: Recipe, args: Namespace) -> None:
