@@ -1,0 +1,116 @@
+"""--recipe auto: when it applies, what it chooses, and what it prints."""
+
+from pathlib import Path
+
+import pytest
+
+import options
+from base import flag_table
+from models import hub
+from training import auto_recipe
+from training.auto_recipe import TrainingSet
+
+DEIT = {"lr": 5e-4, "aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "model_ema": True}
+SMALL = "--model deit_pico_distilled_patch4_32"
+
+
+def parse(folder: Path, flags: str) -> options.Options:
+    return options.parse_args(["--data-path", str(folder), *flags.split()])
+
+
+def uses_defaults(found: options.Options) -> bool:
+    return all(getattr(found.args, name) == value for name, value in DEIT.items())
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "unreachable_reason", lambda: "no network")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--epochs 3",
+        "--minutes 2",
+        "--batch-size 8 --grad-accum-steps 2",
+        "--distillation-type hard --distillation-alpha 0.3",
+        "--output-dir there --seed 4",
+    ],
+)
+def test_small_data_without_training_flags_gets_the_recipe(image_folder: Path, flags: str) -> None:
+    found = parse(image_folder, f"{SMALL} {flags}")
+    assert found.about[0].startswith("recipe auto: 24 images: ")
+    assert not uses_defaults(found)
+    assert found.args.unscale_lr
+
+
+@pytest.mark.parametrize("name", sorted(auto_recipe.TRAINING_FLAGS))
+def test_each_training_flag_keeps_the_defaults(image_folder: Path, name: str) -> None:
+    flag = flag_table.BY_DEST[name]
+    value = "" if flag.kind is bool else str(flag.choices[0] if flag.choices else flag.default)
+    value = {"opt_kwargs": "fused=False", "opt_betas": "0.9 0.99"}.get(
+        name, value if value not in ("None", "[]") else "0.9"
+    )
+    about = parse(image_folder, f"{SMALL} {flag.name} {value}").about
+    assert about == (f"recipe: DeiT's defaults beside {flag.name}",)
+
+
+def test_the_groups_hold_what_they_say() -> None:
+    assert {"lr", "opt", "sched", "aa", "mixup", "drop_path", "smoothing"} <= (
+        auto_recipe.TRAINING_FLAGS
+    )
+    others = {"model", "finetune", "epochs", "minutes", "batch_size", "teacher_model", "data_path"}
+    assert not others & auto_recipe.TRAINING_FLAGS
+
+
+@pytest.mark.parametrize("flags", ["--recipe none", "--eval"])
+def test_the_recipe_can_be_turned_off(image_folder: Path, flags: str) -> None:
+    found = parse(image_folder, f"{SMALL} {flags}")
+    assert uses_defaults(found)
+    assert not found.about
+
+
+def test_published_recipes_and_the_quick_start_stay(image_folder: Path) -> None:
+    assert parse(image_folder, "--recipe deit_tiny_none").args.aa == DEIT["aa"]
+    assert options.parse_args(["--distillation-type", "hard"]).args.lr == 0.002
+
+
+def test_large_data_keep_the_defaults(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_recipe, "MOST_IMAGES", 24)
+    found = parse(image_folder, SMALL)
+    assert uses_defaults(found)
+    assert found.about == ("recipe: DeiT's defaults, for 24 images or more",)
+
+
+def test_missing_data_are_left_to_the_loaders(tmp_path: Path) -> None:
+    assert uses_defaults(parse(tmp_path / "nowhere", SMALL))
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_small_student_is_chosen_without_network(image_folder: Path) -> None:
+    found = parse(image_folder, "")
+    assert found.args.model == "deit_pico_distilled_patch4_32"
+    assert not found.args.pretrained
+    assert "no network" in found.about[1]
+    assert auto_recipe.choose_student(TrainingSet(200, 256), 2, has_gpu=False)[0] == {
+        "model": "deit_pico_distilled_patch8_32",
+        "input_size": [64],
+    }
+
+
+def test_published_weights_are_chosen_with_a_network(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "unreachable_reason", lambda: "")
+    found = parse(image_folder, "--minutes 2 --input-size 96")
+    assert found.args.model == auto_recipe.PUBLISHED
+    assert found.args.pretrained
+    assert found.args.input_size == [96]
+    assert found.args.lr == 2e-4
+
+
+def test_cnns_and_transformers_are_told_apart() -> None:
+    assert auto_recipe.is_transformer("deit_tiny_patch16_224")
+    assert auto_recipe.is_transformer("deit_pico_distilled_patch4_32")
+    assert not auto_recipe.is_transformer("tf_efficientnet_lite0")
