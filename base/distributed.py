@@ -36,6 +36,7 @@ REPORTED = "an error was reported"
 REPORT_S = 3  # how long a process that ends waits for the store, and for another's report
 GRACE_S = 3  # after --dist-timeout, for torch's own message
 SLOW_UPDATE_S = 1.0
+LAG = 2  # updates
 T = TypeVar("T")
 
 
@@ -427,14 +428,14 @@ def on_main(function: Callable[[], T]) -> T:
 class Agreement:
     """All-reduce (max) of a small integer, without blocking the device.
 
-    On a GPU the result is that of `lag` calls ago, so that the host does not wait for work that
-    was only just queued. Where updates are slow (`SLOW_UPDATE_S`) there is no lag.
+    On a GPU the result is that of `LAG` calls ago, so that the host does not wait for work that
+    was only just queued. While updates are slow (`SLOW_UPDATE_S`), and at first, there is no lag.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._queue: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-        self.device, self.lag = device, 2
-        self._called_at = math.inf
+        self.device, self.lag = device, 0
+        self._called_at = -math.inf
 
     def __call__(self, number: int) -> int:
         if world_size() == 1:
@@ -445,20 +446,24 @@ class Agreement:
         if self.device.type != "cuda":
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
             return int(numbers[0])
+        self._queue.append(self._start(numbers))
+        largest = 0
+        while len(self._queue) > self.lag:
+            on_host, ready = self._queue.popleft()
+            ready.synchronize()
+            largest = max(largest, int(on_host[0]))
+            self.lag = 0 if on_host[1] else LAG
+        return largest
+
+    def _start(self, numbers: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Return the result in pinned memory, and the event after which it is there."""
         numbers = numbers.pin_memory().to(self.device, non_blocking=True)
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
         on_host = torch.empty(2, dtype=torch.int32, pin_memory=True)
         on_host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        self._queue.append((on_host, ready))
-        largest = 0
-        while len(self._queue) > self.lag:
-            on_host, ready = self._queue.popleft()
-            ready.synchronize()
-            largest = max(largest, int(on_host[0]))
-            self.lag = 0 if on_host[1] else self.lag
-        return largest
+        return on_host, ready
 
 
 @contextlib.contextmanager

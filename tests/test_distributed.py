@@ -7,6 +7,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,3 +229,23 @@ def test_processes_meet_in_a_store_with_tokens_of_dead_processes() -> None:
         assert not met[0].check(["address"]), "that of the start before"
         met[0].set("address", "127.0.0.1")
         assert met[1].get("address") == met[2].get("address") == b"127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "late"), [([10] * 8, 0), ([0.1] * 8, 2), ([0.1] * 3 + [30] + [0.1] * 8, 2)]
+)
+def test_a_stop_signal_acts_at_once_where_updates_are_slow(
+    seconds: list[float], late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On several GPUs; a single slow update, as between two epochs, does not change the lag."""
+    now = [0.0]
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    agree = distributed.Agreement(torch.device("cuda"))
+    agree._start = lambda numbers: (numbers, SimpleNamespace(synchronize=int))
+    signalled = len(seconds) - 3
+    found = []
+    for number, passed in enumerate(seconds):
+        now[0] += passed
+        found.append(agree(15 if number == signalled else 0))
+    assert found.index(15) - signalled == late and agree.lag == late

@@ -146,7 +146,7 @@ def collect(
     seen = 0
     for images, label, *_ in batches:
         room = len(label) if limit is None else min(len(label), limit - seen)
-        images, label = images[:room].to(device), label[:room]
+        images, label = images.to(device)[:room], label[:room]
         seen_inside = taps.forward(network, images) if taps else TappedOutput(network(images), {})
         output, hidden = seen_inside.logits, seen_inside.states
         outputs = {STUDENT: output, **predictions}
