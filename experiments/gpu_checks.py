@@ -20,7 +20,6 @@ import datasets
 import options
 from base import distributed
 from base.device import autocast
-from base.errors import UserError
 from experiments import kill_sweep
 from experiments.bench_steps import CLASSES, PRECISIONS, Case, Ours
 from experiments.compare import HARD, SETS
@@ -34,9 +33,15 @@ OBJECTIVES = SETS["objectives"] | {
     "accumulation": f"{HARD} --grad-accum-steps 2",
     "LAMB": f"{HARD} --opt lamb",
 }
+WAITS_ALSO = "hard", "accumulation", "LAMB"  # objectives for fp32 and fp16; bf16 has all
 WAIT_FREE = 2, 5  # updates between which the host must not wait
 MOST_APART = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}  # of the gradient, relative
-AUGMENTATIONS = ("--aa rand-m9-mstd0.5-inc1", "--ThreeAugment")
+AUGMENTATIONS = ("--aa rand-m9-mstd0.5-inc1", "--ThreeAugment", "--aa original-mstd0.5")
+# A plugin of main.py. An operator without a deterministic implementation raises an error.
+DETERMINISTIC = """import os, torch
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+torch.use_deterministic_algorithms(True)
+"""
 Result = dict[str, Any]
 
 
@@ -68,25 +73,26 @@ class Checks:
     def host_waits(self) -> Result:
         """Train with every objective while a wait for the GPU is an error, backward included."""
         found = {}
-        for name, flags in OBJECTIVES.items():
-            ours = self.ours("bf16", *flags.split())
-
-            def on_update(number: int) -> None:
-                if number in WAIT_FREE and self.device.type == "cuda":
-                    mode = "error" if number == WAIT_FREE[0] else "default"
-                    torch.cuda.set_sync_debug_mode(mode)
-
+        cases = [("bf16", name) for name in OBJECTIVES]
+        cases += [(precision, name) for precision in ("fp32", "fp16") for name in WAITS_ALSO]
+        for precision, name in cases:
+            flags = OBJECTIVES[name].split()
+            ours = self.ours(precision, *flags)
+            updates = (WAIT_FREE[1] + 1) * (1 + ("--grad-accum-steps" in flags))
             try:
-                ours.train(
-                    2 * (WAIT_FREE[1] + 1) if "accum" in flags else WAIT_FREE[1] + 1, on_update
-                )
-                found[name] = "none"
+                ours.train(updates, self.forbid_waits)
+                found[f"{precision}, {name}"] = "none"
             except RuntimeError as error:
-                found[name] = str(error).splitlines()[0]
+                found[f"{precision}, {name}"] = str(error).splitlines()[0]
             finally:
-                if self.device.type == "cuda":
-                    torch.cuda.set_sync_debug_mode("default")
+                self.forbid_waits(WAIT_FREE[1])
         return result(all(each == "none" for each in found.values()), "host waits", found)
+
+    def forbid_waits(self, update: int) -> None:
+        """Make waits an error from the first update of `WAIT_FREE` to the last one."""
+        if update in WAIT_FREE and self.device.type == "cuda":
+            mode = "error" if update == WAIT_FREE[0] else "default"
+            torch.cuda.set_sync_debug_mode(mode)
 
     def precision(self) -> Result:
         """Compare the gradient of a step with that in float64 on the CPU."""
@@ -170,11 +176,7 @@ class Checks:
         for name in ("hard", "hard + hidden", "hard + VkD"):
             flags = OBJECTIVES[name].split()
             plain = self.ours("bf16", *flags).train(4)["loss"]
-            try:
-                compiled = self.ours("bf16", *flags, "--torchcompile", backend).train(4)["loss"]
-            except UserError as error:
-                found[name] = f"refused: {error.line()}"
-                continue
+            compiled = self.ours("bf16", *flags, "--torchcompile", backend).train(4)["loss"]
             found[name] = f"{abs(plain - compiled) / plain:.1e}"
             passed = passed and abs(plain - compiled) / plain < 1e-2
         return result(passed, "relative difference of the loss, compiled and eager", found)
@@ -211,25 +213,37 @@ class Checks:
         return result(len(set(values)) <= 1, "memory of tensors", found)
 
     def resume(self) -> Result:
-        """Kill a run and resume it: on this device, and on the CPU and back."""
+        """Kill a run and resume it: on this device, on the CPU and back, and deterministically."""
         device, found = str(self.device), {}
-        flags = f"{kill_sweep.FLAGS} {kill_sweep.MATCH} --num_workers 0 --device".split()
+        common = f"{kill_sweep.FLAGS} --num_workers 0 --device {device}".split()
         with tempfile.TemporaryDirectory() as name:
-            whole = Path(name, "whole")
-            kill_sweep.finish([*flags, device], whole)
-            for between in dict.fromkeys([device, "cpu"]):
-                out = Path(name, f"killed_{between}")
-                process = kill_sweep.start([*flags, device], out)
-                self.kill_at("Epoch: [1/2] [4/", process, out)
-                if between != device:
-                    process = kill_sweep.start([*flags, between], out)
-                    self.kill_at("Epoch: [2/2] [2/", process, out)
-                kill_sweep.finish([*flags, device], out)
-                same = kill_sweep.verdict(whole, out) == "identical"
-                text = "identical" if same else f"weights differ by {largest(whole, out):.1e}"
-                found["resumed here" if between == device else "CPU and back"] = text
+            plugin = Path(name, "deterministic.py")
+            plugin.write_text(DETERMINISTIC)
+            plain = [*common, *kill_sweep.MATCH.split()]
+            strict = [*common, *HARD.split(), "--no-teacher-check", "--plugin", str(plugin)]
+            for kind, flags in (("as usual", plain), ("deterministic", strict)):
+                whole = Path(name, kind)
+                kill_sweep.finish(flags, whole)
+                for between in dict.fromkeys([device, "cpu"][: 1 + (kind == "as usual")]):
+                    out = Path(name, f"{kind}, killed, {between}")
+                    self.kill_and_resume(flags, out, between)
+                    same = kill_sweep.verdict(whole, out) == "identical"
+                    text = "identical" if same else f"weights differ by {largest(whole, out):.1e}"
+                    found[f"{kind}, {'resumed here' if between == device else 'CPU and back'}"] = (
+                        text
+                    )
         far = any(float(each.split()[-1]) > 1e-2 for each in found.values() if "differ" in each)
-        return result(not far, "compared with the uninterrupted run", found)
+        passed = not far and found["deterministic, resumed here"] == "identical"
+        return result(passed, "compared with the uninterrupted run", found)
+
+    def kill_and_resume(self, flags: list[str], out: Path, between: str) -> None:
+        """Kill a run and resume it; if `between` is another device, its middle runs there."""
+        process = kill_sweep.start(flags, out)
+        self.kill_at("Epoch: [1/2] [4/", process, out)
+        if between != str(self.device):
+            process = kill_sweep.start([*flags, "--device", between], out)
+            self.kill_at("Epoch: [2/2] [2/", process, out)
+        kill_sweep.finish(flags, out)
 
     def kill_at(self, words: str, process: Any, out: Path) -> None:
         """Kill a run when it has printed `words`."""
