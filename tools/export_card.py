@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from jinja2 import Environment, FileSystemLoader
 
 import models
 from base import files, safe_load
@@ -40,7 +40,6 @@ AUGMENTATION = (
     "bce_loss",
 )
 MARKUP = re.compile(r"([\\`*<>\[\]|])")
-SHOWN_CLASSES = 20  # of their names; all of them are in config.json
 
 
 def settings_of(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def _brief(source: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What the model card states.
+    """What the model card states. Its text is model_card.md.jinja.
 
     about: the network, its input and output. files: a line for each file, its name first.
     license, data_license: the Hub's identifiers. repository: on the Hub, "" for none.
@@ -187,134 +186,24 @@ class Card:
 
     def text(self) -> str:
         """Return the card as Markdown, with the Hub's front matter."""
+        pages = Environment(
+            loader=FileSystemLoader(Path(__file__).parent), keep_trailing_newline=True
+        )
+        pages.filters["markdown"] = escape
         licences = [
             ("licence of the weights", self.license),
             ("licence of the training data", self.data_license),
         ]
-        parts = [
-            f"# {escape(self.title)}",
-            escape(self.about),
-            *self._classes(),
-            "\n".join(
-                ["| | |", "|---|---|"]
-                + [f"| {escape(name)} | {escape(value)} |" for name, value in self.rows + licences]
-            ),
-            "## Files",
-            "\n".join(f"- {line}" for line in self.files),
-            "## Loading",
-            "Run these lines in this folder. They need only the packages that they import.",
-            *(f"```python\n{code}```" for code in self._loading()),
-        ]
-        return self._front_matter() + "\n\n".join(parts) + "\n"
-
-    def _front_matter(self) -> str:
-        front = {
-            "license": self.license,
-            "data_license": self.data_license,
-            "library_name": "timm",
-            "pipeline_tag": "image-classification",
-            "tags": ["image-classification", "timm", "knowledge-distillation"],
-        }
-        return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-
-    def _classes(self) -> list[str]:
-        if not self.classes:
-            return []
-        shown = [escape(str(name)) for name in self.classes[:SHOWN_CLASSES]]
-        total = len(self.classes)
-        more = f", ... ({total} in config.json)" if total > len(shown) else ""
-        return [f"Classes in the order of the logits: {', '.join(shown)}{more}."]
-
-    def _loading(self) -> list[str]:
-        names = {line.partition(":")[0] for line in self.files}
-        codes = []
-        if "model.safetensors" in names:
-            name = self.title.partition(".")[0]
-            codes.append(_loading_of_resnet_pico(self) if name == CNN else LOAD_IN_TIMM)
-        if "model.pt2" in names:
-            codes.append(LOAD_EXPORTED.format(size=self.inputs.input_size))
-        if "model.onnx" in names:
-            codes.append(LOAD_ONNX.format(size=self.inputs.input_size))
-        if self.repository and "model.safetensors" in names and self.title != CNN:
-            codes.append(LOAD_FROM_HUB.format(repository=self.repository))
-        return codes
+        return pages.get_template("model_card.md.jinja").render(
+            vars(self)
+            | {
+                "rows": self.rows + licences,
+                "written": [line.partition(":")[0] for line in self.files],
+                "is_cnn": self.title.partition(".")[0] == CNN,
+            }
+        )
 
 
 def escape(text: str) -> str:
     """Return `text` for one line of Markdown: no control characters, no markup, no table cells."""
     return MARKUP.sub(r"\\\1", printable(text))
-
-
-def _loading_of_resnet_pico(card: Card) -> str:
-    inputs = card.inputs
-    return LOAD_RESNET_PICO.format(
-        mean=inputs.mean,
-        std=inputs.std,
-        size=(3, *inputs.input_size),
-        interpolation=inputs.interpolation,
-        crop=inputs.crop_ratio,
-    )
-
-
-PREDICT = """
-image = Image.new("RGB", (320, 240), "orange")  # or Image.open("photo.jpg").convert("RGB")
-with torch.no_grad():
-    probabilities = network(transform(image)[None]).softmax(1)
-print(probabilities.topk(1))
-"""
-LOAD_IN_TIMM = (
-    """import timm
-import torch
-from PIL import Image
-
-network = timm.create_model("local-dir:.", pretrained=True).eval()
-config = timm.data.resolve_model_data_config(network)
-transform = timm.data.create_transform(**config, is_training=False)
-"""
-    + PREDICT
-)
-LOAD_RESNET_PICO = (
-    """import timm
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-from timm.models.resnet import BasicBlock, ResNet
-
-weights = load_file("model.safetensors")
-network = ResNet(
-    BasicBlock,
-    layers=(1, 1, 1, 1),
-    channels=(16, 32, 48, 64),
-    stem_type="deep",
-    stem_width=8,
-    num_classes=len(weights["fc.bias"]),
-)
-network.maxpool = torch.nn.Identity()  # timm has no name for a ResNet without this pooling
-network.load_state_dict(weights)
-network.eval()
-transform = timm.data.create_transform(
-    input_size={size},
-    mean={mean},
-    std={std},
-    interpolation="{interpolation}",
-    crop_pct={crop},
-)
-"""
-    + PREDICT
-)
-LOAD_EXPORTED = """import torch
-
-network = torch.export.load("model.pt2").module()
-print(network(torch.zeros(1, 3, *{size})).shape)
-"""
-LOAD_ONNX = """import numpy
-import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-images = numpy.zeros((1, 3, *{size}), dtype="float32")
-print(session.run(None, {{"images": images}})[0].shape)
-"""
-LOAD_FROM_HUB = """import timm
-
-network = timm.create_model("hf-hub:{repository}", pretrained=True).eval()
-"""

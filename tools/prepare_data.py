@@ -19,13 +19,13 @@ import itertools
 import logging
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -36,7 +36,6 @@ from base.flag_table import INAT_CATEGORIES  # noqa: E402
 from base.text import printable  # noqa: E402
 from data import folders, image_dataset, image_ops, image_source, packed, sources  # noqa: E402
 from data.labels import ModelClasses, map_labels  # noqa: E402
-from training.metrics import clock  # noqa: E402
 
 _logger = logging.getLogger("prepare_data")
 SPLITS = {"train": True, "val": False}
@@ -200,7 +199,7 @@ def write_split(
     writer, total = packed.Writer(folder, split), len(source)
     if writer.next_place:
         print(f"{split}: goes on after {writer.next_place} of {total}")
-    bar = Bar(split, total, writer.next_place)
+    shown = bar(split, total, writer.next_place)
     for place, *entry in entries(source, writer.next_place, args):
         if len(entry) == 1:
             if args.on_bad_image == "fail":
@@ -213,41 +212,19 @@ def write_split(
         if labels is not None:
             label = labels[image_dataset.check_label(label, len(labels))]
         writer.append(data, height, width, label, place)
-        bar.show(place + 1)
+        shown.update(place + 1 - shown.n)
     facts = writer.close()
-    bar.close()
+    shown.close()
     if not facts["pictures"]:
         raise UserError(f"{args.source}: no image for {split}")
     print(f"{split}: {facts['pictures']} images, {facts['bytes'] / 1e9:.3f} GB")
     return facts
 
 
-class Bar:
-    """How far it is, on a line of its own where someone looks, else a line now and then."""
-
-    def __init__(self, name: str, total: int, done: int) -> None:
-        self.name, self.total, self.first = name, total, done
-        self.started = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.shown < (0.2 if self.live else 30):
-            return
-        self.shown = now
-        rate = (done - self.first) / (now - self.started)
-        bar = "#" * (30 * done // self.total)
-        print(
-            f"{self.name} [{bar:<30}] {done}/{self.total}, {rate:.0f} images/s, "
-            f"{clock((self.total - done) / rate)} left",
-            end="\r" if self.live else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def close(self) -> None:
-        if self.live:
-            print("\033[K", end="", file=sys.stderr, flush=True)
+def bar(name: str, total: int, done: int = 0) -> tqdm:
+    """Return a progress bar, which writes every half minute if stderr is no terminal."""
+    seconds = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(desc=name, total=total, initial=done, unit=" images", mininterval=seconds)
 
 
 def verify(folder: str) -> None:
@@ -255,12 +232,10 @@ def verify(folder: str) -> None:
     bad = []
     for split in packed.read_manifest(Path(folder))["splits"]:
         source = packed.Prepared(folder, split)
-        bar = Bar(split, len(source), 0)
-        for number, damaged in enumerate(source.damaged(), start=1):
-            bar.show(number)
-            if damaged is not None:
-                bad.append(source.name(damaged))
-        bar.close()
+        with bar(split, len(source)) as shown:
+            for damaged in source.damaged():
+                shown.update()
+                bad += [] if damaged is None else [source.name(damaged)]
         print(f"{split}: {len(source)} images read")
     if bad:
         raise UserError(
