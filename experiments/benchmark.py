@@ -12,10 +12,7 @@ builds. On a GPU use experiments/gpu_plan.py.
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -26,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import timm  # noqa: E402
-import torch  # noqa: E402
 
 import models  # noqa: E402
 from base import distributed  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from experiments import bench_loader  # noqa: E402
+from experiments.about import about  # noqa: E402
 from experiments.bench_race import OwnProcess, race, table  # noqa: E402
 from experiments.bench_steps import PRECISIONS, Case, Ours, Reference, Timm  # noqa: E402
 
@@ -156,27 +153,6 @@ def save(path: Path | None, found: dict[str, Any]) -> None:
             path.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json {path}: {error.strerror}") from error
-
-
-def about(device: torch.device) -> list[str]:
-    """Return the lines with the command, the machine, the versions and the commit."""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        able = torch.cpu.get_capabilities()
-        units = ", ".join(u for u in ("avx2", "avx512_bf16", "amx_bf16") if able.get(u))
-        machine = f"{platform.machine()} CPU ({units}), {torch.get_num_threads()} thread(s)"
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    program = str(Path(sys.argv[0]).name)
-    versions = f"torch {torch.__version__.split('+')[0]}, timm {timm.__version__}"
-    return [
-        "```",
-        shlex.join(["python", f"experiments/{program}", *sys.argv[1:]]),
-        "```",
-        "",
-        f"{machine}; {versions}; commit {commit or 'unknown'}.",
-    ]
 
 
 def run_program(program: Any) -> int:

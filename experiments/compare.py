@@ -14,7 +14,6 @@ Each row is `NAME: FLAGS` of main.py; flags after `--` go to every run. --rows t
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -22,10 +21,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import timm
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from experiments.about import about  # noqa: E402
+
 # For few images and few updates: crops and mirrors alone, and a learning rate for small models
 RECIPE = (
     "--unscale-lr --lr 2e-3 --warmup-epochs 2 --no-repeated-aug --aa none --color-jitter 0 "
@@ -78,7 +78,8 @@ def main() -> int:
             pool.map(lambda job: one_run(args, *job, common + shlex.split(rows[job[0]])), jobs)
         )
     found = {name: [log for (own, _), log in zip(jobs, logs) if own == name] for name in rows}
-    text = "\n".join([*table(rows, found), *about(args), ""])
+    seeds = f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last epoch."
+    text = "\n".join([*table(rows, found), "", seeds, "", *about(), ""])
     print(text)
     if args.write:
         args.write.parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +103,8 @@ def _parser() -> argparse.ArgumentParser:
 def one_run(args: argparse.Namespace, name: str, seed: int, flags: list[str]) -> dict:
     """Run main.py, unless it is complete in its folder; return the last line of its log.txt."""
     folder = args.runs / name / f"seed{seed}"
-    places = {"{runs}": str(args.runs), "{seed}": str(seed)}
-    for place, value in places.items():
-        flags = [word.replace(place, value) for word in flags]
+    for name_, value in {"{runs}": args.runs, "{seed}": seed}.items():
+        flags = [word.replace(name_, str(value)) for word in flags]
     command = [str(ROOT / "main.py"), *flags, "--seed", str(seed), "--output_dir", str(folder)]
     done, words = folder / "command.txt", shlex.join(command[1:])
     if not done.exists() or done.read_text() != words:
@@ -133,24 +133,6 @@ def table(rows: dict[str, str], found: dict[str, list[dict]]) -> list[str]:
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | `{flags}` |")
     return lines
-
-
-def about(args: argparse.Namespace) -> list[str]:
-    """Return the lines below the table: seeds, command, versions."""
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return [
-        "",
-        f"Mean ± sample standard deviation over {len(args.seeds)} seeds, after the last epoch.",
-        "",
-        "```",
-        shlex.join(["python", "experiments/compare.py", *sys.argv[1:]]),
-        "```",
-        "",
-        f"Commit {answer.stdout.strip() or 'unknown'}, torch {torch.__version__.split('+')[0]}, "
-        f"timm {timm.__version__}, {platform.machine()}, one CPU thread per run.",
-    ]
 
 
 def spread(values: list[float | None]) -> str:

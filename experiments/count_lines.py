@@ -5,7 +5,7 @@
 A line counts if it has code: blank lines, lines with only a comment, and docstrings do not count.
 Lines are counted in a copy that ruff has formatted (100 columns) without `# fmt: skip` and
 `# fmt: off`. "Product" is all but tests/, models/ and losses.py. The imported modules are those of
-a short run on the digits. Functions over 60 lines are listed.
+a short run on the digits. tests/test_code_rules.py checks the length of functions.
 """
 
 import argparse
@@ -20,8 +20,11 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.about import commit
+
 RUN = "--distillation-type hard --epochs 1"
-LONGEST = 60
 NOT_CODE = ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENCODING", "ENDMARKER")
 WITH_DOCSTRING = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 # Runs main.py and writes the files of the imported modules, one a line, to argv[1] at the end.
@@ -43,25 +46,18 @@ def main() -> int:
     args = parser.parse_args()
     for checkout in args.checkouts:
         root = checkout.resolve()
-        print(f"{checkout} ({git(root, 'rev-parse', '--short', 'HEAD').strip()})")
+        print(f"{checkout} ({commit(root)})")
         sources = format_sources(root)
         counts = {path: len(code_lines(text)) for path, text in sources.items()}
         print_counts(counts, imported_files(root))
-        print_long_functions(sources)
     return 0
-
-
-def git(root: Path, *words: str) -> str:
-    """Return the output of a git command in `root`."""
-    return subprocess.run(
-        ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
-    ).stdout
 
 
 def format_sources(root: Path) -> dict[str, str]:
     """Return the formatted text of every Python file that git does not ignore, by its path."""
-    names = git(root, "ls-files", "--cached", "--others", "--exclude-standard", "*.py").split("\n")
-    names = [name for name in names if name and (root / name).is_file()]
+    command = ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    names = [name for name in files if name.endswith(".py") and (root / name).is_file()]
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             copy = Path(temporary, name)
@@ -132,18 +128,6 @@ def print_counts(counts: dict[str, int], imported: set[str]) -> None:
     total, of_product = (sum(part.get(path, 0) for path in entered) for part in (counts, product))
     print(f"  {total:6} in {len(entered)} modules imported by main.py {RUN}, {of_product} product")
     print("         " + ", ".join(f"{path} {counts[path]}" for path in entered))
-
-
-def print_long_functions(sources: dict[str, str]) -> None:
-    """Print functions over LONGEST lines outside tests: all lines, and those with code."""
-    for path, text in sources.items():
-        lines = code_lines(text)
-        for node in ast.walk(ast.parse(text)) if not path.startswith("tests/") else ():
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                span = range(node.lineno, (node.end_lineno or 0) + 1)
-                if len(span) > LONGEST:
-                    code = len(lines.intersection(span))
-                    print(f"  {len(span):6} lines, {code} of code: {path}:{node.name}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,10 @@ import torch
 import torch.utils.tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiments.about import commit
+
 COMMON = (
     "--data-set DIGITS --model deit_pico_distilled_patch8_32 --batch-size 89 --epochs 2 "
     "--warmup-epochs 1 --lr 0.002 --unscale-lr --drop-path 0.1 --aa none --color-jitter 0 "
@@ -217,7 +221,11 @@ class Checkout:
         if name not in self.results:
             folder, done = self.runs / name, self.runs / name / "done.json"
             flags = self.flags(CASES[name], folder)
-            identity = {"flags": flags, "commit": self.commit(), "torch": torch.__version__}
+            identity = {
+                "flags": flags,
+                "commit": commit(self.root, "--abbrev=40"),
+                "torch": torch.__version__,
+            }
             if not (self.reuse and done.is_file() and json.loads(done.read_text()) == identity):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -233,10 +241,6 @@ class Checkout:
         if case.resume_at:
             text += f" --resume {find_checkpoint(self.old_runs / case.like, case.resume_at)}"
         return shlex.split(text.format(old=self.old_runs, own=self.runs))
-
-    def commit(self) -> str:
-        command = ["git", "-C", str(self.root), "describe", "--always", "--dirty", "--abbrev=40"]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     def start(self, flags: list[str], processes: int, output: Path) -> int:
         """Run main.py with its output in a file and return the exit code."""

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import random
 import re
 import shlex
@@ -34,6 +33,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from experiments.about import about  # noqa: E402
 from training.checkpointer import MAY_CHANGE  # noqa: E402
 
 FLAGS = (
@@ -261,17 +261,13 @@ def main() -> int:
 def report(rows: list[list[object]]) -> str:
     """Return the Markdown page of the sweep."""
     good = sum(row[-1] == "identical" for row in rows)
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = [
         "# Runs killed at many moments and resumed",
         "",
         f"{good} of {len(rows)} killed runs are identical to the uninterrupted one: weights, "
         "averages, optimizer, counters and log.txt, to the bit.",
         "",
-        f"Command: `{shlex.join(['python', 'experiments/kill_sweep.py', *sys.argv[1:]])}`; commit "
-        f"{commit}; {os.cpu_count()} CPU cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, torch {torch.__version__}.",
+        *about(),
         "",
         "| point | setting | killed in | last line; continued from | result |",
         "|---|---|---|---|---|",

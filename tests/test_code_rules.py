@@ -115,3 +115,12 @@ def test_no_bare_except_and_no_assert_for_users(path: Path) -> None:
     for node in ast.walk(tree(path)):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), node.lineno
         assert not isinstance(node, ast.Assert), f"{path.name}:{node.lineno}: assert"
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    programs = [path for name in ("tools", "experiments") for path in (ROOT / name).glob("*.py")]
+    for path in FILES + programs:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 60, f"{name_of(path)}: {node.name} has {lines} lines"
