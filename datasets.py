@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from base.distributed import Processes, leave_signals_to_parent
 from base.errors import UserError
+from base.flag_table import has_teacher
 from base.text import printable
 from data.byte_batches import DeferNormalize
 from data.folder_parts import find_validation
@@ -24,12 +25,13 @@ from data.image_dataset import (
     number_labels,
     present_outputs,
 )
-from data.image_source import Shards
+from data.image_source import Shards, Source
 from data.labels import ModelClasses
 from data.loaders import ImageLoader
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from data.sources import Part, open_source
 from data.transforms import InputConfig, build_transform
+from data.unlabelled import WithUnlabelled, keep_labels, open_unlabelled
 
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ def build_dataset(
     if args.on_bad_image == "skip":
         bad_images = "replace" if is_train else "leave out"
     source = open_source(name, root, part)
+    if is_train and (args.unlabelled_path or args.labels_per_class):
+        source = build_unlabelled(args, source)
     hflip = 0.5 if source.mirrors else 0.0
     transform = build_transform(is_train, args, inputs, hflip=hflip)
     if is_train and args.augment_on == "device":
@@ -72,6 +76,25 @@ def build_dataset(
     if isinstance(source, Shards):
         return Stream(source, transform, num_classes), num_classes
     return ImageDataset(source, transform, num_classes, bad_images), num_classes
+
+
+def build_unlabelled(args: Namespace, source: Source) -> Source:
+    """Return the training images with the labels that are used, and the unlabelled ones.
+
+    Without a teacher the images that lose their labels are left out.
+    Raises UserError for streamed data, and for unlabelled data that cannot be read.
+    """
+    if isinstance(source, Shards):
+        raise UserError(
+            f"--data-set {args.data_set}: streamed data has no index, so it cannot be joined with "
+            "unlabelled images; prepare it with tools/prepare_data.py"
+        )
+    others: list[Source] = []
+    if args.labels_per_class:
+        uses_others = has_teacher(args) and not args.cosub
+        source, others = keep_labels(source, args.labels_per_class, keep_others=uses_others)
+    others += [open_unlabelled(path) for path in args.unlabelled_path]
+    return WithUnlabelled(source, others, args.unlabelled_ratio) if others else source
 
 
 def count_classes(classes: list[str] | None, wanted: int | None, what: str) -> int:
@@ -129,6 +152,12 @@ class Loaders:
     def form(self) -> str:
         """How the training images are stored."""
         return self.data[0].source.form
+
+    @property
+    def unlabelled(self) -> str:
+        """The number of unlabelled training images and a hash of them, "" if there are none."""
+        source = self.data[0].source
+        return source.identity_of_unlabelled() if isinstance(source, WithUnlabelled) else ""
 
     @property
     def mirrors(self) -> bool:

@@ -29,6 +29,7 @@ Pair = Sequence[Tensor]  # two layers of one network
 # TextBrewer's: scores of padded keys carry an additive -10000, so whatever lies this far below
 # zero is taken for padding. Applied only where no mask is given.
 PADDING_SCORE = -1e-3
+UNLABELLED = -1  # the class number of an image without a label
 
 
 # --- precision ------------------------------------------------------------------------------
@@ -148,7 +149,9 @@ class DistillationLoss(nn.Module):
         return dict(zip(("base", "distillation"), self.weights))
 
     def at_update(self, update: int) -> None:
-        """Prepare for an update, counted from 0. The weights are constant, so nothing changes."""
+        """Prepare for an update, counted from 0. The weights are constant."""
+        if isinstance(self.base_criterion, LabelledMean):
+            self.base_criterion.at_update(update)
 
     def forward(
         self,
@@ -173,8 +176,10 @@ class DistillationLoss(nn.Module):
             if labels.is_floating_point():
                 labels = labels.to(logits.dtype)
             base = self.base_criterion(logits, labels)
+        self.terms = {"base": base.detach()}
+        if isinstance(self.base_criterion, LabelledMean):
+            self.terms |= self.base_criterion.shares
         if self.distillation_type == "none":
-            self.terms = {"base": base.detach()}
             return base
         if isinstance(teacher_outputs, list | tuple):
             pairs = zip(self.teacher_weights, teacher_outputs, strict=True)
@@ -182,7 +187,7 @@ class DistillationLoss(nn.Module):
             distillation = torch.as_tensor(sum(terms))
         else:
             distillation = self._distill(logits_S, self._teacher_logits(inputs, teacher_outputs))
-        self.terms = {"base": base.detach(), "distillation": distillation.detach()}
+        self.terms["distillation"] = distillation.detach()
         return self.weights[0] * base + self.weights[1] * distillation
 
     def _read_outputs(self, outputs: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -274,6 +279,10 @@ class BinaryCrossEntropyTargets(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss; raises ValueError if `labels` is neither (B,) integers nor (B,C)."""
+        return self.of_entries(logits, labels).mean()
+
+    def of_entries(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of every image and class, (B,C)."""
         with _autocast_off(logits):
             (logits,) = _raised(logits)
             targets = _as_targets(logits, labels)
@@ -281,7 +290,58 @@ class BinaryCrossEntropyTargets(nn.Module):
             # their sum may round to above off.
             off_value = 1.01 * self.smoothing / logits.shape[1]
             targets = (targets > off_value).to(logits.dtype)
-            return F.binary_cross_entropy_with_logits(logits, targets)
+            return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+class LabelledMean(nn.Module):
+    """A base criterion for batches in which images have no label: its mean over the others.
+
+    Called as (logits (B,C), labels): class numbers (B,), `UNLABELLED` for an image without one; or
+    shares (B,C) from mixing, in which each unlabelled part of an image is missing, so that a row
+    adds up to the image's labelled part w. An image counts w times: the loss is the sum of w times
+    the loss of each image, divided by the number of labelled images, and 0 if there are none.
+    mean_labelled: the labelled images of a micro-step in one process, as an average over all
+        micro-steps and processes of an update, by the number of the update. The loss of an update
+        is then the exact mean over its labelled images. None: divide by those of the batch.
+    bce, smoothing: as in `build_base_criterion`.
+
+    After a call `shares` holds the shares of images in the batch with and without a label.
+    """
+
+    def __init__(
+        self,
+        *,
+        bce: bool = False,
+        smoothing: float = 0.0,
+        mean_labelled: Callable[[int], float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.bce = BinaryCrossEntropyTargets(smoothing) if bce else None
+        self.smoothing, self.mean_labelled = smoothing, mean_labelled
+        self.count: float | None = None
+        self.shares: dict[str, Tensor] = {}
+
+    def at_update(self, update: int) -> None:
+        """Set the number of labelled images to divide by in an update, counted from 0."""
+        if self.mean_labelled is not None:
+            self.count = self.mean_labelled(update)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss, a scalar."""
+        is_mixed = labels.is_floating_point()
+        parts = (labels.sum(1) if is_mixed else labels != UNLABELLED).to(logits.dtype)  # (B,)
+        if self.bce is not None:
+            known = labels if is_mixed else labels.clamp(min=0)
+            total = (self.bce.of_entries(logits, known).mean(1) * parts).sum()
+        else:
+            smoothing = 0.0 if is_mixed else self.smoothing
+            total = F.cross_entropy(
+                logits, labels, reduction="sum", ignore_index=UNLABELLED, label_smoothing=smoothing
+            )
+        labelled = parts.mean().detach()
+        self.shares = {"labelled": labelled, "unlabelled": 1 - labelled}
+        count = parts.sum() if self.count is None else self.count
+        return total / torch.as_tensor(count, dtype=total.dtype).clamp(min=1e-6)
 
 
 def _as_targets(logits: Tensor, labels: Tensor) -> Tensor:
@@ -296,30 +356,50 @@ def _as_targets(logits: Tensor, labels: Tensor) -> Tensor:
     return labels if labels.is_floating_point() else labels.to(logits.dtype)
 
 
-def build_base_criterion(*, mixing: bool, smoothing: float, bce: bool) -> nn.Module:
+def build_base_criterion(
+    *,
+    mixing: bool,
+    smoothing: float,
+    bce: bool,
+    mean_labelled: Callable[[int], float] | None = None,
+) -> nn.Module:
     """Return the loss of the class logits (B,C) against the labels, as DeiT chooses it.
 
     mixing: labels are shares (B,C), which mixup or cutmix has already smoothed.
     smoothing: label smoothing, at least 0 and below 1. bce: binary cross entropy instead.
+    mean_labelled: of `LabelledMean`, if some images have no label; None: all have one.
     """
     if not 0 <= smoothing < 1:
         raise UserError(f"--smoothing {smoothing}: must be at least 0 and below 1")
+    if mean_labelled is not None:
+        return LabelledMean(bce=bce, smoothing=smoothing, mean_labelled=mean_labelled)
     if bce:
         return BinaryCrossEntropyTargets(smoothing)
     return nn.CrossEntropyLoss(label_smoothing=0.0 if mixing else smoothing)
 
 
 def build_criterion(
-    args: Namespace, *, mixing: bool, head: str = "dist", **extensions: Any
+    args: Namespace,
+    *,
+    mixing: bool,
+    head: str = "dist",
+    mean_labelled: Callable[[int], float] | None = None,
+    **extensions: Any,
 ) -> nn.Module:
     """Return the objective of the command line; its calls get the teacher's logits.
 
+    mean_labelled: of `LabelledMean`, if some images have no label; None: all have one.
     extensions: `kd_loss` and `teacher_weights` of DistillationLoss.
     """
     if args.cosub:
         return CosubLoss()
     return DistillationLoss(
-        build_base_criterion(mixing=mixing, smoothing=args.smoothing, bce=args.bce_loss),
+        build_base_criterion(
+            mixing=mixing,
+            smoothing=args.smoothing,
+            bce=args.bce_loss,
+            mean_labelled=mean_labelled,
+        ),
         None,
         args.distillation_type,
         args.distillation_alpha,

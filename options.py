@@ -282,6 +282,19 @@ def settings_of_run(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return defaults | dict(values) | found
 
 
+def check_unlabelled(args: argparse.Namespace) -> None:
+    """Raise UserError for unlabelled images in a run that cannot use them."""
+    if not args.unlabelled_path or args.eval:
+        return
+    if args.cosub:
+        raise UserError("--unlabelled-path cannot go with --cosub, which has no teacher")
+    if not flag_table.has_teacher(args):
+        raise UserError(
+            "--unlabelled-path: only a teacher can use images without labels; set "
+            "--distillation-type soft or hard, or leave it out"
+        )
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return a hint with the words that are close to a misspelt one, or ""."""
     bare = {name.lstrip("-"): name for name in known}  # dashes would make any two flags alike
@@ -313,6 +326,7 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
             f"--val-labels {args.val_labels}: only a folder of images (--data-set IMNET) takes it; "
             f"--data-set {args.data_set} has its own labels"
         )
+    check_unlabelled(args)
     if args.cosub and distils:
         raise UserError(
             "--cosub has no teacher: it cannot go with "

@@ -44,7 +44,7 @@ def _distils(s: Namespace) -> bool:
     return s.distillation_type != "none"
 
 
-def _has_teacher(s: Namespace) -> bool:
+def has_teacher(s: Namespace) -> bool:
     return _distils(s) or bool(s.match) or s.ranking_kl_weight > 0
 
 
@@ -68,7 +68,7 @@ def no_effect(name: str, kind: Any, default: Any, why: str) -> Flag:
 
 
 NOT_SAVED = Idle(lambda s: not s.output_dir, "nothing is saved, because --output_dir is empty")
-NO_TEACHER = Idle(lambda s: not _has_teacher(s), "--distillation-type is none")
+NO_TEACHER = Idle(lambda s: not has_teacher(s), "--distillation-type is none")
 NO_DISTILLATION = Idle(lambda s: not _distils(s), "--distillation-type is none")
 NO_CACHE = Idle(lambda s: not s.teacher_cache, "it belongs to --teacher-cache")
 NO_RANKING = Idle(lambda s: not s.ranking_kl_weight, "--ranking-kl-weight is 0")
@@ -97,6 +97,9 @@ COSUB_IS_BCE = Idle(lambda s: s.cosub, "--cosub always is binary cross entropy")
 NOT_DIGITS = Idle(lambda s: s.data_set != "DIGITS", "only for the embedded digits")
 NOT_INAT = Idle(lambda s: s.data_set not in ("INAT", "INAT19"), "only for INAT and INAT19")
 NOT_IMNET = Idle(lambda s: s.data_set != "IMNET", "only for folders of images (IMNET)")
+NO_UNLABELLED = Idle(
+    lambda s: s.eval or not (s.unlabelled_path or s.labels_per_class), "all images have labels"
+)
 NO_WORKERS = Idle(lambda s: s.num_workers == 0, "there are no workers")
 
 
@@ -380,6 +383,15 @@ DATA = (
     Flag("--data-path", str, "", MAY_CHANGE, COMMON).help("image folder; empty: digits"),
     Flag("--data-set", str, None, COMMON).help(
         f"{', '.join(DATA_SETS)}, or a name of timm; default: IMNET, or DIGITS without --data-path"
+    ),
+    Flag(
+        "--unlabelled-path", str, [], ONLY_EVALUATES, MAY_CHANGE, repeat="list", metavar="PATH"
+    ).help("images for the teacher alone: folder, tar files or text file of paths; repeatable"),
+    Flag("--unlabelled-ratio", float, None, POSITIVE, NO_UNLABELLED, metavar="R").help(
+        "unlabelled images for each labelled one in an epoch; default: every image once"
+    ),
+    Flag("--labels-per-class", int, 0, FROM_0, ONLY_EVALUATES, metavar="N").help(
+        "labels to use of each class, the other images are unlabelled; 0: all"
     ),
     Flag("--val-split", str, "test", NOT_DIGITS, choices=("test", "dev")).help(
         "of the embedded digits: the split to evaluate; tune on dev"

@@ -16,6 +16,7 @@ from base.errors import UserError
 from base.text import class_name
 from data.loaders import ImageLoader
 from data.transforms import InputConfig
+from losses import UNLABELLED
 from models.features import FeatureTaps, Tap, layout_of
 
 SIDE, LINE, LETTERS = 192, 19, 15  # pixels of a tile, of a line of its caption, and of its letters
@@ -80,9 +81,13 @@ def train_batch(
     images, labels = (part.to(device) for part in loader.load(keys))
     if mixup_fn is not None:
         images, labels = mixup_fn(images, labels)
-    width = len(classes) if classes else int(labels.max()) + 1
-    shares = labels if labels.dim() == 2 else F.one_hot(labels, width)
-    captions = [[top_classes(row.float(), classes)] for row in shares.cpu()]
+    width = len(classes) if classes else int(labels.max().clamp(min=0)) + 1
+    shares = labels
+    if labels.dim() == 1:
+        shares = F.one_hot(labels.clamp(min=0), width) * (labels != UNLABELLED)[:, None]
+    captions = [
+        [top_classes(row.float(), classes) if row.any() else "no label"] for row in shares.cpu()
+    ]
     if teacher is not None:
         for lines, row in zip(captions, teacher(images).softmax(1).cpu()):
             lines.append(f"teacher: {top_classes(row, classes)}")

@@ -73,10 +73,27 @@ def list_images(folder: str | os.PathLike, *, natural_order: bool = False) -> Li
     )
 
 
-def _images_below(folder: str, skipped: Skipped, class_folders: list[str]) -> Iterator[str]:
+def list_tree(folder: str) -> tuple[list[str], list[str], Skipped]:
+    """Return the images and the tar files below `folder`, sorted paths relative to it.
+
+    Images may lie at any depth. What `list_images` skips is skipped here too.
+    """
+    skipped, tars = Skipped(), list[str]()
+    return sorted(_images_below(folder, skipped, [], tars)), sorted(tars), skipped
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name ends like an image's."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _images_below(
+    folder: str, skipped: Skipped, class_folders: list[str], tars: list[str] | None = None
+) -> Iterator[str]:
     """Yield the images in the subfolders of `folder`, as paths relative to it.
 
-    The names of the subfolders are added to `class_folders`.
+    The names of the subfolders are added to `class_folders`. With `tars`, tar files are added to
+    it, and images in `folder` itself are yielded too.
     """
     root = os.path.realpath(folder)
     linked: set[str] = set()  # where the links lead that were followed
@@ -99,9 +116,11 @@ def _images_below(folder: str, skipped: Skipped, class_folders: list[str]) -> It
                 else:
                     waiting.append(path)
                     class_folders += [path] * (not below)
+            elif tars is not None and entry.name.endswith(".tar") and entry.is_file():
+                tars.append(path)
             elif reason := _why_no_image(entry):
                 skipped.add(reason, path)
-            elif not below:
+            elif tars is None and not below:
                 skipped.add("images outside class folders", path)
             else:
                 yield path
@@ -121,10 +140,9 @@ def _why_no_image(entry: os.DirEntry) -> str:
     """Return why a file is not read as an image, or "" if it is."""
     if not entry.is_file():
         return "broken links" if entry.is_symlink() else "pipes or devices"
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in SUFFIXES:
+    if is_image_name(entry.name):
         return ""
-    if suffix:
+    if suffix := os.path.splitext(entry.name)[1].lower():
         return f"files with suffix {printable(suffix)}"
     try:
         with open(entry.path, "rb") as file:

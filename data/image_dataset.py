@@ -16,6 +16,7 @@ from data.image_ops import UNREADABLE, to_rgb
 from data.image_source import Shards, Source
 from data.labels import ModelClasses, map_labels
 from data.transforms import Transform
+from losses import UNLABELLED
 
 _logger = logging.getLogger(__name__)
 UNREADABLE_IN_A_ROW = 100  # more is a lost disk, not a bad image
@@ -83,13 +84,19 @@ class ImageDataset(Dataset):
                 f"image {name} cannot be read: {reason or type(error).__name__}; "
                 "repair or remove it, or use --on-bad-image skip"
             ) from error
-        if not self._unreadable[index]:
-            self._unreadable[index] = True
+        original = self.source.original(index)
+        if not self._unreadable[original]:
+            self._unreadable[original] = True
             _logger.warning("image %s cannot be read: %s; skipped", name, reason)
 
 
 def output_of(label: Any, outputs: Sequence[int] | None, num_classes: int) -> int:
-    """Return the model's output for the label of an image. outputs: of each class, or None."""
+    """Return the model's output for the label of an image. outputs: of each class, or None.
+
+    The label of an image without one, `UNLABELLED`, stays.
+    """
+    if label == UNLABELLED:
+        return UNLABELLED
     if outputs is None:
         return check_label(label, num_classes)
     return outputs[check_label(label, len(outputs))]

@@ -54,6 +54,14 @@ class Source:
         """Return the numbers of the classes that have images, or None if unknown."""
         return None
 
+    def class_numbers(self) -> np.ndarray:
+        """Return the class number of every image, (number of images,)."""
+        return np.array([self.load(index)[1] for index in range(len(self))], dtype=np.int64)
+
+    def original(self, index: int) -> int:
+        """Return the first index with the same image file, so that it is counted once."""
+        return index
+
     def notes(self) -> list[str]:
         """Return warnings about these images, a line each."""
         return [f"{self.what}: skipped {self.skipped}"] if self.skipped else []
@@ -87,6 +95,9 @@ class Files(Source):
         digest.update(repr([_size(self.path(i)) for i in spread(total, SIZES)]).encode())
         digest.update(repr([_content(self.path(i)) for i in spread(total, CONTENTS)]).encode())
         return digest.digest()
+
+    def class_numbers(self) -> np.ndarray:
+        return self.labels
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index].item()))
@@ -134,6 +145,9 @@ class Pairs(Source):
     def load(self, index: int) -> tuple[ImageLike, int]:
         image, label = self.pairs[index]
         return to_rgb(image), label
+
+    def class_numbers(self) -> np.ndarray:
+        return np.array([label for _, label in self.pairs], dtype=np.int64)
 
     def identity(self) -> bytes:
         """Return a hash of the labels and pixels of `PIXELS` images."""

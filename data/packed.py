@@ -291,6 +291,9 @@ class Prepared(Source):
     def used_classes(self) -> list[int]:
         return np.unique(self._rows["label"]).tolist()
 
+    def class_numbers(self) -> np.ndarray:
+        return self._rows["label"].astype(np.int64)
+
     def load(self, index: int) -> tuple[ImageLike, int]:
         """Return image and label. Raises ValueError for a JPEG whose checksum is wrong."""
         row = self._rows[index]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from base.errors import UserError
@@ -95,16 +96,28 @@ class TrainSampler(Sampler[Key]):
         return self.count
 
     def __iter__(self) -> Iterator[Key]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-            order = torch.randperm(self.length, generator=generator)
-        else:
-            order = torch.arange(self.length)
+        order = self._order(self.epoch)
         places = torch.arange(self.rank, self.count * self.num_replicas, self.num_replicas)
         places = places[self.start :]
         indices = order[places // self.repeats].tolist()
         views = (self.epoch * self.repeats + places % self.repeats).tolist()
         yield from zip(indices, views)
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.length)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
+        return torch.randperm(self.length, generator=generator)
+
+    def count_below(self, index: int, epoch: int, span: int) -> Tensor:
+        """Return how many samples of all processes have an index below `index`.
+
+        The counts are those of each `span` samples in a row of the common order, (spans,).
+        """
+        places = torch.arange(self.count * self.num_replicas)
+        is_below = self._order(epoch)[places // self.repeats] < index
+        padded = torch.nn.functional.pad(is_below.long(), (0, -len(is_below) % span))
+        return padded.view(-1, span).sum(1)
 
 
 class EvalSampler(Sampler[Key]):

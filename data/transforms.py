@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import Mixup, create_transform
-from timm.data.mixup import mixup_target
+from timm.data.mixup import one_hot
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
@@ -23,6 +23,7 @@ from torchvision.transforms import functional as F
 from base.errors import UserError
 from data import image_ops
 from data.image_ops import ImageLike
+from losses import UNLABELLED
 
 SMALL = 32  # pixels; up to this size DeiT neither crops at evaluation nor rescales in training
 Transform = Callable[[ImageLike], Tensor]
@@ -351,21 +352,33 @@ class Cover:
 
 
 class AnyBatchMixup(Mixup):
-    """timm's Mixup for batches of any size: in an odd one the middle image is mixed with itself."""
+    """timm's Mixup for batches of any size, in which images may have no label.
+
+    In a batch of odd size the middle image is mixed with itself.
+    """
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images: (B, 3, H, W), mixed in place; labels: (B,). Returns them and (B, C) targets."""
-        if len(images) % 2 == 0:
-            return super().__call__(images, labels)
+        """Return the images (B, 3, H, W), mixed in place, and targets (B, C).
+
+        labels: (B,), `UNLABELLED` for images without one. A target has the label of each labelled
+        part of the image with its share, and nothing for an unlabelled part: it adds up to the
+        labelled part of the image.
+        """
         if self.mode == "elem":
             lam = self._mix_elem(images)
         elif self.mode == "pair":
-            lam = self._mix_pair(images)  # (B - 1, 1), without the middle image
-            half = len(images) // 2
-            lam = torch.cat([lam[:half], lam.new_ones(1, 1), lam[half:]])
+            lam = self._mix_pair(images)
+            if len(images) % 2:  # lam is (B - 1, 1), without the middle image
+                half = len(images) // 2
+                lam = torch.cat([lam[:half], lam.new_ones(1, 1), lam[half:]])
         else:
             lam = self._mix_batch(images)
-        return images, mixup_target(labels, self.num_classes, lam, self.label_smoothing)
+        has_label = (labels != UNLABELLED)[:, None]
+        off = self.label_smoothing / self.num_classes
+        on = 1 - self.label_smoothing + off
+        targets = one_hot(labels.clamp(min=0), self.num_classes, on_value=on, off_value=off)
+        targets = targets * has_label
+        return images, targets * lam + targets.flip(0) * (1.0 - lam)
 
 
 def is_mixing(mixup: float, cutmix: float, cutmix_minmax: list[float] | None) -> bool:

@@ -62,6 +62,10 @@ class TrainingData(Protocol):
         """How the training images are stored."""
 
     @property
+    def unlabelled(self) -> str:
+        """The number and a hash of the unlabelled training images, "" if there are none."""
+
+    @property
     def mirrors(self) -> bool:
         """Whether training images may be mirrored."""
 
@@ -314,6 +318,8 @@ def build_cache_fingerprint(
         "input": _of_training(student_inputs),
         "mixing": {name: getattr(args, name) for name in MIXING} if mixes else "none",
     }
+    if data.unlabelled:
+        found["unlabelled data"] = data.unlabelled
     if mixes:  # an image is mixed with another one of its batch
         found["mixing"]["processes"] = processes.world_size
     if outputs := _build_reordered_outputs(args, data):

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 import losses
@@ -48,12 +49,13 @@ class ScheduledTemperature:
 def shift_probability(logits_T: Tensor, labels: Tensor) -> Tensor:
     """Return teacher logits (B,C) with the largest and the true class's swapped (TextBrewer).
 
-    labels: (B,) class numbers. Raises ValueError for shares, as mixup gives them.
+    labels: (B,) class numbers; the logits of an image without one stay as they are.
+    Raises ValueError for shares, as mixup gives them.
     """
     if labels.is_floating_point() or labels.dim() != 1:
         raise ValueError("probability_shift needs one true class an image, not shares")
     largest, index = logits_T.max(1, keepdim=True)
-    true = labels[:, None]
+    true = torch.where(labels[:, None] == losses.UNLABELLED, index, labels[:, None])
     return logits_T.scatter(1, index, logits_T.gather(1, true)).scatter(1, true, largest)
 
 
@@ -94,6 +96,7 @@ class Objective(nn.Module):
 
     def at_update(self, update: int) -> None:
         """Set the weights for an update, counted from 0 over the whole run."""
+        self.criterion.at_update(update)
         progress = update / self.total_updates
         self.criterion.weights = tuple(
             weight if schedule is None or update == 0 else schedule(progress)
@@ -155,16 +158,18 @@ def build_objective(
     mixing: bool,
     input_size: tuple[int, int],
     total_updates: int,
+    mean_labelled: Callable[[int], float] | None = None,
 ) -> nn.Module:
     """Return the loss of the run: `losses.DistillationLoss` if there are no other settings.
 
     It puts taps and projections into `student` and taps on `teacher`, and runs both on two images
     of `input_size` (height, width) to check every match, with losses of --batch-size images.
+    mean_labelled: of `losses.LabelledMean`, if some images have no label.
     Raises UserError, in one line, for a match that these two networks cannot satisfy.
     """
     members = teacher.members if teacher is not None else ()
     shares = teacher.weights if teacher is not None else ()
-    criterion = _build_criterion(args, student, shares, mixing=mixing)
+    criterion = _build_criterion(args, student, shares, mixing=mixing, mean_labelled=mean_labelled)
     matches = _build_matches(args)
     of_teacher = _teachers_of(matches, build_sources(args)[0], shares)
     if not _build_is_extended(args):
@@ -208,7 +213,12 @@ def _build_matches(args: Namespace) -> "list[IntermediateMatch]":
 
 
 def _build_criterion(
-    args: Namespace, student: Student, shares: Sequence[float], *, mixing: bool
+    args: Namespace,
+    student: Student,
+    shares: Sequence[float],
+    *,
+    mixing: bool,
+    mean_labelled: Callable[[int], float] | None,
 ) -> nn.Module:
     """Return the loss of the logits. shares: of the teachers, a term each if those are apart."""
     kd_loss: Any = losses.KD_LOSS_MAP[args.kd_loss_type] if args.kd_loss_type else None
@@ -218,7 +228,7 @@ def _build_criterion(
     options: dict[str, Any] = {"kd_loss": kd_loss, "head": student.distillation_head}
     if args.teacher_logits == "apart" and len(shares) > 1:
         options["teacher_weights"] = [share for share in shares if share > 0]
-    return losses.build_criterion(args, mixing=mixing, **options)
+    return losses.build_criterion(args, mixing=mixing, mean_labelled=mean_labelled, **options)
 
 
 def _build_is_extended(args: Namespace) -> bool:

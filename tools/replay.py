@@ -100,6 +100,7 @@ def build_terms(
     student = models.build_student(argparse.Namespace(**vars(args) | start), classes, inputs)
     models.select_kernels(student.network, device.type, amp_dtype)
     names = saved.get("classes")  # a file of an older version has none
+    labelled = saved.get("mean_labelled")  # only of a run with unlabelled images
     teacher = build_teacher(args, classes, inputs, device, teacher_amp, classes=names)
     criterion = objective.build_objective(
         args,
@@ -108,6 +109,7 @@ def build_terms(
         mixing=saved["labels"].dim() == 2,
         input_size=inputs.input_size,
         total_updates=args.epochs * saved["updates_per_epoch"],
+        mean_labelled=None if labelled is None else lambda update: float(labelled),
     )
     criterion.at_update(saved["update"])
     student.network.load_state_dict(saved["model"])

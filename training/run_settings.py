@@ -8,7 +8,7 @@ from base import files
 
 # Settings that name files or folders
 PATHS = ("data_path", "val_labels", "teacher_path", "teacher_cache", "finetune")
-PATHS += ("distill_config", "plugin")
+PATHS += ("distill_config", "plugin", "unlabelled_path")
 MODELS = ("model", "teacher_model")  # `local-dir:FOLDER` names one, too
 LOCAL = "local-dir:"
 # Settings of one start of a run. A run that repeats another from its config.yaml has its own. The

@@ -8,7 +8,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from base.device import cpu_has_bf16, pick_amp, seed_device, use_fast_kernels
 from base.distributed import Processes, print_once
 from data.samplers import derive_seed
 from data.transforms import InputConfig, build_mixup
+from data.unlabelled import WithUnlabelled
 from datasets import Loaders
 from distill import objective
 from distill.teacher import AnyTeacher, LogitsOnly, build_identity, build_teacher
@@ -66,6 +67,7 @@ class Training:
     state: EpochState
     checkpointer: Checkpointer
     batch_plan: optim.BatchPlan
+    mean_labelled: Callable[[int], float] | None = None  # see losses.LabelledMean
 
     @property
     def teacher_logits(self) -> LogitsOnly | None:
@@ -84,6 +86,8 @@ class Training:
             "num_classes": self.student.network.num_classes,
             "classes": self.checkpointer.classes,
         }
+        if self.mean_labelled is not None:
+            weights["mean_labelled"] = self.mean_labelled(batch["update"])
         return self.checkpointer.save_bad_batch({**batch, **weights})
 
 
@@ -165,10 +169,12 @@ def build_training(
     """Return the objective, the optimizer and the state of a run, after --resume."""
     batch_plan = optim.build_batch_plan(args, len(loaders.train), runtime.processes.world_size)
     ema = optim.build_ema(args, student.network)
+    mean_labelled = build_mean_labelled(args, loaders, teacher, runtime)
     criterion = objective.build_objective(
         args,
         student,
         teacher,
+        mean_labelled=mean_labelled,
         mixing=build_mixup(args, loaders.num_classes) is not None,
         input_size=runtime.inputs.input_size,
         total_updates=args.epochs * batch_plan.updates,
@@ -211,7 +217,34 @@ def build_training(
         state=state,
         checkpointer=checkpointer,
         batch_plan=batch_plan,
+        mean_labelled=mean_labelled,
     )
+
+
+def build_mean_labelled(
+    args: Namespace, loaders: Loaders, teacher: AnyTeacher | None, runtime: Runtime
+) -> Callable[[int], float] | None:
+    """Return the labelled images of a micro-step in one process, as a mean over an update.
+
+    It is a function of the number of the update; None if every image has a label. The order of
+    the images is known, so no process asks another one.
+    """
+    source, sampler = loaders.data[0].source, loaders.train_sampler
+    if sampler is None or not isinstance(source, WithUnlabelled):
+        return None
+    world, cycle = runtime.processes.world_size, teacher.cycle_epochs if teacher else 0
+    steps, accum = len(loaders.train), args.grad_accum_steps
+
+    @lru_cache(maxsize=1)
+    def counts(epoch: int) -> list[int]:
+        return sampler.count_below(source.labelled, epoch, args.batch_size * world)[:steps].tolist()
+
+    def mean_labelled(update: int) -> float:
+        epoch, index = divmod(update, -(-steps // accum))
+        found = counts(epoch % cycle if cycle else epoch)[index * accum : (index + 1) * accum]
+        return sum(found) / len(found) / world
+
+    return mean_labelled
 
 
 def build_step_config(
