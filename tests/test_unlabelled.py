@@ -305,7 +305,7 @@ def test_a_run_without_a_teacher_leaves_images_without_labels_out(run_inside, tm
     [
         [*HARD, *MIXES],
         ["--distillation-type", "soft", "--bce-loss"],
-        ["--match", "layer_S=2,layer_T=2,feature=pooled,loss=cos,proj=linear"],
+        ["--match", "layer_S=0,layer_T=0,feature=pooled,loss=cos,proj=linear"],
         ["--ranking-kl-weight", "1"],
         [*HARD, "--kd-loss-type", "ce", "--probability-shift", "--distillation-type", "soft"],
     ],
