@@ -16,8 +16,10 @@ WORKERS ?= 2
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS) -m "not slow"
 
+# Tests mean the CPU, except those with the marker gpu.
 test: $(VENV)/.installed-dev
 	$(PYTEST) -n $(WORKERS)
+	if command -v nvidia-smi >/dev/null; then $(PYTEST) -m gpu; fi
 
 system: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests/system

@@ -1,5 +1,6 @@
 """The device of a process: precision, seeds."""
 
+import os
 import random
 
 import numpy as np
@@ -86,3 +87,7 @@ def test_a_batch_fetched_ahead_comes_next() -> None:
     batches.fetch_ahead()
     assert fetched == [0, 1] and batches.batch_size == 2
     assert [int(labels[0]) for _, labels in batches] == [1, 2]
+
+
+def test_tests_without_the_marker_gpu_mean_the_cpu() -> None:
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()

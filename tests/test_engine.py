@@ -401,3 +401,26 @@ def test_a_compiled_student_learns_the_same_and_keeps_its_names(
     assert found[0][0] == found[1][0]
     for without, compiled in zip(found[0][1:], found[1][1:]):
         assert all(torch.equal(without[name], compiled[name]) for name in names[0])
+
+
+def test_the_next_batch_is_copied_before_the_host_waits_to_print_a_line() -> None:
+    fetched, fetched_at_line = [], []
+
+    class Counting(Loader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                fetched.append(batch)
+                yield batch
+
+    model = TwoHeads()
+    engine.train_one_epoch(
+        model,
+        plain(),
+        Counting(batches((2, 2, 2))),
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        CPU,
+        0,
+        config=StepConfig(log_interval=1),
+        hooks=Hooks(on_log=lambda *_: fetched_at_line.append(len(fetched))),
+    )
+    assert fetched_at_line == [2, 3, 3]

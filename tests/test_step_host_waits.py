@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DynamicOutputShapeException
@@ -24,8 +26,10 @@ import losses
 import models
 import options
 from base.device import to_device
+from data.byte_batches import DeferNormalize, PendingImages, collate_bytes
+from data.device_augment import constant
 from data.samplers import BatchKey
-from data.transforms import build_mixup
+from data.transforms import InputConfig, build_mixup, eval_transform
 from distill import objective
 from distill.teacher import InputAdapter, Teacher
 from matching import PROJ_MAP, TWO_LAYERS
@@ -199,7 +203,11 @@ def test_temperature_schedules_make_the_host_wait_for_nothing(scheduler: str, tm
     assert found == []
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "sgd"])
+RECIPES = [yaml.safe_load(path.read_text()) for path in (ROOT / "recipes").glob("*.yaml")]
+OPTIMIZERS = sorted({recipe["flags"].get("opt", "adamw") for recipe in RECIPES})
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_update_makes_the_host_wait_for_nothing(optimizer: str, monkeypatch) -> None:
     monkeypatch.setattr(optimizer_step, "HostCopy", Unused)
     gpu = SimpleNamespace(L2_cache_size=50 * 2**20, total_memory=80 * 2**30, major=9, minor=0)
@@ -208,11 +216,16 @@ def test_an_update_makes_the_host_wait_for_nothing(optimizer: str, monkeypatch) 
 
 
 def test_an_evaluated_batch_makes_the_host_wait_for_nothing() -> None:
-    with fake_run("--distillation-type", "none") as (student, *_), HostWaits() as waits:
-        present = torch.arange(2).to(CUDA, non_blocking=True)
-        images, labels = torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)
-        images, labels = to_device(images, CUDA), to_device(labels, CUDA)
-        engine.batch_scores(student.network.eval()(images), labels, present)
+    deferred = DeferNormalize(eval_transform(InputConfig((32, 32), (0.5,) * 3, (0.2,) * 3)))
+    image = Image.new("RGB", (32, 32))
+    batch = PendingImages(collate_bytes([(deferred(image), 0)] * 4), deferred)
+    with fake_run("--distillation-type", "none") as (student, *_):
+        present = torch.arange(2).to(CUDA)
+        batch.to(CUDA)  # mean and std go there once
+        with HostWaits() as waits:
+            labels = to_device(batch.batch.labels, CUDA)
+            engine.batch_scores(student.network.eval()(batch.to(CUDA)), labels, present)
+    constant.cache_clear()  # of fake tensors
     assert waits.found == []
 
 
