@@ -67,8 +67,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "mix": {"mix": (0.8, 1.0, 1.0)},
     "mixup": {"mix": (0.8, 0.0, 1.0)},
     "cutmix": {"mix": (0.0, 1.0, 1.0)},
+    "cutmix, lr 2e-3": {"mix": (0.0, 1.0, 1.0), "lr": 2e-3},
+    "cutmix half": {"mix": (0.0, 1.0, 0.5)},
+    "cutmix, decay 0.3": {"mix": (0.0, 1.0, 1.0), "decay": 0.3},
+    "cutmix, batch 64": {"mix": (0.0, 1.0, 1.0), "batch": 64},
     "mix half": {"mix": (0.8, 1.0, 0.5)},
     "mix, lr 2e-3": {"mix": (0.8, 1.0, 1.0), "lr": 2e-3},
+    "mix, lr 3e-3": {"mix": (0.8, 1.0, 1.0), "lr": 3e-3},
+    "mix, lr 2e-3, decay 0.3": {"mix": (0.8, 1.0, 1.0), "lr": 2e-3, "decay": 0.3},
     "mix, decay 0.3": {"mix": (0.8, 1.0, 1.0), "decay": 0.3},
 }
 
