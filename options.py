@@ -94,11 +94,13 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
         notes = [*warnings, *notes]
     elif args.recipe == recipe.AUTO:
         if uses_quick_start(args):
-            flags = read_recipe(QUICK_START)
+            flags = read_recipe(QUICK_START) | {"recipe": recipe.NONE}
             del flags["distillation_type"]
         else:
             flags, about = auto_recipe.build_auto_recipe(args, explicit)
         args = _parse(argv, defaults=flags | defaults)
+        applied = flags.get("recipe", recipe.AUTO)
+        args = argparse.Namespace(**vars(args) | {"recipe": applied})
     if args.data_set is None:
         args.data_set = "IMNET" if args.data_path else "DIGITS"
     check_ranges(args)

@@ -24,8 +24,9 @@ from datasets import Loaders
 from distill import objective
 from distill.teacher import AnyTeacher
 from models import Student
-from training import optim, setup
+from training import auto_recipe, optim, setup
 from training.checkpointer import load_run, resolve
+from training.recipe import AUTO
 from training.setup import Runtime
 from training.step_config import Hooks
 
@@ -69,7 +70,8 @@ def build_settings(
 ) -> Namespace:
     """Return the settings with the --epochs and --val-interval that fit into --minutes.
 
-    A resumed run keeps those of its checkpoint. All processes use the first one's numbers.
+    With --recipe auto, learning rate and mixing follow from these epochs. A resumed run keeps those
+    of its checkpoint. All processes use the first one's numbers.
     """
     found = distributed.on_main(lambda: saved_settings(args.resume, args.output_dir))
     if found:
@@ -83,6 +85,9 @@ def build_settings(
             f"{args.minutes:g} minutes are {shown}: {seconds.start:.1f} s to start, "
             f"{seconds.epoch:.2f} s an epoch, {seconds.evaluation:.2f} s an evaluation"
         )
+    if args.recipe == AUTO and not args.teacher_cache:  # a cache has one kind of mixing
+        found |= auto_recipe.build_schedule_flags(args, found["epochs"])
+        line += f"; {auto_recipe.describe(found)}"
     distributed.print_once("minutes", line)
     return Namespace(**vars(args) | found)
 

@@ -41,6 +41,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_data_without_training_flags_gets_the_recipe(image_folder: Path, flags: str) -> None:
     found = parse(image_folder, f"{SMALL} {flags}")
     assert found.about[0].startswith("recipe auto: 24 images: ")
+    assert found.args.recipe == "auto"
     assert not uses_defaults(found)
     assert found.args.unscale_lr
 
@@ -54,6 +55,19 @@ def test_each_training_flag_keeps_the_defaults(image_folder: Path, name: str) ->
     )
     about = parse(image_folder, f"{SMALL} {flag.name} {value}").about
     assert about == (f"recipe: DeiT's defaults beside {flag.name}",)
+
+
+def test_few_epochs_have_no_mixing_and_less_warm_up(image_folder: Path) -> None:
+    many, few = (parse(image_folder, f"{SMALL} --epochs {epochs}").args for epochs in (300, 4))
+    assert (many.mixup, many.cutmix, many.warmup_epochs) == (0.8, 1.0, 2)
+    assert (few.mixup, few.cutmix, few.warmup_epochs) == (0.0, 0.0, 0)
+
+
+@pytest.mark.parametrize("flags", ["--lr 1e-3", "--recipe auto --lr 1e-3"])
+def test_the_saved_recipe_is_the_one_that_applies(image_folder: Path, flags: str) -> None:
+    assert parse(image_folder, SMALL).args.recipe == "auto"
+    assert parse(image_folder, f"{SMALL} {flags}").args.recipe == "none"
+    assert options.parse_args([]).args.recipe == "none"  # the quick start has its own settings
 
 
 def test_the_groups_hold_what_they_say() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from checks import time_budget
 from checks.time_budget import Seconds
+from training import auto_recipe
 from training.metrics import read_log
 
 CPU = torch.device("cpu")
@@ -95,6 +96,26 @@ def test_minutes_give_the_weights_of_the_printed_epochs(
     assert result.returncode == 0, result.stderr
     assert "3 epochs, as in the checkpoint" in result.stdout
     assert re.search("Nothing to train: 3 of 3", result.stdout)
+
+
+def test_the_chosen_settings_follow_from_the_epochs_of_the_minutes(
+    run_inside, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the printed --epochs give the same weights."""
+    monkeypatch.setattr(time_budget, "process_age", lambda: 0.0)
+    monkeypatch.setattr(Seconds, "fit", lambda self, budget: {"epochs": 3, "val_interval": 3})
+    monkeypatch.setattr(auto_recipe, "MIX_EPOCHS", 5)
+    model = ["--model", "deit_pico_distilled_patch8_32", "--data-path", str(image_folder)]
+    found = []
+    for name, flags in (("timed", ["--minutes", "0.001"]), ("fixed", ["--epochs", "3"])):
+        folder = tmp_path / name
+        more = ["--batch-size", "8", "--num-workers", "0", "--output-dir", str(folder)]
+        result = run_inside(*model, *flags, *more)
+        assert result.returncode == 0, result.stderr
+        found.append(torch.load(folder / "checkpoint.pth", weights_only=True))
+    assert found[0]["args"]["mixup"] == 0.0
+    for key, value in found[0]["model"].items():
+        assert torch.equal(value, found[1]["model"][key])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,10 @@ from data.image_ops import UNREADABLE, size_of
 from data.image_source import Shards, Source, spread
 from data.sources import Part, open_source
 from models import hub
+from training.recipe import NONE
 
 MOST_IMAGES = 100_000  # from here on DeiT's defaults apply
+MIX_EPOCHS = 50  # with fewer epochs a new network learns too little from mixed images
 SAMPLES = 16  # images whose sizes are read
 GROUPS = ("optimizer, schedule and EMA", "augmentation and mixing", "regularization")
 TRAINING_FLAGS = frozenset(flag.dest for name in GROUPS for flag in flag_table.GROUPS[name])
@@ -38,29 +40,29 @@ class TrainingSet:
 def build_auto_recipe(
     args: Namespace, explicit: frozenset[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return flags by destination name, and what to print. No flags: DeiT's defaults apply.
+    """Return flags by destination name, and what to print.
 
-    explicit: flags of the command line. Data that cannot be read get no flags: loading them later
-    raises the error.
+    Where DeiT's defaults apply, the only flag is --recipe none. explicit: flags of the command
+    line. Data that cannot be read get DeiT's defaults: loading them later raises the error.
     """
     data = None if args.eval else build_training_set(args)
     if data is None:
-        return {}, []
+        return {"recipe": NONE}, []
     if data.images >= MOST_IMAGES:
-        return {}, [f"recipe: DeiT's defaults, for {MOST_IMAGES:,} images or more"]
+        return {"recipe": NONE}, [f"recipe: DeiT's defaults, for {MOST_IMAGES:,} images or more"]
     if given := sorted(explicit & TRAINING_FLAGS):
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        return {}, [f"recipe: DeiT's defaults beside {names}"]
-    flags: dict[str, Any] = {}
+        return {"recipe": NONE}, [f"recipe: DeiT's defaults beside {names}"]
+    student: dict[str, Any] = {}
     lines = []
     if not explicit & {"model", "finetune", "pretrained"}:
-        flags, line = choose_student(data, args.minutes, has_gpu=torch.cuda.is_available())
+        student, line = choose_student(data, args.minutes, has_gpu=torch.cuda.is_available())
         lines.append(line)
-    starts_trained = bool(args.finetune or args.pretrained or flags.get("pretrained"))
-    has_patches = is_transformer(flags.get("model", args.model))
-    flags |= choose_training(data, starts_trained=starts_trained, has_patches=has_patches)
-    flags = {name: value for name, value in flags.items() if name not in explicit}
-    return flags, [describe(data, flags), *lines]
+    settings = Namespace(**vars(args) | student)
+    flags = student | choose_data(data) | build_schedule_flags(settings, args.epochs)
+    first = f"recipe auto: {data.images:,} images: "
+    first += "augmentation and lr by --minutes" if args.minutes else describe(flags)
+    return flags, [f"{first} (--recipe none: DeiT's defaults)", *lines]
 
 
 def build_training_set(args: Namespace) -> TrainingSet | None:
@@ -122,30 +124,40 @@ def choose_student(
     return flags, f"{line}published weights cannot be loaded ({reason})"
 
 
-def choose_training(
-    data: TrainingSet, *, starts_trained: bool, has_patches: bool
-) -> dict[str, Any]:
-    """Return batch size, learning rate, augmentation and regularization."""
-    lr = 2e-4 if starts_trained and has_patches else 1e-3
+def choose_data(data: TrainingSet) -> dict[str, Any]:
+    """Return what depends on the number of images, and what is the same for all small data."""
     return {
-        "batch_size": min(32, max(1, data.images // 4)),
-        "lr": lr,
+        "batch_size": 32 if data.images < 5_000 else 64,
         "unscale_lr": True,
-        "warmup_epochs": 2,
         "model_ema": False,
         "repeated_aug": False,
         "aa": "none",
         "color_jitter": 0.0,
         "reprob": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
         "drop_path": 0.0,
     }
 
 
-def describe(data: TrainingSet, flags: dict[str, Any]) -> str:
-    """Return the line on what applies and why."""
+def build_schedule_flags(args: Namespace, epochs: int) -> dict[str, Any]:
+    """Return what depends on how often the run sees each image, and on the initial weights."""
+    starts_trained = bool(args.finetune or args.pretrained)
+    mixes = epochs >= MIX_EPOCHS and not starts_trained
+    lr = 2e-3 if mixes else 1e-3
+    if starts_trained and is_transformer(args.model):
+        lr = 2e-4
+    return {
+        "lr": lr,
+        "warmup_epochs": min(2, epochs // 5),
+        "mixup": 0.8 if mixes else 0.0,
+        "cutmix": 1.0 if mixes else 0.0,
+    }
+
+
+def describe(flags: dict[str, Any]) -> str:
+    """Return the flags of `build_schedule_flags` in words."""
+    mixing = " and mixing" if flags["mixup"] else ""
+    warmup = flags["warmup_epochs"]
     return (
-        f"recipe auto: {data.images:,} images: gentle augmentation, lr {flags['lr']:g}, "
-        f"{flags['warmup_epochs']} warm-up epochs (--recipe none: DeiT's defaults)"
+        f"gentle augmentation{mixing}, lr {flags['lr']:g}, "
+        f"{warmup} warm-up epoch{'s' * (warmup != 1)}"
     )
