@@ -52,16 +52,16 @@ def build_findings(
         )
     if teacher is None:
         return found
-    names, paths = build_sources(args)
+    sources = build_sources(args)
     images, labels = sample(loaders.val, SAMPLE)
-    for member, name, path in zip(teacher.teacher.members, names, paths):
+    for member, source in zip(teacher.teacher.members, sources):
         if not member.classifies:  # only its features are used
             continue
-        what = f"teacher {name}" if len(names) > 1 else "teacher"
+        what = f"teacher {source.name}" if len(sources) > 1 else "teacher"
         problems = upscaled(member.adapter.size[0], inputs.input_size[0])
         if len(labels):
             logits = _logits(member, images, device)
-            file = models.released.published(name, path)
+            file = models.released.published(source.name, source.path)
             problems = teacher_problems(logits, labels, file.acc1 if file else None) + problems
             found.accuracies.append(f"{what}: {accuracy_line(logits, labels)}, {size_of(member)}")
         found.problems += [f"{what}: {problem}" for problem in problems]

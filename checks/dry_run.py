@@ -25,7 +25,7 @@ from base.flag_table import BY_DEST
 from data.samplers import TrainSampler
 from data.transforms import InputConfig
 from distill import cache_store
-from distill.teacher import build_sides, build_sources, input_of
+from distill.teacher import build_sources, input_of
 from training import optim
 from training.metrics import clock
 from training.trained_classes import build_trained_classes
@@ -196,18 +196,15 @@ def _build_planned_student(
 def _build_planned_teachers(args: Namespace, num_classes: int) -> list[PlannedNetwork]:
     """Return the teachers of the run. Local files are read for their input size; nothing is
     downloaded."""
-    classifies = args.distillation_type != "none"
-    if not (classifies or args.match or args.ranking_kl_weight):
-        return []
     found = []
-    names, paths = build_sources(args)
-    for name, path, given in zip(names, paths, build_sides(args, len(names))):
-        side = input_of(name, path if Path(path).is_file() else "", given).input_size
+    for source in build_sources(args):
+        name, path = source.name, source.path
+        side = input_of(name, path if Path(path).is_file() else "", source.side).input_size
         own = tuple(models.data_config(name)["input_size"][1:])
         make = partial(
             models.create_model,
             name,
-            num_classes=num_classes if classifies else 0,
+            num_classes=num_classes if source.classifies else 0,
             img_size=None if side == own else side,
         )
         found.append(PlannedNetwork(name, make, side, network_size(make, *side)))

@@ -7,11 +7,11 @@ and writes missing rows with a network, if it has one.
 import contextlib
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +22,9 @@ from base.device import to_device
 from base.distributed import Processes
 from base.errors import UserError
 from data import image_ops
-from data.samplers import BatchKey, TrainSampler
+from data.samplers import BatchKey
 from data.transforms import InputConfig, is_mixing
+from datasets import Loaders
 from distill import cache_store
 from distill.teacher import (
     LogitsOnly,
@@ -40,36 +41,6 @@ CYCLE = "--teacher-cache-views"  # the manifest's key for the number of epochs i
 TRANSFORM = flag_table.with_fact(flags.TRANSFORM)
 MIXING = flag_table.with_fact(flags.MIXING)
 LIBRARIES = ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg")
-
-
-class TrainingData(Protocol):
-    """What the cache depends on in `datasets.Loaders`."""
-
-    @property
-    def train(self) -> Sized: ...
-
-    @property
-    def train_sampler(self) -> TrainSampler | None: ...
-
-    @property
-    def num_classes(self) -> int: ...
-
-    @property
-    def classes(self) -> Sequence[str] | None: ...
-
-    @property
-    def form(self) -> str:
-        """How the training images are stored."""
-
-    @property
-    def unlabelled(self) -> str:
-        """The number and a hash of the unlabelled training images, "" if there are none."""
-
-    @property
-    def mirrors(self) -> bool:
-        """Whether training images may be mirrored."""
-
-    def fingerprint(self, *, of_train: bool = False) -> str: ...
 
 
 class CachedTeacher:
@@ -198,7 +169,7 @@ class CachedTeacher:
 
 def build_cached_teacher(
     args: Namespace,
-    data: TrainingData,
+    data: Loaders,
     student_inputs: InputConfig,
     processes: Processes,
     amp_dtype: torch.dtype | None = None,
@@ -213,8 +184,8 @@ def build_cached_teacher(
             f"--teacher-cache: {args.data_set} is streamed data, which has no fixed order; leave "
             "out --teacher-cache"
         )
-    _, paths = build_sources(args)
-    if args.teacher_logits == "apart" and len(paths) > 1:
+    sources = build_sources(args)
+    if args.teacher_logits == "apart" and len(sources) > 1:
         raise UserError(
             "--teacher-cache stores the mean of several teachers; leave out --teacher-logits "
             "apart, or the cache"
@@ -243,7 +214,7 @@ def build_cached_teacher(
     is_complete = not store.missing(cycle, needed)
     reads = mode == "read" or (mode == "auto" and is_complete)
     # One process alone may build the network later, unless that waits for the other processes.
-    is_local = processes.world_size == 1 or all(Path(path).is_file() for path in paths)
+    is_local = processes.world_size == 1 or all(Path(source.path).is_file() for source in sources)
     return CachedTeacher(
         store,
         None if reads else build(),
@@ -292,7 +263,7 @@ def _version(library: str) -> str:
 
 def build_cache_fingerprint(
     args: Namespace,
-    data: TrainingData,
+    data: Loaders,
     student_inputs: InputConfig,
     processes: Processes,
     amp_dtype: torch.dtype | None,
@@ -302,10 +273,9 @@ def build_cache_fingerprint(
     Settings of the evaluation are not part of it. A new flag that changes training images belongs
     here; tests/test_cache.py lists every flag. The keys are part of the file format.
     """
-    names, _ = build_sources(args)
     mixes = is_mixing(args.mixup, args.cutmix, args.cutmix_minmax)
     found: dict[str, Any] = {
-        "teacher": list(names),
+        "teacher": [source.name for source in build_sources(args)],
         "teacher weights": build_identity(args),
         "teacher shares": args.teacher_weight or [],
         "teacher precision": f"{amp_dtype or 'float32'} on {processes.device.type}",
@@ -331,22 +301,16 @@ def build_cache_fingerprint(
     return found | {f"version of {name}": _version(name) for name in LIBRARIES}
 
 
-def _build_reordered_outputs(args: Namespace, data: TrainingData) -> dict[str, list[int]]:
+def _build_reordered_outputs(args: Namespace, data: Loaders) -> dict[str, list[int]]:
     """Return the outputs of each teacher that match the student's, if the order differs."""
-    if args.distillation_type == "none":
-        return {}
-    names, paths = build_sources(args)
-    shares = args.teacher_weight or [1.0] * len(names)
     found = {}
-    for index, (name, path, share) in enumerate(zip(names, paths, shares)):
-        if not share:  # only its features are used
-            continue
+    for index, source in enumerate(build_sources(args)):
         chosen = None
         with contextlib.suppress(UserError):  # raised where the network is built
-            known = classes_of_teacher(name, path)
-            chosen = match_outputs(name, known, data.num_classes, data.classes).chosen
+            known = classes_of_teacher(source.name, source.path) if source.classifies else None
+            chosen = match_outputs(source.name, known, data.num_classes, data.classes).chosen
         if chosen is not None:
-            found[f"{index} {name}"] = list(chosen)
+            found[f"{index} {source.name}"] = list(chosen)
     return found
 
 

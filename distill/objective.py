@@ -171,7 +171,7 @@ def build_objective(
     shares = teacher.weights if teacher is not None else ()
     criterion = _build_criterion(args, student, shares, mixing=mixing, mean_labelled=mean_labelled)
     matches = _build_matches(args)
-    of_teacher = _teachers_of(matches, build_sources(args)[0], shares)
+    of_teacher = _teachers_of(matches, [source.name for source in build_sources(args)], shares)
     if not _build_is_extended(args):
         return criterion
     extra: dict[str, Term] = {}

@@ -8,16 +8,17 @@ returns `TappedOutput`: logits and features.
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from base import safe_load
+from base import safe_load, structured
 from base.distributed import print_once
 from base.errors import UserError
 from data.samplers import BatchKey
@@ -29,6 +30,16 @@ from schedules import pick
 
 _logger = logging.getLogger(__name__)
 MOST_PIXELS = 4096  # on a side; more than any classifier takes
+Side = Annotated[int, msgspec.Meta(ge=1, le=MOST_PIXELS)]
+Sides = Annotated[list[Side], msgspec.Meta(min_length=1, max_length=2)]
+Mean = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
+Std = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+# Settings of a run that describe the input of its network
+INPUTS: dict[str, Any] = {
+    "input_size": Sides | None,
+    "mean": tuple[Mean, Mean, Mean] | None,
+    "std": tuple[Std, Std, Std] | None,
+}
 
 
 class AnyTeacher(Protocol):
@@ -253,12 +264,49 @@ class LogitsOnly(nn.Module):
         return sum(logits) / len(logits) if isinstance(logits, list) else logits
 
 
-def build_sources(args: Namespace) -> tuple[list[str], list[str]]:
-    """Return names and files of the teachers; an empty file stands for timm's weights."""
+@dataclass(frozen=True)
+class Source:
+    """One teacher of the command line.
+
+    path: of its file, "" for published weights. share: of its logits among those of several
+    teachers. side: --teacher-input-size, None for the teacher's own. classifies: whether its logits
+    are used; else its features alone are.
+    """
+
+    name: str
+    path: str
+    share: float
+    side: int | None
+    classifies: bool
+
+
+def build_sources(args: Namespace) -> list[Source]:
+    """Return the teachers of the command line; [] if the run needs none.
+
+    Raises UserError unless every flag is given once for each teacher.
+    """
+    distils = args.distillation_type != "none"
+    if not (distils or args.match or args.ranking_kl_weight):
+        return []
     names, paths = (
         [x] if isinstance(x, str) else x for x in (args.teacher_model, args.teacher_path)
     )
-    return names, paths if any(paths) else [""] * len(names)
+    count = len(names)
+    paths, shares = paths if any(paths) else [""] * count, args.teacher_weight or [1.0] * count
+    sides = args.teacher_input_size or [None] * count
+    if len(sides) != count:
+        raise UserError(
+            f"--teacher-input-size {sides}: give one value for each of {count} teachers"
+        )
+    if not count == len(paths) == len(shares) or min(shares) < 0 or not any(shares):
+        raise UserError(
+            f"{count} --teacher-model, {len(paths)} --teacher-path, --teacher-weight {shares}; "
+            "give one of each for every teacher, a weight above 0, or 0 to one that is only matched"
+        )
+    return [
+        Source(name, path, share, side, classifies=distils and share > 0)
+        for name, path, share, side in zip(names, paths, shares, sides)
+    ]
 
 
 def build_identity(args: Namespace) -> list[str]:
@@ -269,11 +317,10 @@ def build_identity(args: Namespace) -> list[str]:
     the hash of the plugin's file as well.
     Raises UserError for a missing file.
     """
-    if not (args.distillation_type != "none" or args.match or args.ranking_kl_weight):
-        return []
     return [
-        (safe_load.fingerprint(path) if path else _published(name)) + _code(name)
-        for name, path in zip(*build_sources(args))
+        (safe_load.fingerprint(each.path) if each.path else _published(each.name))
+        + _code(each.name)
+        for each in build_sources(args)
     ]
 
 
@@ -314,20 +361,19 @@ def build_teacher(
     Raises UserError for an unknown model, a file that is missing or of another architecture, and
     another number of classes than the student's.
     """
-    classifies = args.distillation_type != "none"
-    if not (classifies or args.match or args.ranking_kl_weight):
+    sources = build_sources(args)
+    if not sources:
         return None
-    names, paths, weights, sides = _build_teacher_lists(args)
     adaptor = pick(ADAPTORS, args.teacher_adaptor, "adaptor") if args.teacher_adaptor else None
     is_tapped = args.match or args.ranking_kl_weight or adaptor is not None
     backend = "" if is_tapped else args.torchcompile  # taps are not compiled
     members = []
-    for name, path, weight, side in zip(names, paths, weights, sides):
-        has_head = classifies and weight > 0
-        own, teacher_inputs = models.data_config(name), input_of(name, path, side)
+    for each in sources:
+        name, path = each.name, each.path
+        own, teacher_inputs = models.data_config(name), input_of(name, path, each.side)
         size = teacher_inputs.input_size
         img_size = None if size == tuple(own["input_size"][1:]) else size
-        network = _network(name, path, num_classes, has_head, img_size=img_size, classes=classes)
+        network = _network(each, num_classes, img_size=img_size, classes=classes)
         takes_any = not own["fixed_input_size"] and not hasattr(network, "pos_embed")
         models.select_kernels(network.eval(), device.type, amp_dtype)
         lean = ""
@@ -343,44 +389,13 @@ def build_teacher(
                 adaptor=adaptor,
                 lean=lean,
                 backend=backend,
-                classifies=has_head,
+                classifies=each.classifies,
             )
         )
     if len(members) == 1:
         return members[0].to(device)
-    return Teachers(members, weights, separate=args.teacher_logits == "apart").to(device)
-
-
-def _build_teacher_lists(
-    args: Namespace,
-) -> tuple[list[str], list[str], list[float], list[int | None]]:
-    """Return names, files, weights and input sizes of the teachers.
-
-    Raises UserError unless each list has one entry per teacher.
-    """
-    names, paths = build_sources(args)
-    weights = args.teacher_weight or [1.0] * len(names)
-    sides = build_sides(args, len(names))
-    if not len(names) == len(paths) == len(weights) or min(weights) < 0 or not any(weights):
-        raise UserError(
-            f"{len(names)} --teacher-model, {len(paths)} --teacher-path, --teacher-weight "
-            f"{weights}; give one of each for every teacher, a weight above 0, or 0 to one that "
-            "is only matched"
-        )
-    return names, paths, weights, sides
-
-
-def build_sides(args: Namespace, count: int) -> list[int | None]:
-    """Return --teacher-input-size of each of `count` teachers; None for the teacher's own.
-
-    Raises UserError for another number of values.
-    """
-    sides = args.teacher_input_size or [None] * count
-    if len(sides) != count:
-        raise UserError(
-            f"--teacher-input-size {sides}: give one value for each of {count} teachers"
-        )
-    return sides
+    shares = [each.share for each in sources]
+    return Teachers(members, shares, separate=args.teacher_logits == "apart").to(device)
 
 
 def input_of(name: str, path: str, side: int | None = None) -> InputConfig:
@@ -411,38 +426,22 @@ def _trained_with(name: str, path: str) -> dict[str, Any]:
     settings = safe_load.read_weights_file(path).get("args") if path else None
     if not isinstance(settings, dict) or settings.get("model") != name:
         return {}
-    for key, kind, counts, least, most in (
-        ("input_size", int, (1, 2), 1, MOST_PIXELS),
-        ("mean", int | float, (3,), -1e6, 1e6),
-        ("std", int | float, (3,), 1e-6, 1e6),
-    ):
-        value = settings.get(key)
-        fit = (
-            isinstance(value, list | tuple)
-            and len(value) in counts
-            and all(
-                isinstance(n, kind) and not isinstance(n, bool) and least <= n <= most
-                for n in value
-            )
+    for key, kind in INPUTS.items():
+        structured.convert(
+            settings.get(key), kind, f"--teacher-path {path}: its settings have {key}"
         )
-        if value is not None and not fit:
-            raise UserError(f"--teacher-path {path}: its settings have {key} {value!r}: damaged")
     return settings
 
 
 def _network(
-    name: str,
-    path: str,
+    source: Source,
     num_classes: int,
-    classifies: bool,
     *,
     img_size: tuple[int, int] | None = None,
     classes: Sequence[str] | None = None,
 ) -> nn.Module:
-    """Return a teacher's network with its weights.
-
-    classifies: True for a classifier with the student's outputs, in their order.
-    """
+    """Return a teacher's network with its weights; its outputs are in the student's order."""
+    name, path, classifies = source.name, source.path, source.classifies
     known = classes_of_teacher(name, path) if classifies else None
     if not path:  # before weights are fetched
         outputs = match_outputs(name, known, num_classes, classes)

@@ -5,7 +5,6 @@ ours; a bare state dict has none.
 """
 
 import re
-from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ import models
 from base import files, safe_load
 from base.text import printable
 from data.transforms import InputConfig
-from distill.teacher import build_sources
 from models.deit import CNN
 from models.file_layouts import EMA_KEYS
 from training import metrics, optim
@@ -137,12 +135,9 @@ def _teacher(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Rows:
         rows = [("distillation", f"{kind}, alpha {settings.get('distillation_alpha')}{tau}")]
     if settings.get("match"):
         rows.append(("matched", ", ".join(map(str, settings["match"]))))
-    names, paths = build_sources(
-        Namespace(
-            teacher_model=settings.get("teacher_model", ""),
-            teacher_path=settings.get("teacher_path") or "",
-        )
-    )
+    names, paths = (settings.get(name) or "" for name in ("teacher_model", "teacher_path"))
+    names, paths = ([x] if isinstance(x, str) else x for x in (names, paths))
+    paths = paths if any(paths) else [""] * len(names)
     recorded = facts.get("teacher") or []
     for i, (name, path) in enumerate(zip(names, paths)):
         known = None if path else models.released.find(name)
