@@ -366,6 +366,7 @@ REACH = {
     "unlabelled_ratio": ["2", "--unlabelled-path", "FOLDER"],
     "labels_per_class": ["10"],
     "inat_category": None,
+    "val_fraction": None,
     "on_bad_image": ["skip"],
     "model": ["deit_tiny_patch16_224"],
     "nb_classes": ["12"],
@@ -385,6 +386,7 @@ CANNOT = {
     "bce_loss": "loss",
     "resplit": "no effect",
     "val_split": "evaluation",
+    "val_labels": "evaluation",
     "eval_crop_ratio": "evaluation",
     "num_workers": "speed",
     "loader_timeout": "speed",
@@ -436,7 +438,7 @@ def test_every_flag_that_changes_training_images_is_in_the_fingerprint(
     words = {"FOLDER": str(image_folder), "FILE": str(tmp_path / "file.pth")}
     ours = facts()
     for name, value in REACH.items():
-        if value is None:  # it chooses the labels, and they are among the data
+        if value is None:  # it chooses labels or images, and they are among the data
             continue
         flag = "--" + ("no-" if value is False else "") + name.replace("_", "-")
         more = ["--data-set", "IMNET"] if name == "data_path" else []
