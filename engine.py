@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from base import distributed
+from base import console, distributed
 from base.device import DeviceBatches, autocast, seed_device
 from base.errors import UserError
 from data.samplers import BatchKey, derive_seed
@@ -200,6 +200,7 @@ def evaluate(
     log_interval: int = 50,
     interrupt: Interrupt | None = None,
     present: Sequence[int] | None = None,
+    predictions: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """Return {"loss", "acc1", "acc5", "count"} of `model` over `data_loader`, in all processes.
 
@@ -208,6 +209,7 @@ def evaluate(
     sums and counts are added up, so no image is counted twice.
     interrupt: a stop signal in any process ends the evaluation in all of them.
     present: the outputs that have images; adds "acc1_present", of the largest of these logits.
+    predictions: gets the most probable class of each image of this process, a tensor per batch.
     """
     was_training = model.training
     model.eval()
@@ -219,7 +221,10 @@ def evaluate(
     for step, (images, labels) in enumerate(DeviceBatches(progress(data_loader), device)):
         with autocast(device, amp_dtype):
             logits = model(images)
+        logits = mean_of_heads(logits)
         sums += batch_scores(logits, labels, among)
+        if predictions is not None:
+            predictions.append(logits.argmax(dim=1))
         count += len(labels)
         if progress.due(step):
             loss, acc1 = (sums[:2] / count).tolist()
@@ -236,22 +241,23 @@ def evaluate(
         raise UserError("the evaluation set is empty: no image reached the model")
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     if distributed.is_main():
-        print("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats), flush=True)
+        console.detail("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     if present is not None:
         stats["acc1_present"] = 100 * top1_present / count
     return stats | {"count": int(count)}
 
 
-def batch_scores(
-    logits: Tensor | tuple[Tensor, ...], labels: Tensor, among: Tensor | None
-) -> Tensor:
+def mean_of_heads(logits: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return float32 logits (B, C): of one head, or the mean of two."""
+    heads = logits if isinstance(logits, tuple) else (logits,)
+    return torch.as_tensor(sum(heads) / len(heads)).float()
+
+
+def batch_scores(logits: Tensor, labels: Tensor, among: Tensor | None) -> Tensor:
     """Return a batch's summed cross entropy, and its top-1, top-5 and top-1 `among` hits, (4,).
 
-    logits: (B, C), or those of two heads, which are averaged. among: the outputs that the last
-    number is restricted to, (K,), or None for all.
+    logits: (B, C). among: the outputs that the last number is restricted to, (K,), or None for all.
     """
-    heads = logits if isinstance(logits, tuple) else (logits,)
-    logits = torch.as_tensor(sum(heads) / len(heads)).float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     top1, top5 = accuracy(logits, labels, topk=(1, 5))
     hits = top1 if among is None else (among[logits[:, among].argmax(dim=1)] == labels).sum()

@@ -7,25 +7,27 @@ python main.py --eval --resume FILE --data-path FOLDER
 
 import os
 import sys
-import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 import datasets
 import engine
 import models
 import options
+from base import console
 from base.distributed import print_once
 from checks import evaluation, time_budget
+from checks.run_summary import RunSummary, build_summary
 from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
-from training import metrics, recipe, run_folder, setup
+from training import metrics, run_folder, setup
 from training.exit_codes import StopWhenClosed, exit_code_of, user_errors_about_batch_size
 from training.setup import Runtime, Training
-from training.step_config import Hooks
 from training.trained_classes import build_trained_classes, build_val_fraction
 
 
@@ -38,7 +40,7 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         plan = dry_run.build_plan(args, runtime.processes, runtime.inputs, runtime.amp_dtype)
         print_once(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return
-    with run_folder.build_settings(args) as settings:
+    with console.table(run_folder.build_is_run(args)), run_folder.build_settings(args) as settings:
         setup.print_notes(notes, about)
         set_up_and_train(settings, runtime)
 
@@ -64,88 +66,68 @@ def set_up_and_train(args: Namespace, runtime: Runtime) -> None:
     if args.minutes and not args.check:
         args = time_budget.build_settings(args, loaders, student, teacher, runtime)
     training = setup.build_training(args, loaders, student, teacher, runtime)
+    predictions: list[Tensor] = []
     teacher_stats = evaluation.check_student_and_teacher(
-        args, student, training.teacher_logits, loaders, runtime
+        args, student, training.teacher_logits, loaders, runtime, predictions
     )
     if not args.check:
-        train(args, training, loaders, runtime, teacher_stats)
+        summary = build_summary(args, training, loaders, runtime, teacher_stats, predictions)
+        train(args, training, loaders, runtime, summary)
 
 
 def train(
-    args: Namespace,
-    training: Training,
-    loaders: Loaders,
-    runtime: Runtime,
-    teacher_stats: dict[str, float],
+    args: Namespace, training: Training, loaders: Loaders, runtime: Runtime, summary: RunSummary
 ) -> None:
-    """Train and evaluate for the epochs that are left. teacher_stats: its accuracy, if known."""
-    checkpointer, started = training.checkpointer, time.time()
-    log, first = setup.build_log(args, training), checkpointer.epoch
+    """Train and evaluate for the epochs that are left."""
+    checkpointer, log = training.checkpointer, setup.build_log(args, training)
+    summary.print_start()
     if log.has_board:
         from checks import board  # only TensorBoard needs it
 
-        board.log_first_batch(log, training, loaders, runtime, teacher_stats)
-    stats: dict[str, float] = {}
+        board.log_first_batch(log, training, loaders, runtime, summary.teacher)
+    stats, ema_stats, predictions = {}, {}, []
     for epoch in checkpointer.epochs(args.epochs):
-        train_stats = train_epoch(args, training, loaders, runtime, log, epoch)
-        if epoch == first:
+        train_stats = train_epoch(training, loaders, log, summary, epoch)
+        if epoch == summary.first_epoch:
             objective.warn_about_small_terms(train_stats)
-        parameters = training.student.num_parameters()
+        stats, ema_stats = {}, {}
+        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs:
+            stats, ema_stats = evaluation.evaluate_epoch(training, loaders, runtime, predictions)
+            training.config.schedule.end_epoch(epoch, stats["acc1"])
+        speed, parameters = summary.speed.values(), training.student.num_parameters()
         images_seen = training.images_seen(epoch + 1)
-        if (epoch + 1) % args.val_interval and epoch + 1 < args.epochs:
-            log.epoch(epoch, train_stats, {}, {}, parameters, images_seen)
-            checkpointer.end_epoch(None)
-            continue
-        stats, ema_stats = evaluation.evaluate_epoch(training, loaders, runtime)
-        training.config.schedule.end_epoch(epoch, stats["acc1"])
-        log.epoch(epoch, train_stats, stats, ema_stats, parameters, images_seen)
-        if log.has_board:
-            board.log_attention(log, training, loaders, runtime, teacher_stats)
-        checkpointer.end_epoch(stats["acc1"])  # after the log: a resumed run drops later lines
-        evaluation.print_accuracy(stats)
-        print_once(None, f"Max accuracy: {checkpointer.best:.2f}%")
-        if left := args.epochs - epoch - 1:
-            seconds = (time.time() - started) / (epoch + 1 - first) * left
-            print_once(None, f"{left} epoch{'s' * (left > 1)} left, about {metrics.clock(seconds)}")
-    if not stats:
-        print_once(None, f"Nothing to train: {checkpointer.epoch} of {args.epochs} epochs are done")
-    elif line := recipe.beside(args.recipe, stats["acc1"]):
-        print_once("recipe", line)
-    print_once(None, f"Training time {metrics.clock(time.time() - started)}")
+        log.epoch(epoch, train_stats, stats, ema_stats, parameters, images_seen, speed=speed)
+        if stats and log.has_board:
+            board.log_attention(log, training, loaders, runtime, summary.teacher)
+        checkpointer.end_epoch(stats["acc1"] if stats else None)  # log.txt must be first
+        summary.print_epoch(epoch, train_stats["loss"], stats, ema_stats, checkpointer.best)
     if skipped := setup.count_skipped_images(loaders, runtime):
         print_once("data", f"{skipped} unreadable images were left out")
     log.close()
+    summary.print_end(stats, ema_stats, checkpointer.best, predictions)
 
 
 def train_epoch(
-    args: Namespace,
-    training: Training,
-    loaders: Loaders,
-    runtime: Runtime,
-    log: metrics.RunLog,
-    epoch: int,
+    training: Training, loaders: Loaders, log: metrics.RunLog, summary: RunSummary, epoch: int
 ) -> dict[str, float]:
     """Train for one epoch, or for the rest of a resumed one; return its averages."""
-    config = replace(training.config, header=f"Epoch: [{epoch + 1}/{args.epochs}]")
+    config = replace(training.config, header=f"Epoch: [{epoch + 1}/{summary.epochs}]")
     loaders.set_epoch(config.within_cycle(BatchKey(epoch, 0)).epoch, training.state.micro_step)
-    seen = training.images_seen(epoch)
-
-    def on_log(update: int, averages: dict[str, float]) -> None:
-        images_seen = seen + (update + 1) * training.batch_plan.batch
-        log.train(averages, training.criterion.term_weights, images_seen)
-
-    return engine.train_one_epoch(
+    summary.speed.start(training.state.micro_step)
+    train_stats = engine.train_one_epoch(
         training.model,
         training.criterion,
         loaders.train,
         training.optimizer,
-        runtime.device,
+        training.state.device,
         epoch,
         teacher=training.teacher,
         config=config,
         state=training.state,
-        hooks=Hooks(on_log, training.checkpointer.after_update, training.save_bad_batch),
+        hooks=training.hooks(log, epoch),
     )
+    summary.speed.end_training()
+    return train_stats
 
 
 def parse_and_run(argv: Sequence[str] | None) -> None:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from base import console
 from base.errors import PeerLost, UserError
 from base.text import printable
 
@@ -336,10 +337,19 @@ def is_main() -> bool:
 
 
 def print_once(subject: str | None, line: str) -> None:
-    """Print a line in the first process alone, after "subject: " if there is one."""
+    """Print a line in the first process alone, after "subject: " if there is one.
+
+    In a training run on a terminal it goes to the log file; see `base/console.py`.
+    """
     if is_main():
         text = f"{subject}: {line}" if subject else line
-        print(printable(text, keep="\n\t"), flush=True)
+        console.detail(printable(text, keep="\n\t"))
+
+
+def print_important(line: str) -> None:
+    """Print a line in the first process alone, on a terminal above the table of the run."""
+    if is_main():
+        console.important(printable(line, keep="\n\t"))
 
 
 def barrier() -> None:

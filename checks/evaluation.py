@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 import engine
 import models
 from base.distributed import print_once
@@ -82,10 +84,12 @@ def check_student_and_teacher(
     teacher: LogitsOnly | None,
     loaders: Loaders,
     runtime: Runtime,
+    predictions: list[Tensor],
 ) -> dict[str, float]:
     """Print the findings of --check; return the teacher's accuracy with --teacher-check.
 
-    teacher: its network without features, or None if there is none.
+    teacher: its network without features, or None if there is none. predictions: as for
+    `engine.evaluate`.
     """
     if args.check or args.teacher_check:
         found = diagnose.build_findings(
@@ -103,22 +107,37 @@ def check_student_and_teacher(
     sizes = {diagnose.size_of(member) for member in teacher.teacher.members if member.classifies}
     print_once("teacher", f"accuracy on the evaluation set, {' and '.join(sorted(sizes))}")
     stats = engine.evaluate(
-        loaders.val, teacher, runtime.device, header="Teacher:", present=loaders.present
+        loaders.val,
+        teacher,
+        runtime.device,
+        header="Teacher:",
+        present=loaders.present,
+        predictions=predictions,
     )
     print_present(stats)
     return stats
 
 
 def evaluate_epoch(
-    training: Training, loaders: Loaders, runtime: Runtime
+    training: Training, loaders: Loaders, runtime: Runtime, predictions: list[Tensor]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Evaluate the student and its moving average; {} where there is none."""
+    """Evaluate the student and its moving average; {} where there is none.
+
+    predictions: replaced by the student's, as for `engine.evaluate`.
+    """
     options: dict[str, Any] = {
         "amp_dtype": runtime.amp_dtype,
         "interrupt": training.checkpointer,
         "present": loaders.present,
     }
-    stats = engine.evaluate(loaders.val, training.student.network, runtime.device, **options)
+    predictions.clear()
+    stats = engine.evaluate(
+        loaders.val,
+        training.student.network,
+        runtime.device,
+        predictions=predictions,
+        **options,
+    )
     if training.ema is None:
         return stats, {}
     average = training.ema.on(runtime.device)

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import io
 import itertools
 import os
 import time
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 import engine
-from base import distributed
+from base import console, distributed
 from data.samplers import BatchKey
 from data.transforms import build_mixup
 from datasets import Loaders
@@ -77,7 +76,7 @@ def build_settings(
     if found:
         line = f"resumed: {found['epochs']} epochs, as in the checkpoint"
     else:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with console.silent():
             seconds = _build_seconds(args, loaders, student, teacher, runtime)
         found = distributed.broadcast_object(seconds.fit(60 * args.minutes))
         shown = " ".join(f"--{name.replace('_', '-')} {found[name]}" for name in DECIDED)

@@ -10,7 +10,7 @@ import torch.distributed.run
 import options
 import run_with_submitit
 from experiments import benchmark, compare, gpu_plan
-from tools import export, prepare_data, report
+from tools import export, predict, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,6 +22,7 @@ TOOLS = {
     "report.py": report,
     "export.py": export,
     "prepare_data.py": prepare_data,
+    "predict.py": predict,
     "benchmark.py": benchmark,
     "compare.py": compare,
     "gpu_plan.py": gpu_plan,

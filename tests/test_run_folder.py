@@ -56,7 +56,7 @@ def test_a_command_that_does_not_train_makes_no_folder(flags: list[str]) -> None
 def test_an_empty_folder_name_saves_nothing(flags: list[str], run_flags, capsys) -> None:
     assert main.run([*run_flags, *flags]) == 0
     assert list(Path().iterdir()) == []
-    assert "nothing was saved" in capsys.readouterr().out.splitlines()[-1]
+    assert "nothing is saved" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_two_runs_that_begin_in_one_second_have_two_folders(monkeypatch) -> None:

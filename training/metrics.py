@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import resource
-import shutil
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from base import distributed, files, flag_table, flags
+from base import console, distributed, files, flag_table, flags
 from base.errors import UserError
 from base.text import printable
 from training import run_settings
@@ -76,34 +75,38 @@ def _mean(sum_and_count: Tensor) -> float:
 class ProgressLogger:
     """One line every `interval` steps: step, time left, numbers, images a second, data wait.
 
-    On a terminal each line has a bar, is cut to the width and overwrites the line before. Only the
-    first process prints. start: steps that a resumed epoch has done before.
+    A terminal has a live line with a bar and the first numbers, which is replaced `REFRESH_S`
+    after it was printed. Only the first process prints. start: steps that a resumed epoch has
+    done before.
     """
+
+    REFRESH_S = 0.2
 
     def __init__(self, length: int, header: str, *, interval: int = 10, start: int = 0) -> None:
         self.length, self.header, self.interval, self.start = length, header, interval, start
         self._prints = distributed.is_main()
-        self._overwrites = sys.stdout.isatty()
-        self._begin = self._mark = time.perf_counter()
+        self._begin = self._mark = self._shown = time.perf_counter()
         self._waited = 0.0
         self._steps_at_mark = start
+        self._numbers = ""  # of the live line
 
     def __call__(self, batches: Iterable) -> Iterator[Any]:
         """Yield the batches, and measure how long each was waited for."""
         self._begin = self._mark = start = time.perf_counter()
-        for batch in batches:
-            self._waited += time.perf_counter() - start
+        for done, batch in enumerate(batches, start=self.start):
+            now = time.perf_counter()
+            self._waited += now - start
+            if self._prints and now - self._shown > self.REFRESH_S:
+                self._show(done)
             yield batch
             start = time.perf_counter()
         if self._prints:
-            if self._overwrites:
-                print()  # keep the last line
+            console.erase()
             seconds = time.perf_counter() - self._begin
             share = 100 * self._waited / max(seconds, 1e-9)
-            print(
+            console.detail(
                 f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
-                f"data wait {share:.0f}%",
-                flush=True,
+                f"data wait {share:.0f}%"
             )
 
     def due(self, step: int, span: int = 1) -> bool:
@@ -121,25 +124,37 @@ class ProgressLogger:
         if not self._prints:
             return {}
         now, done = time.perf_counter(), step + 1
-        eta = (now - self._begin) / (done - self.start) * (self.length - done)
-        parts = [f"[{done}/{self.length}]", f"eta {clock(eta)}"]
+        parts = [f"[{done}/{self.length}]", f"eta {clock(self._seconds_left(done))}"]
         parts += [f"{name} {number(value)}" for name, value in values.items()]
+        numbers = [f"{name} {number(value)}" for name, value in values.items()][:2]
         rates = {}
         if images_per_step:
             steps = done - self._steps_at_mark
             rate = images_per_step * steps / max(now - self._mark, 1e-9)
             rates = {"images_per_s": rate, "data_wait": self._waited / max(now - self._begin, 1e-9)}
             parts += [f"{rate:.0f} images/s", f"data wait {100 * rates['data_wait']:.0f}%"]
+            numbers = [*numbers[:1], f"{rate:.0f} images/s"]
         rates["memory_mib"] = peak_memory() / 2**20
         parts.append(f"memory {rates['memory_mib']:.0f} MiB")
         self._mark, self._steps_at_mark = now, done
-        if self._overwrites:
-            line = f"{self.header} {bar(done / self.length)} {'  '.join(parts)}"
-            width = shutil.get_terminal_size().columns - 1  # a wrapped line cannot be overwritten
-            print(f"\r{line[:width]}\033[K", end="", flush=True)
+        self._numbers = "  ".join(numbers)
+        if not console.is_terminal():
+            console.detail(f"{self.header} {'  '.join(parts)}")
         else:
-            print(f"{self.header} {'  '.join(parts)}", flush=True)
+            console.log_only(f"{self.header} {'  '.join(parts)}")
+            self._show(done)
         return rates
+
+    def _seconds_left(self, done: int) -> float:
+        seconds = time.perf_counter() - self._begin
+        return seconds / max(done - self.start, 1) * (self.length - done)
+
+    def _show(self, done: int) -> None:
+        """Replace the live line of a terminal."""
+        self._shown = time.perf_counter()
+        eta = clock(self._seconds_left(done)) if done > self.start else "?"
+        count = f"{bar(done / max(self.length, 1))} {done}/{self.length}"
+        console.live(f"{self.header} {count}  eta {eta}  {self._numbers}")
 
 
 def bar(share: float, width: int = 12) -> str:
@@ -265,8 +280,10 @@ class RunLog:
         ema: Mapping[str, float],
         n_parameters: int,
         images_seen: int,
+        *,
+        speed: Mapping[str, float] | None = None,
     ) -> None:
-        """Add the line of an epoch: train_*, test_*, epoch, n_parameters, ema_*."""
+        """Add the line of an epoch: train_*, test_*, epoch, n_parameters, ema_*, speed."""
         if self._folder is None:
             return
         self.scalars("val", val, images_seen)
@@ -275,6 +292,7 @@ class RunLog:
         line |= {f"test_{name}": value for name, value in val.items()}
         line |= {"epoch": epoch, "n_parameters": n_parameters}
         line |= {f"ema_{name}": value for name, value in ema.items() if name != "count"}
+        line |= speed or {}
         with (self._folder / "log.txt").open("a") as file:
             known = {name: value if math.isfinite(value) else None for name, value in line.items()}
             file.write(json.dumps(known) + "\n")  # JSON has no NaN
@@ -327,10 +345,14 @@ def _leave_out_traceback(failed: threading.ExceptHookArgs) -> None:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Escapes control characters, which may come from file and class names."""
+    """Escapes control characters, which may come from file and class names.
+
+    A terminal's live line is replaced.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), keep="\n\t")
+        start = console.ERASE if console.shows_table() and sys.stderr.isatty() else ""
+        return start + printable(super().format(record), keep="\n\t")
 
 
 def set_up_logging(rank: int) -> None:

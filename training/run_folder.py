@@ -8,13 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from base import distributed, files
-from base.distributed import print_once
+from base.distributed import print_important
 from base.errors import UserError
 from training.checkpointer import is_auto
 
 AUTO = "auto"  # the value of --output-dir if it is not given
 FOLDER = Path("runs")
 MAX_PART = 40  # characters of the data's and of the model's name
+
+
+def build_is_run(args: Namespace) -> bool:
+    """Return whether a run trains and has a folder; others evaluate, check or fill a cache."""
+    fills_cache = args.teacher_cache and args.teacher_cache_mode in ("write", "verify")
+    return not (args.eval or args.check or args.dry_run or fills_cache)
 
 
 @contextlib.contextmanager
@@ -26,23 +32,22 @@ def build_settings(args: Namespace) -> Iterator[Namespace]:
     the run ends early and has saved nothing. A run that only evaluates, checks or fills a cache
     gets no folder.
     """
-    fills_cache = args.teacher_cache and args.teacher_cache_mode in ("write", "verify")
-    if args.eval or args.check or args.dry_run or fills_cache:
+    if not build_is_run(args):
         unused = "" if args.output_dir == AUTO else args.output_dir
         yield Namespace(**{**vars(args), "output_dir": unused})
         return
-    folder = args.output_dir
+    folder, nothing = args.output_dir, "nothing is saved, because --output_dir is empty"
     if folder == AUTO:
         name = f"{_data_name(args.data_path, args.data_set)}-{_plain(args.model)}"
         folder = distributed.on_main(lambda: _choose(name, resumes=is_auto(args.resume)))
-    print_once("output", folder or "nothing is saved, because --output_dir is empty")
+    print_important(f"output: {folder or nothing}")
     try:
         yield Namespace(**{**vars(args), "output_dir": folder})
     except BaseException:
         if args.output_dir == AUTO and distributed.is_main():
             _remove_if_unused(Path(folder))
         raise
-    print_once("output", folder or "nothing was saved, because --output_dir is empty")
+    print_important(f"output: {folder or nothing}")
 
 
 def _data_name(path: str, data_set: str) -> str:

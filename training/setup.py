@@ -9,15 +9,16 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 import models
-from base import distributed, files
+from base import console, distributed, files
 from base.device import cpu_has_bf16, pick_amp, seed_device, use_fast_kernels
-from base.distributed import Processes, print_once
+from base.distributed import Processes, print_important, print_once
 from data.samplers import derive_seed
 from data.transforms import InputConfig, build_mixup
 from data.unlabelled import WithUnlabelled
@@ -28,7 +29,7 @@ from models import Student
 from training import metrics, optim, run_folder
 from training.checkpointer import Checkpointer, build_checkpointer
 from training.state import EpochState
-from training.step_config import StepConfig
+from training.step_config import Hooks, StepConfig
 
 if TYPE_CHECKING:
     from distill.cached_teacher import CachedTeacher
@@ -78,6 +79,16 @@ class Training:
         """Return how many images the updates of so many epochs use."""
         return epochs * self.batch_plan.updates * self.batch_plan.batch
 
+    def hooks(self, log: metrics.RunLog, epoch: int) -> Hooks:
+        """Return what an epoch calls between its updates: the log, checkpoints, bad batches."""
+        seen = self.images_seen(epoch)
+
+        def on_log(update: int, averages: dict[str, float]) -> None:
+            images_seen = seen + (update + 1) * self.batch_plan.batch
+            log.train(averages, self.criterion.term_weights, images_seen)
+
+        return Hooks(on_log, self.checkpointer.after_update, self.save_bad_batch)
+
     def save_bad_batch(self, batch: dict[str, Any]) -> str:
         """Save a bad batch with the weights that reproduce it, and return the path."""
         weights = {
@@ -111,7 +122,7 @@ def build_runtime(args: Namespace) -> Runtime:
 def print_notes(notes: Sequence[str], about: Sequence[str]) -> None:
     """Print the lines about a recipe, and log the warnings about flags."""
     for line in about:
-        print_once(None, line)
+        print_important(line)
     for note in notes:
         _logger.warning("%s", note)
 
@@ -306,6 +317,8 @@ def build_log(args: Namespace, training: Training) -> metrics.RunLog:
         images_seen=training.checkpointer.global_step * training.batch_plan.batch,
     )
     log.config(vars(args))
+    if args.output_dir and distributed.is_main():
+        console.open_log(Path(args.output_dir))
     return log
 
 
