@@ -227,8 +227,9 @@ class Checks:
                 for between in dict.fromkeys([device, "cpu"][: 1 + (kind == "as usual")]):
                     out = Path(name, f"{kind}, killed, {between}")
                     self.kill_and_resume(flags, out, between)
-                    same = kill_sweep.verdict(whole, out) == "identical"
-                    text = "identical" if same else f"weights differ by {largest(whole, out):.1e}"
+                    text = kill_sweep.verdict(whole, out)
+                    if text != "identical":
+                        text += f": weights differ by {largest(whole, out):.1e}"
                     found[f"{kind}, {'resumed here' if between == device else 'CPU and back'}"] = (
                         text
                     )

@@ -448,14 +448,19 @@ def test_every_flag_that_changes_training_images_is_in_the_fingerprint(
 
 
 @pytest.mark.parametrize(
-    "change", [(image_ops, "VERSION", 0), (cached_teacher, "version", lambda name: 9)]
+    ("change", "flags"),
+    [
+        ((image_ops, "VERSION", 0), []),
+        ((image_ops, "DEVICE_VERSION", 0), ["--augment-on", "device"]),
+        ((cached_teacher, "version", lambda name: 9), []),
+    ],
 )
 def test_another_version_changes_the_fingerprint(
-    change: tuple, monkeypatch: pytest.MonkeyPatch
+    change: tuple, flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = facts()
+    ours = facts(*flags)
     monkeypatch.setattr(*change)
-    assert facts() != ours
+    assert facts(*flags) != ours
 
 
 def test_the_fingerprint_holds_mirroring_and_the_form_of_the_data(
