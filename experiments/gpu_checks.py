@@ -220,8 +220,8 @@ class Checks:
             plugin = Path(name, "deterministic.py")
             plugin.write_text(DETERMINISTIC)
             plain = [*common, *kill_sweep.MATCH.split()]
-            strict = [*common, *HARD.split(), "--no-teacher-check", "--plugin", str(plugin)]
-            for kind, flags in (("as usual", plain), ("deterministic", strict)):
+            strict = f"{HARD} --no-teacher-check --no-cudnn-benchmark --plugin {plugin}".split()
+            for kind, flags in (("as usual", plain), ("deterministic", [*common, *strict])):
                 whole = Path(name, kind)
                 kill_sweep.finish(flags, whole)
                 for between in dict.fromkeys([device, "cpu"][: 1 + (kind == "as usual")]):
@@ -230,9 +230,8 @@ class Checks:
                     text = kill_sweep.verdict(whole, out)
                     if text != "identical":
                         text += f": weights differ by {largest(whole, out):.1e}"
-                    found[f"{kind}, {'resumed here' if between == device else 'CPU and back'}"] = (
-                        text
-                    )
+                    where = "resumed here" if between == device else "CPU and back"
+                    found[f"{kind}, {where}"] = text
         far = any(float(each.split()[-1]) > 1e-2 for each in found.values() if "differ" in each)
         passed = not far and found["deterministic, resumed here"] == "identical"
         return result(passed, "compared with the uninterrupted run", found)
