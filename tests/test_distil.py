@@ -53,6 +53,7 @@ def test_a_teacher_is_trained_from_scratch_without_a_network(monkeypatch, capsys
     monkeypatch.setattr(distil.hub, "unreachable_reason", lambda: "no network")
     found = steps_of("images")
     assert value(found["teacher"], "--model") == distil.FROM_SCRATCH
+    assert value(found["teacher"], "--input-size") == "32"
     assert "--pretrained" not in found["teacher"]
     assert "from scratch" in capsys.readouterr().out
 

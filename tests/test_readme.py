@@ -10,15 +10,16 @@ import torch.distributed.run
 import options
 import run_with_submitit
 from experiments import benchmark, compare, gpu_plan
-from tools import export, predict, prepare_data, report
+from tools import distil, export, predict, prepare_data, report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ELSEWHERE = {"objectives.md"}  # its commands name files that tests/test_docs.py writes
 PROGRAM = re.compile(
-    r"\b(main|run_with_submitit|report|export|prepare_data|benchmark|compare|gpu_plan)\.py\b"
+    r"\b(main|run_with_submitit|report|export|predict|distil|prepare_data|benchmark|compare|gpu_plan)\.py\b"
 )
 TOOLS = {
+    "distil.py": distil,
     "report.py": report,
     "export.py": export,
     "prepare_data.py": prepare_data,

@@ -29,7 +29,7 @@ from base.errors import UserError  # noqa: E402
 from data.sources import Part, open_source  # noqa: E402
 from distill.teacher_classes import classes_of_teacher, match_outputs  # noqa: E402
 from models import hub  # noqa: E402
-from training import run_folder  # noqa: E402
+from training import auto_recipe, run_folder  # noqa: E402
 from training.checkpointer import NEWEST, load_run  # noqa: E402
 
 TEACHER, ALONE, DISTILLED = "teacher", "labels-only", "distilled"
@@ -110,7 +110,7 @@ def build_steps(args: argparse.Namespace, others: Sequence[str], out: Path) -> l
     """
     common = ("--data-path", args.data, "--device", args.device, *others)
     student = (*common, *(("--model", args.model) if args.model else ()))
-    model, weights = choose_teacher(args.teacher_model, args.teacher_path)
+    model, weights = choose_teacher(args)
     steps, share, path = [], 0.5, args.teacher_path
     if not (path and has_classes(model, path, args.data)):
         flags = (*common, "--model", model, *weights, *budget(args, TEACHER_SHARE))
@@ -133,18 +133,28 @@ def budget(args: argparse.Namespace, share: float) -> tuple[str, str]:
     return "--minutes", f"{share * args.minutes:.4g}"
 
 
-def choose_teacher(model: str, path: str) -> tuple[str, tuple[str, ...]]:
+def choose_teacher(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
     """Return the teacher's model, and the flags of its first weights."""
+    model, path = args.teacher_model, args.teacher_path
     if path:
         if not model:
             raise UserError(f"--teacher-path {path}: give its model with --teacher-model")
         return model, ("--finetune", path)
-    if reason := hub.unreachable_reason():
-        model = model or FROM_SCRATCH
-        print(f"teacher: {model} from scratch, because published weights cannot be loaded", end="")
-        print(f" ({reason}); with a file: --teacher-model NAME --teacher-path FILE")
+    reason = hub.unreachable_reason()
+    if not reason:
+        return model or (ON_GPU if torch.cuda.is_available() else ON_CPU), ("--pretrained",)
+    print(
+        f"teacher: {model or FROM_SCRATCH} from scratch, because published weights cannot be "
+        f"loaded ({reason}); with a file: --teacher-model NAME --teacher-path FILE"
+    )
+    if model:
         return model, ()
-    return model or (ON_GPU if torch.cuda.is_available() else ON_CPU), ("--pretrained",)
+    settings = argparse.Namespace(
+        data_set=None, data_path=args.data, val_fraction=None, val_labels=""
+    )
+    data = auto_recipe.build_training_set(settings)
+    student = auto_recipe.choose_student(data, None, has_gpu=False)[0] if data else {}
+    return FROM_SCRATCH, ("--input-size", *map(str, student.get("input_size", [32])))
 
 
 def has_classes(model: str, path: str, data: str) -> bool:
