@@ -277,11 +277,14 @@ def _build_time(
         for teacher in teachers
     )
     epoch = (alone + teaching) * epoch_size.steps * args.batch_size
+    run = f"{args.epochs} epochs {duration(epoch * args.epochs)}"
+    if args.minutes:
+        run = f"about {max(1, round(60 * args.minutes / epoch))} in {args.minutes:g} minutes"
     cached = f" ({1 / alone:.1f} from a full cache of the teacher)" if teaching else ""
     return (
         f"{1 / (alone + teaching):.1f} images/s a process{cached} in a probe of {batch} random "
-        f"images; an epoch {duration(epoch)}, {args.epochs} epochs "
-        f"{duration(epoch * args.epochs)}, if the data keeps up, without evaluation"
+        f"images; an epoch {duration(epoch)}, {run}, if the data keeps up, "
+        "without evaluation"
     )
 
 
