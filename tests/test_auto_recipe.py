@@ -128,3 +128,19 @@ def test_cnns_and_transformers_are_told_apart() -> None:
     assert auto_recipe.is_transformer("deit_tiny_patch16_224")
     assert auto_recipe.is_transformer("deit_pico_distilled_patch4_32")
     assert not auto_recipe.is_transformer("tf_efficientnet_lite0")
+
+
+@pytest.mark.parametrize(
+    ("model", "starts_trained", "lr"),
+    [
+        ("deit_pico_distilled_patch4_32", False, 2e-3),
+        ("deit_tiny_patch16_224", False, 6.7e-4),  # 2e-3 * 64 / 192
+        ("deit_base_patch16_224.fb_in1k", False, 2e-4),  # 2e-3 * 64 / 768 is less
+        ("vit_small_patch16_224", False, 5e-4),
+        ("deit_tiny_patch16_224", True, 2e-4),
+        ("resnet_pico", False, 1e-3),
+        ("tf_efficientnet_lite0", True, 1e-3),
+    ],
+)
+def test_the_learning_rate_suits_the_model(model: str, starts_trained: bool, lr: float) -> None:
+    assert auto_recipe.choose_lr(model, starts_trained=starts_trained) == pytest.approx(lr)

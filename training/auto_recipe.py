@@ -19,10 +19,11 @@ from data.image_ops import UNREADABLE, size_of
 from data.image_source import Shards, Source, spread
 from data.sources import Part, open_source
 from models import hub
+from models.deit import VITS
 from training.recipe import NONE
 
 MOST_IMAGES = 100_000  # from here on DeiT's defaults apply
-MIX_EPOCHS = 50  # with fewer epochs a new network learns too little from mixed images
+MIX_EPOCHS = 40  # with fewer epochs a new network learns too little from mixed images
 SAMPLES = 16  # images whose sizes are read
 GROUPS = ("optimizer, schedule and EMA", "augmentation and mixing", "regularization")
 TRAINING_FLAGS = frozenset(flag.dest for name in GROUPS for flag in flag_table.GROUPS[name])
@@ -142,15 +143,22 @@ def build_schedule_flags(args: Namespace, epochs: int) -> dict[str, Any]:
     """Return what depends on how often the run sees each image, and on the initial weights."""
     starts_trained = bool(args.finetune or args.pretrained)
     mixes = epochs >= MIX_EPOCHS and not starts_trained
-    lr = 2e-3 if mixes else 1e-3
-    if starts_trained and is_transformer(args.model):
-        lr = 2e-4
     return {
-        "lr": lr,
+        "lr": choose_lr(args.model, starts_trained=starts_trained),
         "warmup_epochs": min(2, epochs // 5),
         "mixup": 0.8 if mixes else 0.0,
         "cutmix": 1.0 if mixes else 0.0,
     }
+
+
+def choose_lr(model: str, *, starts_trained: bool) -> float:
+    """Return the learning rate: of a new ViT, it falls with the width, from 2e-3 at width 64."""
+    if not is_transformer(model):
+        return 1e-3
+    if starts_trained:
+        return 2e-4
+    vit = VITS.get(model.partition(".")[0])
+    return max(2e-4, round(2e-3 * 64 / vit.width, 5)) if vit is not None else 5e-4
 
 
 def describe(flags: dict[str, Any]) -> str:
