@@ -33,7 +33,9 @@ TOOLS = {
 def commands(page: Path) -> list[str]:
     """Return the commands in a page's code blocks, continued lines joined."""
     found = []
-    for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for block in re.findall(
+        r"^```(?!yaml)\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
         lines = block.replace("\\\n", " ").splitlines()
         found += [line for line in lines if PROGRAM.search(line)]
     return found
@@ -75,7 +77,7 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
     if page.name == "coming-from-timm.md":
         text = re.sub(r"^\|[^|]*\|", "", text, flags=re.MULTILINE)
     known = [
-        options.get_args_parser(),
+        options.argparse_with_help(),
         run_with_submitit.get_submitit_parser(),
         *(tool._parser() for tool in TOOLS.values()),
     ]
@@ -85,7 +87,7 @@ def test_a_flag_that_a_document_names_exists(page: Path) -> None:
     }
     for flag in re.findall(r"`(--[\w-]+)", text):
         known_by = [name for name in names if name.startswith(options._dashed(flag))]
-        assert known_by or flag == "--help", flag
+        assert known_by, flag
 
 
 def test_the_readme_names_every_room() -> None:
@@ -95,14 +97,10 @@ def test_the_readme_names_every_room() -> None:
 
 def test_the_readme_tells_the_same_story_of_own_images_as_their_page() -> None:
     readme, page = (
-        [
-            shlex.join(shlex.split(command))
-            for command in commands(path)
-            if "runs/" in command and "my_images" in command or "exported" in command
-        ]
+        [shlex.join(shlex.split(command)) for command in commands(path) if "my_images" in command]
         for path in (ROOT / "README.md", ROOT / "docs" / "own-data.md")
     )
-    assert len(readme) >= 6 and set(readme) <= set(page)
+    assert len(readme) >= 2 and set(readme) <= set(page)
 
 
 def test_the_readme_has_commands() -> None:
