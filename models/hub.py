@@ -11,14 +11,15 @@ from huggingface_hub import constants
 TIMEOUT_S = 5.0
 
 
-def unreachable_reason() -> str:
-    """Return why the Hub cannot be reached, in a few words, or "" if it can.
+def unreachable_reason(url: str = "") -> str:
+    """Return why a host cannot be reached, in a few words, or "" if it can.
 
-    Returns "" behind a proxy, because a direct connection proves nothing there.
+    url: of any file there; by default the Hub's. Returns "" behind a proxy, because a direct
+    connection proves nothing there.
     """
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    address = urlparse(constants.ENDPOINT)
+    address = urlparse(url or constants.ENDPOINT)
     if urllib.request.getproxies().keys() & {"all", address.scheme}:
         return ""
     port = address.port or {"http": 80}.get(address.scheme, 443)

@@ -24,7 +24,7 @@ def uses_defaults(found: options.Options) -> bool:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "unreachable_reason", lambda: "no network")
+    monkeypatch.setattr(hub, "unreachable_reason", lambda url: "no network")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_small_student_is_chosen_without_network(image_folder: Path) -> None:
     assert found.args.model == "deit_pico_distilled_patch4_32"
     assert not found.args.pretrained
     assert "no network" in found.about[1]
-    assert auto_recipe.choose_student(TrainingSet(200, 256), 2, has_gpu=False)[0] == {
+    assert auto_recipe.choose_student(TrainingSet(200, 256), 2)[0] == {
         "model": "deit_pico_distilled_patch8_32",
         "input_size": [64],
     }
@@ -116,7 +116,7 @@ def test_a_small_student_is_chosen_without_network(image_folder: Path) -> None:
 def test_published_weights_are_chosen_with_a_network(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "unreachable_reason", lambda: "")
+    monkeypatch.setattr(hub, "unreachable_reason", lambda url: "")
     found = parse(image_folder, "--minutes 2 --input-size 96")
     assert found.args.model == auto_recipe.PUBLISHED
     assert found.args.pretrained

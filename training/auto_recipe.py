@@ -1,6 +1,6 @@
 """Settings for small training sets: what --recipe auto chooses, and why.
 
-The numbers were found on splits of training images (results/auto_search.md). They depend on how
+The numbers were found on splits of training images (results/small_data.md). They depend on how
 many images there are, on their size, on the initial weights and on --minutes.
 """
 
@@ -19,15 +19,25 @@ from data.image_ops import UNREADABLE, size_of
 from data.image_source import Shards, Source, spread
 from data.sources import Part, open_source
 from models import hub
-from models.deit import VITS
+from models.deit import FILES, VITS
 from training.recipe import NONE
 
 MOST_IMAGES = 100_000  # from here on DeiT's defaults apply
 MIX_EPOCHS = 40  # with fewer epochs a new network learns too little from mixed images
 SAMPLES = 16  # images whose sizes are read
+SMALL_BATCH_IMAGES = 5_000  # with fewer images, a smaller batch gives more updates
+PUBLISHED = "deit_tiny_distilled_patch16_224"
+GENTLE = {  # crops and mirrors alone
+    "unscale_lr": True,
+    "model_ema": False,
+    "repeated_aug": False,
+    "aa": "none",
+    "color_jitter": 0.0,
+    "reprob": 0.0,
+    "drop_path": 0.0,
+}
 GROUPS = ("optimizer, schedule and EMA", "augmentation and mixing", "regularization")
 TRAINING_FLAGS = frozenset(flag.dest for name in GROUPS for flag in flag_table.GROUPS[name])
-PUBLISHED = "deit_tiny_distilled_patch16_224"
 
 
 @dataclass(frozen=True)
@@ -57,10 +67,11 @@ def build_auto_recipe(
     student: dict[str, Any] = {}
     lines = []
     if not explicit & {"model", "finetune", "pretrained"}:
-        student, line = choose_student(data, args.minutes, has_gpu=torch.cuda.is_available())
+        student, line = choose_student(data, args.minutes)
         lines.append(line)
-    settings = Namespace(**vars(args) | student)
-    flags = student | choose_data(data) | build_schedule_flags(settings, args.epochs)
+    batch_size = 32 if data.images < SMALL_BATCH_IMAGES else 64
+    flags = GENTLE | student | {"batch_size": batch_size}
+    flags |= build_schedule_flags(Namespace(**vars(args) | student), args.epochs)
     first = f"recipe auto: {data.images:,} images: "
     first += "augmentation and lr by --minutes" if args.minutes else describe(flags)
     return flags, [f"{first} (--recipe none: DeiT's defaults)", *lines]
@@ -108,35 +119,22 @@ def is_transformer(name: str) -> bool:
     return "patch_embed" in str(config.first_conv if config is not None else "patch_embed")
 
 
-def choose_student(
-    data: TrainingSet, minutes: float | None, *, has_gpu: bool
-) -> tuple[dict[str, Any], str]:
+def choose_student(data: TrainingSet, minutes: float | None) -> tuple[dict[str, Any], str]:
     """Return the student, its input size and whether it starts from published weights; and why."""
-    reason = hub.unreachable_reason()
+    has_gpu, file = torch.cuda.is_available(), VITS[PUBLISHED].file
+    is_cached = os.path.exists(os.path.join(torch.hub.get_dir(), "checkpoints", file))
+    reason = "" if is_cached else hub.unreachable_reason(FILES + file)
     if not reason:
-        is_quick = not has_gpu and minutes is not None and minutes < 60
-        flags = {"model": PUBLISHED, "pretrained": True, "input_size": [112 if is_quick else 224]}
-        return flags, f"student: {PUBLISHED}, published weights, {flags['input_size'][0]} pixels"
+        is_short = not has_gpu and minutes is not None and minutes < 60
+        flags = {"model": PUBLISHED, "input_size": [112 if is_short else 224], "pretrained": True}
+        return flags, f"student: {PUBLISHED}, {flags['input_size'][0]} pixels, published weights"
+    is_large = has_gpu and data.images >= SMALL_BATCH_IMAGES
     if data.side <= 48:
-        flags = {"model": "deit_pico_distilled_patch4_32", "input_size": [32]}
+        model, pixels = f"deit_{'tiny' if is_large else 'pico'}_distilled_patch4_32", 32
     else:
-        flags = {"model": "deit_pico_distilled_patch8_32", "input_size": [64]}
-    line = f"student: {flags['model']} from scratch, {flags['input_size'][0]} pixels, because "
-    return flags, f"{line}published weights cannot be loaded ({reason})"
-
-
-def choose_data(data: TrainingSet) -> dict[str, Any]:
-    """Return what depends on the number of images, and what is the same for all small data."""
-    return {
-        "batch_size": 32 if data.images < 5_000 else 64,
-        "unscale_lr": True,
-        "model_ema": False,
-        "repeated_aug": False,
-        "aa": "none",
-        "color_jitter": 0.0,
-        "reprob": 0.0,
-        "drop_path": 0.0,
-    }
+        model, pixels = (PUBLISHED, 224) if is_large else ("deit_pico_distilled_patch8_32", 64)
+    line = f"student: {model}, {pixels} pixels, from scratch, because published weights "
+    return {"model": model, "input_size": [pixels]}, f"{line}cannot be loaded ({reason})"
 
 
 def build_schedule_flags(args: Namespace, epochs: int) -> dict[str, Any]:
