@@ -17,6 +17,7 @@ from base import console, distributed
 from base.device import DeviceBatches, autocast, seed_device
 from base.errors import UserError
 from data.samplers import BatchKey, derive_seed
+from training.checkpointer import Checkpointer
 from training.metrics import ProgressLogger, accuracy
 from training.non_finite import BadBatchFinder
 from training.state import EpochState
@@ -180,15 +181,6 @@ def query_epoch(
             progress.log(micro_step, {}, images_per_step=count)
 
 
-class Interrupt(Protocol):
-    """A stop signal: its number or 0; `stop` saves and raises Stopped."""
-
-    @property
-    def stop_signal(self) -> int: ...
-
-    def stop(self) -> None: ...
-
-
 @torch.no_grad()
 def evaluate(
     data_loader: Iterable,
@@ -198,7 +190,7 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     header: str = "Test:",
     log_interval: int = 50,
-    interrupt: Interrupt | None = None,
+    interrupt: Checkpointer | None = None,
     present: Sequence[int] | None = None,
     predictions: list[Tensor] | None = None,
 ) -> dict[str, float]:

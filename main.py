@@ -82,9 +82,10 @@ def train(
     checkpointer, log = training.checkpointer, setup.build_log(args, training)
     summary.print_start()
     if log.has_board:
-        from checks import board  # only TensorBoard needs it
+        from checks.board import Board  # only TensorBoard needs it
 
-        board.log_first_batch(log, training, loaders, runtime, summary.teacher)
+        board = Board(log, training, loaders, runtime, summary.teacher)
+        board.first_batch()
     stats, ema_stats, predictions = {}, {}, []
     for epoch in checkpointer.epochs(args.epochs):
         train_stats = train_epoch(training, loaders, log, summary, epoch)
@@ -98,7 +99,7 @@ def train(
         images_seen = training.images_seen(epoch + 1)
         log.epoch(epoch, train_stats, stats, ema_stats, parameters, images_seen, speed=speed)
         if stats and log.has_board:
-            board.log_attention(log, training, loaders, runtime, summary.teacher)
+            board.attention()
         checkpointer.end_epoch(stats["acc1"] if stats else None)  # log.txt must be first
         summary.print_epoch(epoch, train_stats["loss"], stats, ema_stats, checkpointer.best)
     if skipped := setup.count_skipped_images(loaders, runtime):

@@ -143,7 +143,7 @@ def teacher_problems(logits: Tensor, labels: Tensor, published: float | None) ->
     if count >= 5 * num_classes and reordered >= lowest and reordered > 2 * acc1:
         return [
             f"Acc@1 is {acc1:.0f} % on {count} images, and {reordered:.0f} % with its classes in "
-            "another order: its label order differs; compare the class folders"
+            "another order: its label order differs; compare the names of the classes"
         ]
     return [
         f"Acc@1 is {acc1:.0f} % on {count} images, at least {lowest:.0f} % is expected; compare "

@@ -38,10 +38,13 @@ class ImageDataset(Dataset):
         self.source, self.transform, self.bad_images = source, transform, bad_images
         self.num_classes, self.classes = num_classes, source.classes
         self.outputs: tuple[int, ...] | None = None  # of the model, for each class of the source
-        self.description = f"{len(source)} {source.what}, {num_classes} classes"
         marks = len(source) if bad_images != "fail" else 0
         self._last: tuple[int, tuple[Any, int]] | None = None  # repeats of an image come in a row
         self._unreadable = torch.zeros(marks, dtype=torch.bool).share_memory_()
+
+    @property
+    def description(self) -> str:
+        return f"{len(self)} {self.source.what}, {self.num_classes} classes"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -124,9 +127,11 @@ class Stream(IterableDataset):
         self.source, self.dataset, self.classes = shards, shards.dataset, shards.classes
         self.transform, self.num_classes = transform, num_classes
         self.outputs: tuple[int, ...] | None = None
-        self.description = (
-            f"{len(self.dataset)} images streamed from {shards.what}, {num_classes} classes"
-        )
+
+    @property
+    def description(self) -> str:
+        count = f"{len(self)} images streamed from {self.source.what}"
+        return f"{count}, {self.num_classes} classes"
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -71,9 +71,14 @@ class Files(Source):
     """Image files below `root`, held as arrays so that worker processes share the memory."""
 
     def __init__(
-        self, root: str, names: Sequence[str], labels: Sequence[int], classes: list[str] | None
+        self,
+        root: str,
+        names: Sequence[str],
+        labels: Sequence[int],
+        classes: list[str] | None,
+        what: str = "",
     ) -> None:
-        super().__init__(classes, f"images in {printable(root)}")
+        super().__init__(classes, what or f"images in {printable(root)}")
         self.root = root
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, dtype=np.int64)

@@ -84,7 +84,7 @@ def _unknown_names(unknown: Sequence[str], what: str, known: Sequence[str], orig
     hint = f" (did you mean {printable(spelled[close[0]])}?)" if close else ""
     return (
         f"{what}: not a class of {origin}: {some(unknown)}{hint}; it has {len(known)} classes "
-        f"({some(known)}); name the class folders as these"
+        f"({some(known)}); name its classes as these"
     )
 
 
@@ -107,6 +107,6 @@ def _by_position(
     else:
         note = (
             f"{model.origin}: stores no class names; its outputs are taken in the order of the "
-            f"class folders ({some(names)})"
+            f"data's classes ({some(names)})"
         )
     return LabelMap(tuple(range(count)), model.names or names, note)

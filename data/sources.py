@@ -218,9 +218,8 @@ def open_timm(name: str, root: str, part: Part) -> Source:
     if not samples:
         return Pairs(dataset, classes, f"images of {what}")
     paths, labels = zip(*samples)  # as in our folders, so that a bad image can be named
-    source = Files(root, [os.path.relpath(path, root) for path in paths], labels, classes)
-    source.what = f"images of {what}"
-    return source
+    names = [os.path.relpath(path, root) for path in paths]
+    return Files(root, names, labels, classes, f"images of {what}")
 
 
 def _create_timm(name: str, root: str, part: Part, splits: Sequence[str]) -> tuple[Any, str]:

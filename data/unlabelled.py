@@ -234,9 +234,8 @@ def _read_list(path: str) -> Source:
                 f"--unlabelled-path {printable(path)}: line {shorten(names[index])} is no file; "
                 "write the path of one image in each line, absolute or relative to the text file"
             )
-    source = Files(root, names, [UNLABELLED] * len(names), None)
-    source.what = f"images listed in {printable(path)}"
-    return source
+    what = f"images listed in {printable(path)}"
+    return Files(root, names, [UNLABELLED] * len(names), None, what)
 
 
 def keep_labels(

@@ -505,68 +505,82 @@ class Hostile:
 
 def damage(path: Path, kind: str, dice: random.Random, marker: Path) -> None:
     """Damage the checkpoint at `path` in one of many ways."""
-    whole = path.read_bytes()
-    content = torch.load(path, weights_only=True)
-    if kind == "cut":
-        path.write_bytes(whole[: dice.randrange(len(whole))])
-    elif kind == "flip":
-        place = dice.randrange(len(whole))
-        path.write_bytes(
-            whole[:place] + bytes([whole[place] ^ 1 << dice.randrange(8)]) + whole[place + 1 :]
-        )
-    elif kind == "overwrite":
-        place, length = dice.randrange(len(whole)), dice.randrange(1, 64)
-        path.write_bytes(whole[:place] + dice.randbytes(length) + whole[place + length :])
-    elif kind == "noise":
-        path.write_bytes(dice.randbytes(dice.randrange(2000)))
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "key":
-        target = dice.choice(
-            [
-                content,
-                content["model"],
-                content["optimizer"],
-                content["facts"],
-                content["optimizer"]["param_groups"][0],
-                content["tally"],
-                content["args"],
-                content["optimizer"]["state"],
-                content["optimizer"]["state"][0],
-            ]
-        )
-        target.pop(dice.choice(list(target)))
-        torch.save(content, path)
-    elif kind == "shape":
-        target = dice.choice([content["model"], content["optimizer"]["state"][0]])
-        key = dice.choice([key for key in target if target[key].dim() > 0])
-        target[key] = torch.zeros(dice.randrange(9, 20))
-        torch.save(content, path)
-    elif kind == "type":
-        key = dice.choice([key for key in content if key != "classes"])
-        content[key] = dice.choice(["words", [1, 2], None, b"bytes", torch.zeros(2)])
-        torch.save(content, path)
-    elif kind == "dtype":
-        name = dice.choice(list(content["model"]))
-        content["model"][name] = content["model"][name].to(dice.choice([torch.int8, torch.half]))
-        torch.save(content, path)
-    elif kind == "number":  # one that is none, where torch's checksums are right again
-        target = dice.choice([content["model"], content["optimizer"]["state"][0]])
-        dice.choice([value for value in target.values() if value.dim() > 0])[0] = torch.nan
+    if kind in BYTES:
+        path.write_bytes(BYTES[kind](path.read_bytes(), dice))
+    elif kind in CONTENTS:
+        content = torch.load(path, weights_only=True)
+        CONTENTS[kind](content, dice)
         torch.save(content, path)
     elif kind == "hostile":
+        content = torch.load(path, weights_only=True)
         content[dice.choice(["model", "args", "x"])] = Hostile(marker)
         torch.save(content, path, _use_new_zipfile_serialization=dice.random() < 0.5)
     elif kind == "pickle":
         path.write_bytes(pickle.dumps(Hostile(marker), protocol=dice.randrange(6)))
-    elif kind == "folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "loop":
-        path.unlink()
-        path.symlink_to(path)
     elif kind == "bomb":
+        content = torch.load(path, weights_only=True)
         dice.choice([compressed, lying, overlapping, swelling])(path, content)
+    else:
+        path.unlink()
+        path.mkdir() if kind == "folder" else path.symlink_to(path)
+
+
+def flip(whole: bytes, dice: random.Random) -> bytes:
+    at = dice.randrange(len(whole))
+    return whole[:at] + bytes([whole[at] ^ 1 << dice.randrange(8)]) + whole[at + 1 :]
+
+
+def overwrite(whole: bytes, dice: random.Random) -> bytes:
+    at, length = dice.randrange(len(whole)), dice.randrange(1, 64)
+    return whole[:at] + dice.randbytes(length) + whole[at + length :]
+
+
+def remove_key(content: dict, dice: random.Random) -> None:
+    optimizer = content["optimizer"]
+    target = dice.choice(
+        [content]
+        + [content[key] for key in ("model", "optimizer", "facts", "tally", "args")]
+        + [optimizer["param_groups"][0], optimizer["state"], optimizer["state"][0]]
+    )
+    target.pop(dice.choice(list(target)))
+
+
+def change_shape(content: dict, dice: random.Random) -> None:
+    target = dice.choice([content["model"], content["optimizer"]["state"][0]])
+    key = dice.choice([key for key in target if target[key].dim() > 0])
+    target[key] = torch.zeros(dice.randrange(9, 20))
+
+
+def change_type(content: dict, dice: random.Random) -> None:
+    key = dice.choice([key for key in content if key != "classes"])
+    content[key] = dice.choice(["words", [1, 2], None, b"bytes", torch.zeros(2)])
+
+
+def change_dtype(content: dict, dice: random.Random) -> None:
+    name = dice.choice(list(content["model"]))
+    content["model"][name] = content["model"][name].to(dice.choice([torch.int8, torch.half]))
+
+
+def write_nan(content: dict, dice: random.Random) -> None:
+    """Torch's checksums are right again."""
+    target = dice.choice([content["model"], content["optimizer"]["state"][0]])
+    dice.choice([value for value in target.values() if value.dim() > 0])[0] = torch.nan
+
+
+BYTES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "cut": lambda whole, dice: whole[: dice.randrange(len(whole))],
+    "flip": flip,
+    "overwrite": overwrite,
+    "noise": lambda whole, dice: dice.randbytes(dice.randrange(2000)),
+    "empty": lambda whole, dice: b"",
+}
+CONTENTS = {
+    "key": remove_key,
+    "shape": change_shape,
+    "type": change_type,
+    "dtype": change_dtype,
+    "number": write_nan,
+}
 
 
 def compressed(path: Path, content: dict) -> None:
@@ -601,23 +615,7 @@ def swelling(path: Path, content: dict) -> None:
     torch.save(content | {"args": nested}, path)
 
 
-KINDS = [
-    "cut",
-    "flip",
-    "overwrite",
-    "noise",
-    "empty",
-    "key",
-    "shape",
-    "type",
-    "dtype",
-    "number",
-    "hostile",
-    "pickle",
-    "folder",
-    "loop",
-    "bomb",
-]
+KINDS = [*BYTES, *CONTENTS, "hostile", "pickle", "folder", "loop", "bomb"]
 
 
 def state_of(run: Checkpointer) -> dict[str, Any]:

@@ -11,37 +11,6 @@ import pytest
 import run_with_submitit
 from base.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT.parent / "shared" / "slurm"
-REQUEST = [
-    "--nodes",
-    "2",
-    "--ngpus",
-    "0",
-    "--tasks-per-node",
-    "2",
-    "--cpus-per-task",
-    "1",
-    "--mem-per-gpu",
-    "1",
-    "--timeout",
-    "10",
-]
-RUN = [
-    "--model",
-    "deit_pico_distilled_patch4_32",
-    "--batch-size",
-    "2",
-    "--epochs",
-    "6",
-    "--num_workers",
-    "1",
-    "--log-interval",
-    "1",
-    "--drop-path",
-    "0.2",
-]
-
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
@@ -80,34 +49,12 @@ def test_deits_request_asks_slurm_for_what_deits_did(asked: Callable[..., set[st
 
 
 def test_every_flag_of_the_request_reaches_slurm(asked: Callable[..., set[str]]) -> None:
-    found = asked(
-        "--nodes",
-        "3",
-        "--ngpus",
-        "0",
-        "--tasks-per-node",
-        "5",
-        "--mem-per-gpu",
-        "0",
-        "--timeout",
-        "7",
-        "--signal-delay",
-        "60",
-        "--cpus-per-task",
-        "4",
-        "--partition",
-        "p",
-        "--constraint",
-        "c",
-        "--account",
-        "a",
-        "--qos",
-        "q",
-        "--slurm",
-        "exclusive",
-        "--slurm",
-        "gres-flags=x",
+    flags = (
+        "--nodes 3 --ngpus 0 --tasks-per-node 5 --mem-per-gpu 0 --timeout 7 --signal-delay 60 "
+        "--cpus-per-task 4 --partition p --constraint c --account a --qos q --slurm exclusive "
+        "--slurm gres-flags=x"
     )
+    found = asked(*flags.split())
     assert found >= {
         "nodes=3",
         "ntasks-per-node=5",

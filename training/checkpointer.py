@@ -21,6 +21,7 @@ from base.errors import CorruptFile, Stopped, UserError
 from training import run_settings
 from training.optim import load_optimizer_state
 from training.signals import StopSignals
+from training.state import EpochState
 
 _logger = logging.getLogger(__name__)
 
@@ -49,14 +50,6 @@ MAY_CHANGE = frozenset(flag_table.with_fact(flags.MAY_CHANGE))
 class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Any) -> Any: ...
-
-
-class EpochState(Stateful, Protocol):
-    """The position in an epoch (`training/state.py`)."""
-
-    micro_step: int
-
-    def reset(self) -> None: ...
 
 
 class Checkpointer:

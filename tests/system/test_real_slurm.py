@@ -25,34 +25,10 @@ from training.checkpointer import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT.parent / "shared" / "slurm"
-REQUEST = [
-    "--nodes",
-    "2",
-    "--ngpus",
-    "0",
-    "--tasks-per-node",
-    "2",
-    "--cpus-per-task",
-    "1",
-    "--mem-per-gpu",
-    "1",
-    "--timeout",
-    "10",
-]
-RUN = [
-    "--model",
-    "deit_pico_distilled_patch4_32",
-    "--batch-size",
-    "2",
-    "--epochs",
-    "6",
-    "--num_workers",
-    "1",
-    "--log-interval",
-    "1",
-    "--drop-path",
-    "0.2",
-]
+REQUEST = "--nodes 2 --ngpus 0 --tasks-per-node 2 --cpus-per-task 1 --mem-per-gpu 1 --timeout 10"
+REQUEST = REQUEST.split()
+RUN = "--model deit_pico_distilled_patch4_32 --batch-size 2 --epochs 6 --num_workers 1"
+RUN = f"{RUN} --log-interval 1 --drop-path 0.2".split()
 
 
 # ---- on a real one
