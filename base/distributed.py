@@ -35,6 +35,7 @@ from base.text import printable
 _logger = logging.getLogger(__name__)
 REPORTED = "an error was reported"
 REPORT_S = 3  # how long a process that ends waits for the store, and for another's report
+WORKER_END_S = 1  # until a killed worker has ended
 GRACE_S = 3  # after --dist-timeout, for torch's own message
 SLOW_UPDATE_S = 1.0
 LAG = 2  # updates
@@ -537,5 +538,13 @@ def _from_store(read: Callable[[], T], default: T) -> T:
 
 def kill_workers() -> None:
     """Kill this process's DataLoader workers, because the exit waits for a stopped one."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread:  # torch's handler raises an error for a worker that is killed
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join(WORKER_END_S)
+    if is_main_thread:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)

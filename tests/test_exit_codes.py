@@ -1,6 +1,11 @@
 """Exit codes, and the line that is printed when a run ends early."""
 
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
@@ -11,8 +16,11 @@ import main
 import options
 from base import files
 from base.errors import Stopped, UserError
+from experiments.kill_sweep import start
 from tools import export, report
 from training.exit_codes import exit_code_of, resume_command
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def stopped(number: int, folder: str) -> None:
@@ -50,7 +58,8 @@ def test_ctrl_c_before_training_says_that_nothing_was_written(monkeypatch, capsy
 
     monkeypatch.setattr(main, "parse_and_run", interrupted)
     assert main.run([]) == 130
-    assert "no checkpoint was written" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Stopped by SIGINT before there was anything to save; start the same command" in said
 
 
 def test_a_worker_that_dies_while_a_checkpoint_is_written_is_reported_as_such(
@@ -123,3 +132,71 @@ def test_a_null_character_in_a_recipe_is_refused(tmp_path: Path) -> None:
     path.write_text('flags: {output-dir: "a\\0b"}')
     with pytest.raises(UserError, match="--output-dir .*: has a null character"):
         options.parse_args(["--recipe", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_signal_during_set_up_ends_in_one_line(
+    number: int, code: int, caught: bool, monkeypatch, capsys
+) -> None:
+    """caught: a library turns the exception of the signal handler into an error of its own."""
+
+    def set_up(*_: object) -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            if not caught:
+                raise
+            raise RuntimeError("could not determine a type") from error
+
+    monkeypatch.setattr(main, "parse_and_run", set_up)
+    stopped: list[int] = []
+    before = signal.getsignal(number)
+    assert main.run([], on_stop=stopped.append) == code
+    assert signal.getsignal(number) is before and stopped == [number]
+    name = signal.Signals(number).name
+    line = f"Stopped by {name} before there was anything to save; start the same command again"
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_a_signal_while_a_library_waits_ends_the_process(tmp_path: Path) -> None:
+    """Python runs no handler while the main thread is inside of a library."""
+    code = """
+import ctypes, main, signal, threading
+libc = ctypes.CDLL(None)
+def wait(argv):
+    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGTERM)).start()
+    while True:
+        libc.sleep(60)
+main.parse_and_run = wait
+main.run([])
+"""
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 75, found.stderr
+    assert found.stdout.startswith("Stopped by SIGTERM before") and "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["student: ", "teacher: accuracy", "Write: [2/"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_program_that_is_stopped_before_training_leaves_no_worker(
+    words: str, number: int, code: int, tmp_path: Path
+) -> None:
+    flags = ["--distillation-type", "hard", "--num-workers", "2"]
+    if "Write" in words:
+        flags += ["--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-mode", "write"]
+    process = start(flags, tmp_path / "out")
+    log = tmp_path / "out.log"
+    end = time.monotonic() + 120
+    while words not in log.read_text():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    assert process.wait(30) == code
+    text = log.read_text()
+    assert "Traceback" not in text and text.count("before there was anything to save") == 1
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True)
+    assert not left.stdout

@@ -1,7 +1,7 @@
 """Exit codes of a run, and the one line that an error prints.
 
 0 done; 1 a fault (a process or a DataLoader worker died); 2 a user error, also too little memory
-for the batch; 75 stopped by a signal after saving; 130 Ctrl-C.
+for the batch; 75 stopped by a signal, after saving if there was anything to save; 130 Ctrl-C.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 from base import distributed
 from base.distributed import print_once
 from base.errors import EXIT_FAULT, EXIT_STOPPED, PeerLost, Stopped, UserError
+from training import signals
 
 EXIT_USER_ERROR = 2
 EXIT_CTRL_C = 128 + Signals.SIGINT
@@ -31,34 +32,54 @@ def exit_code_of(
     on_stop: called with the number of the signal that stopped the run. argv: the command line,
     None for that of this process. Raises all other errors.
     """
-    try:
-        run()
-    except KeyboardInterrupt:
-        print_once(None, "Interrupted; no checkpoint was written")
-        return EXIT_CTRL_C
-    except UserError as error:
+    with signals.raised(lambda number: os._exit(_stop_early(number))) as early:
+        try:
+            run()
+        except (Exception, KeyboardInterrupt) as error:
+            number = early.number or Signals.SIGINT * isinstance(error, KeyboardInterrupt)
+            if number:
+                code = _stop_early(number)
+                on_stop(number)
+                return code
+            return _code_of_error(error, on_stop, argv)
+    distributed.shutdown()
+    return 0
+
+
+def _stop_early(number: int) -> int:
+    """Print that a signal has stopped the run outside of training; return the exit code."""
+    distributed.kill_workers()
+    line = f"Stopped by {Signals(number).name} before there was anything to save"
+    code = EXIT_CTRL_C if number == Signals.SIGINT else EXIT_STOPPED
+    if distributed.first_to_report(line, code=code):
+        print(f"{line}; start the same command again", flush=True)
+    return code  # without shutdown: another process may wait in a collective
+
+
+def _code_of_error(
+    error: BaseException, on_stop: Callable[[int], None], argv: Sequence[str] | None
+) -> int:
+    """Print the line of an error and return its exit code. Raises an unknown error again."""
+    if isinstance(error, UserError):
         if distributed.first_to_report(error.line(), code=EXIT_USER_ERROR):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR  # without shutdown: another process may wait in a collective
-    except Stopped as stop:
-        name = Signals(stop.signal_number).name
-        how = f"saved; to continue: {resume_command(argv, stop.folder)}"
-        if not stop.folder:
+    if isinstance(error, Stopped):
+        name = Signals(error.signal_number).name
+        how = f"saved; to continue: {resume_command(argv, error.folder)}"
+        if not error.folder:
             how = "nothing was saved, because --output_dir is empty"
         print_once(None, f"Stopped by {name}; {how}")
         distributed.shutdown()
-        on_stop(stop.signal_number)
-        return EXIT_CTRL_C if stop.signal_number == Signals.SIGINT else EXIT_STOPPED
-    except Exception as error:
-        distributed.kill_workers()
-        if code := distributed.reported_code():  # it has ended, so a collective failed here
-            return code
-        what, line = describe_fault(error)
-        if isinstance(error, PeerLost) or distributed.first_to_report(what, code=EXIT_FAULT):
-            print(f"error: {line}", file=sys.stderr, flush=True)
-        return EXIT_FAULT
-    distributed.shutdown()
-    return 0
+        on_stop(error.signal_number)
+        return EXIT_CTRL_C if error.signal_number == Signals.SIGINT else EXIT_STOPPED
+    distributed.kill_workers()
+    if code := distributed.reported_code():  # it has ended, so a collective failed here
+        return code
+    what, line = describe_fault(error)
+    if isinstance(error, PeerLost) or distributed.first_to_report(what, code=EXIT_FAULT):
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return EXIT_FAULT
 
 
 def resume_command(argv: Sequence[str] | None, folder: str) -> str:
@@ -131,7 +152,8 @@ class StopWhenClosed(io.TextIOWrapper):
 
     def _stop(self) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is signal.SIG_DFL or isinstance(handler, signals.RaiseStop):
             os._exit(0)
         signal.raise_signal(signal.SIGTERM)
 
