@@ -179,6 +179,24 @@ main.run([])
     assert found.stdout.startswith("Stopped by SIGTERM before") and "Traceback" not in found.stderr
 
 
+def test_a_signal_in_a_destructor_ends_the_process() -> None:
+    code = """
+import main, signal
+class Half:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+def run(argv):
+    Half()
+    print("went on")
+main.parse_and_run = run
+main.run([])
+"""
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 75 and not found.stderr
+    assert found.stdout.startswith("Stopped by SIGTERM before") and "went on" not in found.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["student: ", "teacher: accuracy", "Write: [2/"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

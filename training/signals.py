@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,8 +63,9 @@ class RaiseStop:
 def raised(end: Callable[[int], Any]) -> Iterator[RaiseStop]:
     """Raise StoppedEarly for a signal in the block. Yields the handler.
 
-    end: is called with the number of a signal that Python cannot raise within `SAME_EVENT_S`,
-    because the main thread waits in a library, for example for other processes.
+    end: is called with the number of a signal that does not reach the caller. Python does not raise
+    it within `SAME_EVENT_S` while the main thread waits in a library, for example for other
+    processes, and leaves it out in a `__del__`.
     In a thread other than the main one, signals are left as they are.
     """
     stop = RaiseStop()
@@ -82,12 +84,20 @@ def raised(end: Callable[[int], Any]) -> Iterator[RaiseStop]:
                     end(number)
         os.close(reader)
 
+    def report(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, StoppedEarly):
+            end(unraisable.exc_value.number)
+        elif not stop.number:  # half-built objects that a stop leaves are no fault
+            usual(unraisable)
+
+    usual, sys.unraisablehook = sys.unraisablehook, report
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=watch, daemon=True).start()
     try:
         with _handlers(stop):
             yield stop
     finally:
+        sys.unraisablehook = usual
         signal.set_wakeup_fd(before)
         os.close(writer)  # ends the thread
 
