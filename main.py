@@ -12,8 +12,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
+import base.wait_policy  # noqa: F401  before torch is imported
 import datasets
 import engine
 import models
@@ -66,7 +65,7 @@ def set_up_and_train(args: Namespace, runtime: Runtime) -> None:
     if args.minutes and not args.check:
         args = time_budget.build_settings(args, loaders, student, teacher, runtime)
     training = setup.build_training(args, loaders, student, teacher, runtime)
-    predictions: list[Tensor] = []
+    predictions: list = []  # of the teacher
     teacher_stats = evaluation.check_student_and_teacher(
         args, student, training.teacher_logits, loaders, runtime, predictions
     )
