@@ -46,6 +46,7 @@ MATCH = (
 )
 RESTARTED = "--distillation-type none --dist-timeout 2"
 SETTINGS = list(itertools.product((0, 2), (1, 2), (1, 2)))  # workers, accumulation, processes
+MEASURED = ("time_s", "images_per_s")
 START_UP = "start-up"
 PAUSE_S = {START_UP: 12.0, "writing": 0.0}  # longest random wait after the moment; 0.1 otherwise
 TIMEOUT_S = 600
@@ -128,7 +129,13 @@ def compare_runs(one: Path, other: Path) -> list[str]:
     saved = [torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (one, other)]
     free = {f".args.{name}" for name in MAY_CHANGE} | {".outline"}
     found = [place for place in differences(*saved) if place not in free]
-    return found + ["log.txt"] * ((one / "log.txt").read_text() != (other / "log.txt").read_text())
+    return found + ["log.txt"] * (read_log(one) != read_log(other))
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the epochs in log.txt, without what is measured with a clock."""
+    epochs = [json.loads(line) for line in (folder / "log.txt").open()]
+    return [{key: epoch[key] for key in epoch if key not in MEASURED} for epoch in epochs]
 
 
 def verdict(whole: Path, out: Path) -> str:
