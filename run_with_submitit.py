@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import options
@@ -30,44 +31,25 @@ def get_submitit_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="All other flags go to main.py; see python main.py --help.",
     )
-    add = parser.add_argument
-    add("--ngpus", default=8, type=int, help="GPUs, and tasks, per node; 0: CPU tasks")
-    add("--tasks-per-node", default=None, type=int, help="default: --ngpus, or 1 without GPUs")
-    add("--nodes", default=2, type=int)
-    add("--timeout", default=2800, type=int, metavar="MIN", help="time limit in minutes")
-    add(
-        "--job-dir",
-        default="",
-        help="Slurm's and our output; %%j: the job's number; default: %%j in --shared-dir",
-    )
-    add(
-        "--shared-dir",
-        default="",
-        help="folder that all nodes share, to connect to each other; default: --job-dir, or ./runs",
-    )
+    add, number = parser.add_argument, partial(parser.add_argument, type=int)
+    number("--ngpus", default=8, help="GPUs, and tasks, per node; 0: CPU tasks")
+    number("--tasks-per-node", help="default: --ngpus, or 1 without GPUs")
+    number("--nodes", default=2)
+    number("--timeout", default=2800, metavar="MIN", help="time limit in minutes")
+    add("--job-dir", default="", help="Slurm's and our output; %%j: the job's number")
+    add("--shared-dir", default="", help="of all nodes, to connect; default: --job-dir, or ./runs")
     add("--partition", default="learnfair")
     add("--use-volta32", action="store_true", help="--constraint volta32gb")
-    add("--constraint", default="")
-    add("--comment", default="", help="comment of the job")
-    add("--account", default="")
-    add("--qos", default="")
-    add("--cpus-per-task", default=10, type=int)
-    add("--mem-per-gpu", default=40, type=int, metavar="GB", help="for each task; 0: do not ask")
-    add(
-        "--signal-delay",
-        default=120,
-        type=int,
-        metavar="S",
-        help="seconds before the time limit at which the job gets a stop signal",
+    for name in ("--constraint", "--comment", "--account", "--qos"):
+        add(name, default="", help="as of sbatch")
+    number("--cpus-per-task", default=10)
+    number("--mem-per-gpu", default=40, metavar="GB", help="for each task; 0: do not ask")
+    number(
+        "--signal-delay", default=120, metavar="S", help="from the stop signal to the time limit"
     )
-    add("--max-timeouts", default=30, type=int, help="how often a timed-out job is requeued")
-    add(
-        "--slurm",
-        action="append",
-        default=[],
-        metavar="KEY[=VALUE]",
-        help="any sbatch parameter, as in --slurm exclusive --slurm nice=100",
-    )
+    number("--max-timeouts", default=30, help="how often a timed-out job is requeued")
+    slurm = "any sbatch parameter, as in --slurm exclusive --slurm nice=100"
+    add("--slurm", action="append", default=[], metavar="KEY[=VALUE]", help=slurm)
     return parser
 
 
@@ -121,15 +103,8 @@ class Trainer:
         )
         shared_dir.mkdir(parents=True, exist_ok=True)
         store = shared_dir / f".meeting-{job_id}-{restarts}"
-        return [
-            *self.argv,
-            "--output-dir",
-            str(output_dir),
-            "--resume",
-            self.resume,
-            "--dist-url",
-            f"file://{store}",
-        ]
+        own = {"output-dir": output_dir, "resume": self.resume, "dist-url": f"file://{store}"}
+        return [*self.argv, *(word for k, v in own.items() for word in (f"--{k}", str(v)))]
 
 
 def remove_old_stores(current: Path) -> None:
@@ -156,14 +131,9 @@ def slurm_parameters(request: argparse.Namespace) -> dict[str, object]:
         parameters["gpus_per_node"] = request.ngpus
     if request.mem_per_gpu:
         parameters["mem_gb"] = request.mem_per_gpu * tasks
-    constraint = request.constraint or ("volta32gb" if request.use_volta32 else "")
-    for name, value in (
-        ("constraint", constraint),
-        ("comment", request.comment),
-        ("account", request.account),
-        ("qos", request.qos),
-    ):
-        if value:
+    constraint = request.constraint or "volta32gb" * request.use_volta32
+    for name, value in {**vars(request), "constraint": constraint}.items():
+        if value and name in ("constraint", "comment", "account", "qos"):
             parameters[f"slurm_{name}"] = value
     pairs = (pair.partition("=") for pair in request.slurm)
     extra = {key.replace("-", "_"): value if equals else True for key, equals, value in pairs}
