@@ -256,8 +256,8 @@ def _meet(store: dist.Store, rank: int, world: int) -> dist.Store:
     torchrun keeps one store through all restarts, with the addresses of processes that have died;
     a process that reads an old address waits for it. No environment variable numbers the starts:
     on several nodes each counts its own restarts. So each process writes a random token to the
-    store, the first process replies to each token with the name of this start, and all use the
-    part of that name.
+    store. The first process replies to each token with the name of this start. All use the part of
+    that name.
     """
     name = uuid.uuid4().hex
     if rank > 0:

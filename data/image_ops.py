@@ -123,9 +123,9 @@ def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def shift_rows(image: Image.Image, shifts: np.ndarray, fill: Any, *, cubic: bool) -> Image.Image:
     """Return the image with pixel (x, y) taken from (x + shifts[y], y), bicubic or bilinear.
 
-    shifts: (H,) in pixels. Pixels from outside are `fill`. Differs from Pillow's affine
-    transform by 1 step at most, in two values of a thousand; in up to one of ten if the shift's
-    fraction is a simple one: then many results are integers, which Pillow often rounds down.
+    shifts: (H,) in pixels. Pixels from outside are `fill`. Differs from Pillow's affine transform
+    by 1 step at most, in two values of a thousand. If the shift's fraction is a simple one, that is
+    up to one in ten: many results are then integers, which Pillow often rounds down.
     """
     pixels = np.asarray(image)  # (H, W, 3)
     height, width = pixels.shape[:2]

@@ -44,7 +44,7 @@ def derive_seed(*parts: int | str) -> int:
 class TrainSampler(Sampler[Key]):
     """One process's share of a shuffled epoch, with `repeats` views of every image drawn.
 
-    Process r takes the samples r, r + num_replicas, ... of one common order: the k-th batches of
+    Process r takes the samples r, r + num_replicas, ... of one common order. So the k-th batches of
     B of all processes are together the k-th batch of num_replicas * B of a single process.
 
     An epoch has about `length` samples. With repeats=1 each image comes once, and the

@@ -106,8 +106,8 @@ def open_inat(root: str, part: Part, *, year: int) -> Files:
     """Open iNaturalist: `train<year>.json` or `val<year>.json`, and categories.json, in `root`.
 
     Classes are the values of one field of the categories (species `name`, `genus`, ...), in order
-    of the category ids. Differs from DeiT, where they come in the order of the train listing and
-    a category is found by its position in the file, which fails for ids with gaps.
+    of the category ids. In DeiT they come in the order of the train listing, and a category is
+    found by its position in the file. That fails for ids with gaps.
     Images have the path of the listing, or without its second folder (DeiT's layout).
     """
     check_folder(root)

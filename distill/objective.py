@@ -162,8 +162,8 @@ def build_objective(
 ) -> nn.Module:
     """Return the loss of the run: `losses.DistillationLoss` if there are no other settings.
 
-    It puts taps and projections into `student` and taps on `teacher`, and runs both on two images
-    of `input_size` (height, width) to check every match, with losses of --batch-size images.
+    It puts taps and projections into `student` and taps on `teacher`. To check every match it runs
+    both on two images of `input_size` (height, width), with losses of --batch-size images.
     mean_labelled: of `losses.LabelledMean`, if some images have no label.
     Raises UserError, in one line, for a match that these two networks cannot satisfy.
     """

@@ -3,11 +3,11 @@
     python experiments/equivalence.py OLD_CHECKOUT NEW_CHECKOUT
     python experiments/equivalence.py OLD_CHECKOUT NEW_CHECKOUT --cases none,soft --keep runs/equal
 
-Compared for every case: the printed lines with a loss or an accuracy; the values of every update in
-TensorBoard (float32); the epochs of log.txt (float64); every tensor of checkpoint.pth and every
-data file of a teacher cache. A cell shows how many values were compared, or `-` for none. Times and
-memory are not compared. Further cases resume a checkpoint of the old checkout and read its teacher
-cache. The exit code is 1 if anything differs.
+Four things are compared for every case. The printed lines with a loss or an accuracy. The values of
+every update in TensorBoard (float32). The epochs of log.txt (float64). Every tensor of
+checkpoint.pth and every data file of a teacher cache. A cell shows how many values were compared,
+or `-` for none. Times and memory are not compared. Further cases resume a checkpoint of the old
+checkout and read its teacher cache. The exit code is 1 if anything differs.
 
 Only the command line and the file formats are used, so the modules may have any names. Every run is
 forked from this process, which has already imported the libraries; torchrun starts two processes.

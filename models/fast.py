@@ -49,8 +49,8 @@ def keep_memory() -> bool:
 def prefers_onednn() -> bool:
     """Return whether float32 products on this CPU use oneDNN instead of torch's default, MKL.
 
-    MKL runs at half its speed or less on AMD's CPUs with AVX-512 (measured on Zen 5: 95 against
-    205 GFLOP/s on a core); a step took 1.16 to 1.27 times as long. On a Zen 3 oneDNN is slower. The
+    MKL runs at half its speed or less on AMD's CPUs with AVX-512. Measured on a core of a Zen 5: 95
+    against 205 GFLOP/s; a step took 1.16 to 1.27 times as long. On a Zen 3 oneDNN is slower. The
     choice is not measured at run time, so that a resumed run makes the same one.
     """
     cpus = Path("/proc/cpuinfo")

@@ -307,9 +307,9 @@ def _check_stage(
 class AdaptorTaps:
     """The features that an adaptor reads from a network's output, instead of `FeatureTaps`.
 
-    Raises UserError at the first forward for keys that are unknown, or mean nothing for images
-    (`logits_mask`, `labels`: every image has one label, which comes from the data), and for a
-    layer that the adaptor does not give.
+    Raises UserError at the first forward pass for an unknown key, and for a layer that the adaptor
+    does not give. `logits_mask` and `labels` are unknown too: the label of an image comes from the
+    data.
     """
 
     layout = Layout(0, 0)

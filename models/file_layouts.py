@@ -91,9 +91,9 @@ def some(names: Iterable[Any], limit: int = 5) -> str:
 def in_timms_names(weights: Weights, network: nn.Module, source: str) -> Weights:
     """Return the weights under the names of `network`, as far as their layout is known.
 
-    Known are: a prefix (Lightning's `model.`, `backbone.`, DINO's), the names of Hugging Face's
-    ViT, DeiT and DINOv2, and those that timm converts for the architecture (DeiT III, CaiT,
-    ResMLP, CLIP, DINOv2, ...). A position embedding keeps its size.
+    Known are a prefix (Lightning's `model.`, `backbone.`, DINO's) and the names of Hugging Face's
+    ViT, DeiT and DINOv2. timm converts others for its architectures (DeiT III, CaiT, ResMLP, CLIP,
+    ...). A position embedding keeps its size.
     Raises UserError for a file that holds two such networks.
     """
     wanted = network.state_dict()

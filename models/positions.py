@@ -72,8 +72,8 @@ def layout_of_file(weights: Mapping[str, Tensor], own: Layout, stated: Grid | No
 def convert(weights: Mapping[str, Tensor], file: Layout, network: nn.Module, own: Layout) -> dict:
     """Return `pos_embed`, and the tokens that change with it, for `network`.
 
-    An entry of a token is added to the token: with a network that has no such entries it goes into
-    the token itself, and where the file has none it is zero. Both leave the logits as they are.
+    An entry of a token is added to the token. If the network has no such entries, it goes into the
+    token itself. If the file has none, it is zero. Both leave the logits as they are.
     Another grid is resampled (bicubic). Entries of tokens that the file lacks stay the network's.
     """
     positions = weights["pos_embed"]

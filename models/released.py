@@ -1,9 +1,9 @@
 """Every checkpoint that came with DeiT's code: DeiT, DeiT III, CaiT and ResMLP, by DeiT's names.
 
 A network is one line in `NETWORKS`, a file one line in `RELEASED`, by `name.tag`; the first tag of
-a name is its default. They are timm's classes with DeiT's recipe, which is not timm's where a run
-starts from scratch: LayerScale begins at DeiT's value (1e-4 for DeiT III, timm 1e-6; 0.1 for
-resmlp_12, timm 1e-4), and stochastic depth is the same in every block (timm's ViT ramps it).
+a name is its default. They are timm's classes with DeiT's recipe, which differs from timm's where a
+run starts from scratch. LayerScale begins at DeiT's value: 1e-4 for DeiT III (timm 1e-6), 0.1 for
+resmlp_12 (timm 1e-4). Stochastic depth is the same in every block; timm's ViT ramps it.
 PatchConvNet's files are left out: timm has no such class.
 
 Accuracies are Acc@1 in percent on ImageNet's 50,000 validation images, of DeiT's READMEs; with

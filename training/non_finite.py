@@ -65,8 +65,8 @@ class NormStatistics:
     """The running statistics of BatchNorm layers, which a skipped update must not change.
 
     The forward pass changes them before the loss is known. All processes use those of rank 0, as
-    DDP does before the next forward pass, so that evaluation, the moving average and a resumed
-    run use the same values.
+    DDP does before the next forward pass. So evaluation, the moving average and a resumed run use
+    the same values.
     """
 
     def __init__(self, network: nn.Module) -> None:
