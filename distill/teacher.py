@@ -408,14 +408,8 @@ def input_of(name: str, path: str, side: int | None = None) -> InputConfig:
     own, trained = models.data_config(name), _trained_with(name, path)
     if path and not trained:
         own = models.stated_input(path) or own
-    size = (side,) if side else tuple(trained.get("input_size") or own["input_size"][1:])
-    return InputConfig(
-        input_size=(size[0], size[-1]),
-        mean=tuple(trained.get("mean") or own["mean"]),
-        std=tuple(trained.get("std") or own["std"]),
-        interpolation=own["interpolation"],
-        crop_ratio=own["crop_pct"],
-    )
+    given = {key: trained.get(key) for key in INPUTS}
+    return models.to_inputs(own, **given | ({"input_size": [side]} if side else {}))
 
 
 def _trained_with(name: str, path: str) -> dict[str, Any]:

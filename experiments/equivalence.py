@@ -116,7 +116,7 @@ CASES = {
 COLUMNS = ("printed lines", "every update", "log.txt", "files")
 CHECKPOINT_KEYS = ("model", "model_ema", "optimizer", "projections")
 NOT_COMPARED = re.compile(r"(eta|data wait|memory) .*|.* images/s")  # in printed lines
-RATES = ("images_per_s", "data_wait", "memory_mib")  # tags in TensorBoard
+RATES = ("images_per_s", "data_wait", "memory_mib", "time_s")  # in TensorBoard and log.txt
 
 
 @dataclass
@@ -292,7 +292,12 @@ def read_result(folder: Path) -> Result:
         values={
             "printed lines": {number - len(lines): line for number, line in enumerate(lines)},
             "every update": read_scalars(folder / "tensorboard"),
-            "log.txt": {(e["epoch"], key): value for e in epochs for key, value in e.items()},
+            "log.txt": {
+                (e["epoch"], key): value
+                for e in epochs
+                for key, value in e.items()
+                if not key.endswith(RATES)
+            },
             "files": files,
         }
     )

@@ -55,6 +55,7 @@ __all__ = [
     "select_outputs",
     "set_attention",
     "stated_input",
+    "to_inputs",
     "weight_keys",
 ]
 _logger = logging.getLogger(__name__)
@@ -216,18 +217,22 @@ def data_config(name: str) -> dict[str, Any]:
 
 def build_input_config(args: Namespace) -> InputConfig:
     """Return the student's input: the model's own configuration, unless flags replace it."""
-    return _build_input(args, data_config(args.model))
+    given = {name: getattr(args, name) for name in INPUT_FLAGS}
+    return to_inputs(data_config(args.model), **given)
 
 
-def _build_input(args: Namespace, own: Mapping[str, Any]) -> InputConfig:
-    """Return the input of the flags, and `own` (see `data_config`) where a flag is not given."""
-    size = args.input_size or own["input_size"][1:]
+def to_inputs(own: Mapping[str, Any], **given: Any) -> InputConfig:
+    """Return the input of a data configuration (see `data_config`).
+
+    given: the flags of `INPUT_FLAGS`, which replace its values unless they are None.
+    """
+    size = given.get("input_size") or own["input_size"][1:]
     return InputConfig(
         input_size=(size[0], size[-1]),
-        mean=tuple(args.mean or own["mean"]),
-        std=tuple(args.std or own["std"]),
-        interpolation=args.interpolation or own["interpolation"],
-        crop_ratio=args.eval_crop_ratio or own["crop_pct"],
+        mean=tuple(given.get("mean") or own["mean"]),
+        std=tuple(given.get("std") or own["std"]),
+        interpolation=given.get("interpolation") or own["interpolation"],
+        crop_ratio=given.get("eval_crop_ratio") or own["crop_pct"],
     )
 
 
@@ -243,7 +248,7 @@ def stated_input(path: str) -> dict[str, Any] | None:
             with safe_load.in_one_line(what):
                 found = resolve_data_config({}, pretrained_cfg=config)
                 found |= {key: tuple(map(float, found[key])) for key in ("mean", "std")}
-                _build_input(Namespace(**dict.fromkeys(INPUT_FLAGS)), found)  # checks the values
+                to_inputs(found)  # checks the values
                 return found
         except UserError as error:
             raise UserError(f"{what} ({error})") from error
@@ -259,15 +264,14 @@ def input_differences(path: str, model: str, inputs: InputConfig) -> list[str]:
     programs, which do not state their input.
     """
     settings = safe_load.read_weights_file(path).get("args") if path else None
-    no_flags = Namespace(**dict.fromkeys(INPUT_FLAGS))
     if not path:
-        trained = _build_input(no_flags, data_config(model))
+        trained = to_inputs(data_config(model))
     elif isinstance(settings, Mapping) and all(k in settings for k in ("model", *INPUT_FLAGS)):
         with safe_load.in_one_line(f"{path}: its settings are damaged"):
             flags = {name: settings[name] for name in ("model", *INPUT_FLAGS)}
             trained = build_input_config(Namespace(**flags))
     elif stated := stated_input(path):
-        trained = _build_input(no_flags, stated)
+        trained = to_inputs(stated)
     else:
         return []
     was, now = vars(trained), vars(inputs)

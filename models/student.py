@@ -17,8 +17,8 @@ class Student(nn.Module):
     """Wraps a network for training; `.network` alone is evaluated, averaged and exported.
 
     heads: "both" returns (class logits, distillation logits), in any mode of the network. So
-    distillation works with dropout off. "one" returns one Tensor. If the network has two heads it
-    is their mean, so that both train.
+        distillation works with dropout off. "one" returns one Tensor. If the network has two heads
+        it is their mean, so that both train.
     submodels: 2 passes every batch twice, concatenated, with two draws of stochastic depth, and
         returns logits (2B, C) (Cosub).
     origin: where the initial weights come from, as printed at the start of a run.

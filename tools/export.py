@@ -42,6 +42,7 @@ import options  # noqa: E402
 from base import files, safe_load  # noqa: E402
 from base.errors import UserError, system_error  # noqa: E402
 from data.transforms import InputConfig  # noqa: E402
+from models.class_names import classes_of_file  # noqa: E402
 from models.file_layouts import RAW_KEYS  # noqa: E402
 from models.loading import read_weights, weight_keys  # noqa: E402
 from tools.export_card import Card, Rows, history, settings_of  # noqa: E402
@@ -239,18 +240,12 @@ def build_student(args: argparse.Namespace) -> Student:
     name = args.model or settings.get("model")
     if not name:
         raise UserError(f"{path}: does not state which model it is; give --model")
-    weights = read_weights(str(path), args.key)
-    heads = [
-        weights[key]
-        for key in ("head.weight", "fc.weight", "head.fc.weight", "classifier.weight")
-        if key in weights
-    ]
     own = vars(options.argparse_with_help().parse_args([]))
     known = {key: value for key, value in settings.items() if key in own}
     inputs = models.build_input_config(argparse.Namespace(**own | known | {"model": name}))
-    network = models.create_model(
-        name, num_classes=heads[0].shape[0] if heads else None, img_size=inputs.input_size
-    )
+    outputs = classes_of_file(str(path), name)
+    count = outputs.count if outputs is not None else None
+    network = models.create_model(name, num_classes=count, img_size=inputs.input_size)
     models.load_weights(network, str(path), key=args.key)
     if args.half:
         network.load_state_dict(to_half(network.state_dict()))

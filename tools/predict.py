@@ -89,13 +89,7 @@ def _load_export(folder: Path, device: torch.device) -> Predictor:
     stated = models.stated_input(str(folder / WEIGHTS))
     if stated is None:
         raise UserError(f"{folder / CONFIG}: does not state the input of the network")
-    inputs = InputConfig(
-        input_size=tuple(stated["input_size"][1:]),
-        mean=tuple(stated["mean"]),
-        std=tuple(stated["std"]),
-        interpolation=stated["interpolation"],
-        crop_ratio=stated["crop_pct"],
-    )
+    inputs = models.to_inputs(stated)
     known = classes_of_published(name, network.num_classes)
     return Predictor(network, inputs, known.names if known else None, device)
 
