@@ -69,9 +69,12 @@ def build_auto_recipe(
     if not explicit & {"model", "finetune", "pretrained"}:
         student, line = choose_student(data, args.minutes)
         lines.append(line)
+    settings = Namespace(**vars(args) | student)
     batch_size = 32 if data.images < SMALL_BATCH_IMAGES else 64
+    if data.images < 1000 and build_starts_trained(settings):
+        batch_size = 16  # few epochs fit into a short time
     flags = GENTLE | student | {"batch_size": batch_size}
-    flags |= build_schedule_flags(Namespace(**vars(args) | student), args.epochs)
+    flags |= build_schedule_flags(settings, args.epochs)
     first = f"recipe auto: {data.images:,} images: "
     first += "augmentation and lr by --minutes" if args.minutes else describe(flags)
     return flags, [f"{first} (--recipe none: DeiT's defaults)", *lines]
@@ -137,13 +140,18 @@ def choose_student(data: TrainingSet, minutes: float | None) -> tuple[dict[str, 
     return {"model": model, "input_size": [pixels]}, f"{line}cannot be loaded ({reason})"
 
 
+def build_starts_trained(args: Namespace) -> bool:
+    """Return whether the student starts from trained weights."""
+    return bool(args.finetune or args.pretrained)
+
+
 def build_schedule_flags(args: Namespace, epochs: int) -> dict[str, Any]:
     """Return what depends on how often the run sees each image, and on the initial weights."""
-    starts_trained = bool(args.finetune or args.pretrained)
+    starts_trained = build_starts_trained(args)
     mixes = epochs >= MIX_EPOCHS and not starts_trained
     return {
         "lr": choose_lr(args.model, starts_trained=starts_trained),
-        "warmup_epochs": min(2, epochs // 5),
+        "warmup_epochs": min(2, epochs // 2),
         "mixup": 0.8 if mixes else 0.0,
         "cutmix": 1.0 if mixes else 0.0,
     }
