@@ -7,12 +7,14 @@ import contextlib
 import logging
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextvars import ContextVar
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 LOG = "output.log"  # in a run's folder
+WIDTH = 79  # columns; the last one of a terminal stays empty
 ERASE = "\r\033[K"  # the line of the terminal on which the cursor is
 MOST_LINES = 10_000  # kept until the folder of the run is ready
 _lines = logging.getLogger("console")
@@ -50,6 +52,13 @@ def important(text: str) -> None:
         erase()
     print(text, flush=True)
     _lines.info("%s", text)
+
+
+def fit(text: str) -> str:
+    """Return a long line broken into several of at most `WIDTH` columns, in table mode only."""
+    if not shows_table():
+        return text
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
 
 
 def row(text: str) -> None:

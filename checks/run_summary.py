@@ -1,6 +1,6 @@
 """What a training run prints for its user: a summary, a table of epochs, and the result.
 
-All lines have at most `WIDTH` columns, but for paths and commands.
+All lines have at most `console.WIDTH` columns, but for paths and commands.
 """
 
 import os
@@ -23,11 +23,10 @@ from data.image_dataset import ImageDataset
 from data.image_ops import as_image
 from data.image_source import Files
 from datasets import Loaders
-from training import recipe
+from training import recipe, run_folder
 from training.metrics import clock, number
 from training.setup import Runtime, Training
 
-WIDTH = 79
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 EXAMPLE = "example.png"
 COLUMNS = {"epoch": 8, "loss": 9, "acc1": 8, "acc5": 8, "ema": 8, "best": 8, "images/s": 10}
@@ -235,7 +234,7 @@ def _build_start_lines(
     counts = " and ".join(
         f"{len(data)} {part}" for data, part in zip(loaders.data, ("training", "validation"))
     )
-    where = Path(args.data_path).name if args.data_path else args.data_set
+    where = run_folder.data_name(args.data_path, args.data_set)
     size = "x".join(map(str, runtime.inputs.input_size))
     millions = training.student.num_parameters() / 1e6
     names = args.teacher_model if isinstance(args.teacher_model, list) else [args.teacher_model]
@@ -251,7 +250,12 @@ def _build_start_lines(
     text = [f"{name:<10}{printable(line)}" for name, line in lines.items()]
     if teacher:
         text.insert(3, f"{'':<10}{accuracy_in_words(teacher)}")
-    return [line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}..." for line in text]
+    if share := loaders.data[-1].source.held_out:
+        held_out = f"{100 * share:g} % of each class are held out for validation, by a fixed seed"
+        text.insert(1, f"{'':<10}{held_out}")
+    return [
+        line if len(line) <= console.WIDTH else f"{line[: console.WIDTH - 3]}..." for line in text
+    ]
 
 
 def _build_example(args: Namespace, data: ImageDataset) -> str:

@@ -122,6 +122,7 @@ def _open_share(folder: str, fraction: float, *, is_train: bool) -> Files:
     if is_train and fraction:
         source.what += f" ({int(mask.sum())} of {len(mask)} are held out)"
     elif not is_train:
+        source.held_out = fraction
         source.what += f" ({100 * fraction:g} % of each class, held out with a fixed seed)"
     return source
 

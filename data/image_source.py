@@ -26,14 +26,15 @@ class Source:
 
     classes: class names, or None if unknown. what: the images in words.
     form: how the images are stored. mirrors: whether a mirrored image keeps its label.
-    skipped: in words, the files that were found and are not used.
+    skipped: in words, the files that were found and are not used. held_out: the share of the
+    training images that these are, if they are held out for validation.
     """
 
     form = "as it came"
 
     def __init__(self, classes: list[str] | None, what: str, *, mirrors: bool = True) -> None:
         self.classes, self.what, self.mirrors = classes, what, mirrors
-        self.skipped = ""
+        self.skipped, self.held_out = "", 0.0
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -70,6 +70,12 @@ def test_the_name_has_the_last_part_of_data_and_model() -> None:
     assert re.fullmatch(r"runs/my-images-vit_tiny\.x-\d{8}-\d{6}", name)
 
 
+def test_a_folder_train_has_the_name_of_the_one_above() -> None:
+    assert run_folder.data_name("a/pets/train", "IMNET") == "pets"
+    assert run_folder.data_name("a/pets/", "IMNET") == "pets"
+    assert run_folder.data_name("", "DIGITS") == "digits"
+
+
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_no_folder(capsys) -> None:
     assert main.run(["--data-path", "missing"]) == 2
     assert list(Path("runs").iterdir()) == []

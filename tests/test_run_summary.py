@@ -142,6 +142,22 @@ def test_the_rate_counts_the_images_of_the_rest_of_a_resumed_epoch(monkeypatch) 
     assert speed.values() == {"time_s": 5.0, "images_per_s": 12.0}
 
 
+def test_a_terminal_prints_what_is_held_out_and_long_recipe_lines_in_80_columns(
+    image_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    words = ["--data-path", str(image_folder / "train"), "--model", "deit_pico_distilled_patch4_32"]
+    words += ["--epochs", "1", "--num-workers", "0", "--batch-size", "4"]
+    assert main.run([*words, "--output_dir", str(tmp_path / "run")]) == 0
+    lines = screen(terminal.getvalue())
+    held_out = "20 % of each class are held out for validation, by a fixed seed"
+    assert f"{'':<10}{held_out}" in lines
+    assert any("20 training and 4 validation images, 2 classes" in line for line in lines)
+    assert any(line.startswith("recipe auto: ") for line in lines)
+    assert all(len(line) < 80 for line in lines if str(tmp_path) not in line), lines
+
+
 def test_agreement_and_interval_by_hand() -> None:
     one, other = torch.tensor([0, 1, 2, 2]), [torch.tensor([0, 1, 1]), torch.tensor([2])]
     assert agreement([one], other) == 75

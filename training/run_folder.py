@@ -10,6 +10,7 @@ from pathlib import Path
 from base import distributed, files
 from base.distributed import print_important
 from base.errors import UserError
+from data.folder_parts import TRAIN
 from training.checkpointer import is_auto
 
 AUTO = "auto"  # the value of --output-dir if it is not given
@@ -38,7 +39,7 @@ def build_settings(args: Namespace) -> Iterator[Namespace]:
         return
     folder, nothing = args.output_dir, "nothing is saved, because --output_dir is empty"
     if folder == AUTO:
-        name = f"{_data_name(args.data_path, args.data_set)}-{_plain(args.model)}"
+        name = f"{data_name(args.data_path, args.data_set)}-{_plain(args.model)}"
         folder = distributed.on_main(lambda: _choose(name, resumes=is_auto(args.resume)))
     print_important(f"output: {folder or nothing}")
     try:
@@ -50,8 +51,12 @@ def build_settings(args: Namespace) -> Iterator[Namespace]:
     print_important(f"output: {folder or nothing}")
 
 
-def _data_name(path: str, data_set: str) -> str:
-    return _plain(Path(path).absolute().resolve().name if path else data_set.lower())
+def data_name(path: str, data_set: str) -> str:
+    """Return a name for the data: of its folder, or above a folder `train`, or of the data set."""
+    if not path:
+        return _plain(data_set.lower())
+    folder = Path(path).resolve()
+    return _plain(folder.parent.name if folder.name == TRAIN else folder.name)
 
 
 def _plain(name: str) -> str:

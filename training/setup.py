@@ -122,7 +122,7 @@ def build_runtime(args: Namespace) -> Runtime:
 def print_notes(notes: Sequence[str], about: Sequence[str]) -> None:
     """Print the lines about a recipe, and log the warnings about flags."""
     for line in about:
-        print_important(line)
+        print_important(console.fit(line))
     for note in notes:
         _logger.warning("%s", note)
 
