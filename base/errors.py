@@ -63,6 +63,12 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], what: str = "") 
             yield f"{what}{name} was {shorten(one)} and is {shorten(other)}"
 
 
+def describe(error: Exception) -> str:
+    """Return an error in words; one of the user's own code with its kind, such as a NameError."""
+    named = isinstance(error, ValueError | RuntimeError)
+    return str(error) if named else f"{type(error).__name__}: {error}"
+
+
 class CorruptFile(UserError):
     """A damaged file, or one of another kind. `--resume auto` then tries an older one."""
 

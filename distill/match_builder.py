@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import losses
 from base import distributed
-from base.errors import UserError
+from base.errors import UserError, describe
 from distill.teacher import Teacher
 from matching import NO_DECAY, PROJ_MAP, IntermediateMatch, several
 from models import Student
@@ -154,8 +154,8 @@ def build_terms(
             terms[name] = builder.build(projections, states_S, states_T, device)
         except UserError:
             raise
-        except (ValueError, RuntimeError) as error:  # RuntimeError: in a plugin's own loss
-            raise UserError(f"match {name}: {error}") from error
+        except Exception as error:  # whatever a plugin's own loss or projection raises
+            raise UserError(f"match {name}: {describe(error)}") from error
     if ranking is not None:
         projections.selections[RANKING] = lambda states: [states[POOLED]]
         target = lambda states: [states[0, POOLED]]  # noqa: E731
@@ -262,7 +262,7 @@ class _MatchBuilder:
 
     @torch.no_grad()
     def _try(self, term: Term, states_S: list[Tensor], states_T: list[Tensor]) -> None:
-        """Raise what the first step would raise: UserError, ValueError or RuntimeError."""
+        """Raise what the first step would raise."""
 
         def loss_of(count: int) -> Any:
             rows = torch.arange(count, device=states_S[0].device) % len(states_S[0])
@@ -270,7 +270,7 @@ class _MatchBuilder:
 
         try:
             loss = loss_of(self.batch_size)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever a plugin's own loss raises
             if self.batch_size < FEW_IMAGES:
                 loss_of(FEW_IMAGES)
                 raise UserError(

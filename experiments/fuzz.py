@@ -16,6 +16,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,12 +35,13 @@ from sklearn.datasets import load_digits  # noqa: E402
 
 import main  # noqa: E402
 from experiments.fuzz_inputs import CANARY, DISTIL, KINDS, PACK, TRAIN, Input  # noqa: E402
-from tools import export, prepare_data, report  # noqa: E402
+from tools import export, prepare_data, replay, report  # noqa: E402
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "main.py": main.run,
     "tools/export.py": export.main,
     "tools/prepare_data.py": prepare_data.main,
+    "tools/replay.py": replay.main,
     "tools/report.py": report.main,
 }
 MEMORY = 12 * 2**30  # bytes of address space of an input; torch alone takes about 4 GiB
@@ -49,7 +51,7 @@ UNCAUGHT = 99  # exit code of a fork that an exception has ended
 
 
 def write_seeds(folder: Path) -> None:
-    """Write what is mutated: images, packed images, a run with a checkpoint, and a cache."""
+    """Write what is mutated: images, packed images, a run, a cache, and a bad batch."""
     digits = load_digits()
     for label, name in ((1, "one"), (2, "two")):
         rows = digits.images[digits.target == label]
@@ -68,6 +70,12 @@ def write_seeds(folder: Path) -> None:
     ):
         if problem := run_input(request, folder, limit_s=120, as_program=False)[0]:
             raise SystemExit(f"the unchanged input failed: {problem}\n{output_of(folder)}")
+    bad = ["--lr", "1e38", "--unscale-lr", "--max-bad-steps", "1", "--output_dir", "bad"]
+    run_input(
+        Input([*flags, *DISTIL, "run/checkpoint.pth", *bad]), folder, limit_s=120, as_program=False
+    )
+    if not (folder / "bad/bad_batch.pth").is_file():
+        raise SystemExit(f"no bad batch was written\n{output_of(folder)}")
 
 
 def start(request: Input, folder: Path, as_program: bool) -> int:
@@ -84,6 +92,8 @@ def start(request: Input, folder: Path, as_program: bool) -> int:
             setattr(sys, name, os.fdopen(number, "w", buffering=1, errors="replace"))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         os.environ.update(request.environ)
+        if request.processes > 1:
+            _fork_others(request.processes)
         if as_program:
             os.execv(sys.executable, [sys.executable, ROOT / request.program, *request.argv])
         code = PROGRAMS[request.program](request.argv)
@@ -96,6 +106,15 @@ def start(request: Input, folder: Path, as_program: bool) -> int:
         sys.stderr.flush()
     finally:
         os._exit(UNCAUGHT)
+
+
+def _fork_others(processes: int) -> None:
+    """Fork the other processes of a run. They are in the group of this one, which has rank 0."""
+    os.environ.update(WORLD_SIZE=str(processes), RANK="0", LOCAL_RANK="0")
+    for rank in range(1, processes):
+        if not os.fork():
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            return
 
 
 def waited_s(process: int) -> float:
@@ -114,10 +133,22 @@ def wait(process: int, seconds: float) -> int | None:
     return None
 
 
+def ended(group: int, seconds: float) -> bool:
+    """Return whether all processes of a group have ended after at most `seconds` (Linux)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found = subprocess.run(["ps", "-eo", "pgid=,state="], capture_output=True, text=True)
+        lines = [line.split() for line in found.stdout.splitlines()]
+        if not any(int(own) == group and state[0] != "Z" for own, state in lines):
+            return True
+        time.sleep(0.2)
+    return False
+
+
 def run_input(request: Input, folder: Path, *, limit_s: float, as_program: bool) -> tuple[str, str]:
     """Run an input; return what is wrong with its end, or "", and how it ended."""
     process = start(request, folder, as_program)
-    code = wait(process, limit_s + IMPORT_S * as_program)
+    code = wait(process, limit_s * request.processes + IMPORT_S * as_program)
     end = f"exit code {code}"
     if code is None and "Epoch: [" in (folder / "stdout").read_text(errors="replace"):
         end = "still training"
@@ -126,12 +157,15 @@ def run_input(request: Input, folder: Path, *, limit_s: float, as_program: bool)
     if code is None:
         os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)
+    elif request.processes > 1 and not ended(process, STOP_S):
+        os.killpg(process, signal.SIGKILL)
+        code, end = None, "another process did not end"
     text = output_of(folder)
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
     if (folder / CANARY).exists():
         return "code in the input was executed", end
     if code is None:
-        return f"ran longer than {limit_s:g} s", "limit"
+        return f"ran longer than {limit_s:g} s", "limit" if end == "exit code None" else end
     if "Traceback (most recent call last)" in text:
         return "a traceback", end
     if code not in (0, 1, 2, 130) or (end == "still training" and code != 130):

@@ -40,11 +40,12 @@ VARIABLES += ("SLURM_STEP_NUM_TASKS", "SLURM_CPUS_PER_TASK", "SLURM_TASKS_PER_NO
 
 @dataclass(frozen=True)
 class Input:
-    """A command line of a program, and environment variables."""
+    """A command line of a program, environment variables, and in how many processes it runs."""
 
     argv: list[str]
     environ: dict[str, str] = field(default_factory=dict)
     program: str = "main.py"
+    processes: int = 1
 
 
 class Execute:
@@ -273,7 +274,51 @@ def flag(rng: random.Random, seeds: Path, folder: Path) -> Input:
     return Input(argv)
 
 
+def replayed(rng: random.Random, seeds: Path, folder: Path) -> Input:
+    shutil.copytree(seeds / "bad", folder / "bad")
+    mutate_checkpoint(rng, folder / "bad/bad_batch.pth")
+    words = rng.choice(([], ["--amp", rng.choice(("off", "bf16", "fp16", *WORDS))]))
+    return Input(["bad/bad_batch.pth", *words], program="tools/replay.py")
+
+
+PLUGIN = """from losses import KD_LOSS_MAP, MATCH_LOSS_MAP
+from schedules import WEIGHT_SCHEDULER
+
+MATCH_LOSS_MAP["mine"] = lambda state_S, state_T, mask=None: (state_S - state_T).abs().mean()
+KD_LOSS_MAP["mine"] = lambda logits_S, logits_T, temperature=1: (logits_S - logits_T).abs().mean()
+WEIGHT_SCHEDULER["mine"] = lambda progress: 1 - progress
+"""
+
+
+def plugin(rng: random.Random, seeds: Path, folder: Path) -> Input:
+    """A plugin's own errors are one line; what a whole plugin does is its author's matter."""
+    data = PLUGIN.encode()
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        start = rng.randrange(len(data))
+        data = data[:start] + rng.choice((b"", b"\x00", b"(", b"0", b"\xff")) + data[start + 1 :]
+    (folder / "mine.py").write_bytes(data)
+    match = "feature=hidden,layer_S=1,layer_T=2,loss=mine,proj=linear"
+    words = rng.choice((["--match", match], ["--kd-loss-type", "mine"]))
+    words = [*words, "--kd-loss-weight-scheduler", rng.choice(("none", "mine"))]
+    words += [*DISTIL, str(seeds / "run/checkpoint.pth")]
+    path = rng.choice(("mine.py",) * 8 + (".", "missing.py", rng.choice(WORDS)))
+    return use_images(rng, seeds, *words, "--plugin", path, "--data-path", str(seeds / "images"))
+
+
+def two(rng: random.Random, seeds: Path, folder: Path) -> Input:
+    """An input of another kind in two processes, which meet in a file (gloo)."""
+    kind = rng.choice((recipe, config, cache, data, checkpoint, image, folders, flag))
+    request = kind(rng, seeds, folder)
+    while request.program != "main.py":
+        shutil.rmtree(folder)
+        folder.mkdir()
+        request = kind(rng, seeds, folder)
+    address = ["--dist-url", f"file://{folder / 'meeting'}", "--dist-timeout", "0.1"]
+    return Input([*request.argv, *address, "--device", "cpu"], request.environ, processes=2)
+
+
 Kind = Callable[[random.Random, Path, Path], Input]
 KINDS: dict[str, Kind] = {"recipes": recipe, "configs": config, "caches": cache, "data": data}
 KINDS |= {"logs": log, "checkpoints": checkpoint, "images": image, "folders": folders}
-KINDS |= {"environment": environment, "flags": flag}
+KINDS |= {"environment": environment, "flags": flag, "replays": replayed, "plugins": plugin}
+KINDS |= {"two processes": two}
