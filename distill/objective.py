@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import losses
-from base.errors import UserError, describe
+from base.errors import UserError
 from distill.teacher import AnyTeacher, build_sources
 from models import Student
 from models.features import ADAPTORS, TappedOutput
@@ -170,7 +170,6 @@ def build_objective(
     members = teacher.members if teacher is not None else ()
     shares = teacher.weights if teacher is not None else ()
     criterion = _build_criterion(args, student, shares, mixing=mixing, mean_labelled=mean_labelled)
-    _try_entries(args, student.network.num_classes)
     matches = _build_matches(args)
     of_teacher = _teachers_of(matches, [source.name for source in build_sources(args)], shares)
     if not _build_is_extended(args):
@@ -202,25 +201,6 @@ def build_objective(
         total_updates=max(1, total_updates),
         probability_shift=args.probability_shift,
     )
-
-
-@torch.no_grad()
-def _try_entries(args: Namespace, num_classes: int) -> None:
-    """Raise UserError for a loss of logits or a schedule that fails, such as one of a plugin."""
-    what = f"--kd-loss-type {args.kd_loss_type}"
-    try:
-        if args.kd_loss_type:
-            random = torch.Generator().manual_seed(0)
-            logits = torch.randn(2, args.batch_size, num_classes, generator=random)
-            value = losses.KD_LOSS_MAP[args.kd_loss_type](logits[0], logits[1], 2.0)
-            if not isinstance(value, Tensor) or value.dim():
-                raise ValueError("returned no single number; take its mean")
-        for name in (args.hard_label_weight_scheduler, args.kd_loss_weight_scheduler):
-            what = f"weight schedule {name}"
-            if name != "none":
-                float(WEIGHT_SCHEDULER[name](0.5))
-    except Exception as error:  # whatever a plugin's own code raises
-        raise UserError(f"{what}: {describe(error)}") from error
 
 
 def _build_matches(args: Namespace) -> "list[IntermediateMatch]":

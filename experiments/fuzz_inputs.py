@@ -302,7 +302,8 @@ def plugin(rng: random.Random, seeds: Path, folder: Path) -> Input:
     words = [*words, "--kd-loss-weight-scheduler", rng.choice(("none", "mine"))]
     words += [*DISTIL, str(seeds / "run/checkpoint.pth")]
     path = rng.choice(("mine.py",) * 8 + (".", "missing.py", rng.choice(WORDS)))
-    return use_images(rng, seeds, *words, "--plugin", path, "--data-path", str(seeds / "images"))
+    argv = [*TRAIN, *words, "--plugin", path, "--data-path", str(seeds / "images")]
+    return Input(argv + rng.choice(MODES))
 
 
 def two(rng: random.Random, seeds: Path, folder: Path) -> Input:

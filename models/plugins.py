@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import traceback
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import timm
 
 from base.errors import UserError
 
+PREFIX = "plugin_"  # of the names of their modules
 TIMMS_AND_OURS = ("timm", "models")
 
 
@@ -21,7 +23,7 @@ def load_plugin(path: str) -> None:
     file = Path(path).absolute()
     if file.suffix != ".py":
         raise UserError(f"--plugin {path}: not a .py file")
-    name = f"plugin_{file.stem}_{zlib.crc32(bytes(file)):08x}"  # unique for files of the same name
+    name = f"{PREFIX}{file.stem}_{zlib.crc32(bytes(file)):08x}"  # unique for files of the same name
     try:
         spec = importlib.util.spec_from_file_location(name, file)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
@@ -30,6 +32,18 @@ def load_plugin(path: str) -> None:
     except Exception as error:  # whatever the user's own code raises
         sys.modules.pop(name, None)
         raise UserError(f"--plugin {path}: {type(error).__name__}: {error}") from error
+
+
+def line_of(error: BaseException) -> str:
+    """Return an error that a plugin's own code has raised, with its line; "" for all others."""
+    files = {
+        str(module.__file__) for name, module in sys.modules.items() if name.startswith(PREFIX)
+    }
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or frames[-1].filename not in files:
+        return ""
+    where = f"--plugin {frames[-1].filename}, line {frames[-1].lineno}"
+    return f"{where}: {type(error).__name__}: {error}"
 
 
 def source_of(architecture: str) -> str:

@@ -17,6 +17,7 @@ import options
 from base import files
 from base.errors import Stopped, UserError
 from experiments.kill_sweep import start
+from models.plugins import load_plugin
 from tools import export, report
 from training.exit_codes import exit_code_of, resume_command
 
@@ -218,3 +219,14 @@ def test_a_program_that_is_stopped_before_training_leaves_no_worker(
     assert "Traceback" not in text and text.count("before there was anything to save") == 1
     left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True)
     assert not left.stdout
+
+
+def test_an_error_in_the_code_of_a_plugin_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def fail():\n    return missing\n")
+    load_plugin(str(file))
+    module = next(m for name, m in sys.modules.items() if name.startswith("plugin_mine"))
+    monkeypatch.setattr(main, "parse_and_run", lambda argv: module.fail())
+    assert main.run([]) == 2
+    line = f"error: --plugin {file}, line 2: NameError: name 'missing' is not defined\n"
+    assert capsys.readouterr().err == line

@@ -80,3 +80,13 @@ def test_an_input_depends_on_seed_kind_and_number_alone(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         requests.append(KINDS["flags"](random.Random("0 flags 7"), tmp_path, tmp_path / name))
     assert requests[0] == requests[1]
+
+
+def test_two_processes_end_together(seeds: Path, tmp_path: Path) -> None:
+    address = ["--dist-url", f"file://{tmp_path / 'meeting'}", "--dist-timeout", "1"]
+    words = [*fuzz_inputs.TRAIN, "--data-path", str(seeds / "images"), *address]
+    for more, end in (([], "exit code 0"), (["--teacher-cache", "cache"], "exit code 2")):
+        request = Input([*words, *more], processes=2)
+        found = fuzz.run_input(request, tmp_path, limit_s=60, as_program=False)
+        assert found == ("", end), fuzz.output_of(tmp_path)
+        (tmp_path / "meeting").unlink(missing_ok=True)

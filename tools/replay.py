@@ -53,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), help="default: the run's")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--plugin", default=[], action="append", help="the run's, to run it again")
-    given = parser.parse_args(argv)
     try:
+        given = parser.parse_args(argv)
         saved, found = replay(given.batch, amp=given.amp, device=given.device, plugins=given.plugin)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
@@ -83,6 +83,10 @@ def replay(
         args = argparse.Namespace(**settings | {"amp": amp or settings["amp"]})
         models.plugins.load_given_plugins(plugins, args.plugin, path)
         found = build_terms(args, saved, processes)
+        for value in saved["terms"].values():
+            float(value)  # raises TypeError for a list
+        for name in ("epoch", "micro_step", "rank"):
+            int(saved[name])
         if saved["terms"].keys() != found.keys():
             raise ValueError(f"terms {', '.join(saved['terms'])}, here {', '.join(found)}")
     return saved, found

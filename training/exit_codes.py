@@ -18,6 +18,7 @@ import torch
 from base import distributed
 from base.distributed import print_once
 from base.errors import EXIT_FAULT, EXIT_STOPPED, PeerLost, Stopped, UserError
+from models import plugins
 from training import signals
 
 EXIT_USER_ERROR = 2
@@ -60,6 +61,8 @@ def _code_of_error(
     error: BaseException, on_stop: Callable[[int], None], argv: Sequence[str] | None
 ) -> int:
     """Print the line of an error and return its exit code. Raises an unknown error again."""
+    if line := plugins.line_of(error):
+        error = UserError(line)
     if isinstance(error, UserError):
         if distributed.first_to_report(error.line(), code=EXIT_USER_ERROR):
             print(f"error: {error.line()}", file=sys.stderr, flush=True)
