@@ -30,6 +30,7 @@ import options
 from base.device import autocast
 from checks import evaluation
 from data import transforms
+from data.image_source import Source
 from data.samplers import TrainSampler
 from experiments.bench_race import Stopwatch
 from training import setup
@@ -176,8 +177,6 @@ class Timm(Reference):
 class MemoryLoaders(datasets.Loaders):
     """Loaders that repeat one batch in memory."""
 
-    form, mirrors = "memory", False
-
     def fingerprint(self, *, of_train: bool = False) -> str:
         return "one batch in memory"
 
@@ -217,8 +216,10 @@ class Ours:
             args = case.args(*words)
             runtime = setup.build_runtime(args)
             if self.in_memory:
+                source = Source(None, "images in memory", mirrors=False)
+                data = (datasets.ImageDataset(source, torch.as_tensor, CLASSES),)
                 batches, sampler = [case.data] * (steps + 1), TrainSampler((steps + 1) * case.batch)
-                self.loaders = MemoryLoaders(batches, batches, CLASSES, None, sampler, ())
+                self.loaders = MemoryLoaders(batches, batches, CLASSES, None, sampler, data)
             else:
                 self.loaders = datasets.build_loaders(args, runtime.inputs, runtime.processes)
             student = setup.build_student(args, self.loaders, runtime)
