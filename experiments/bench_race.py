@@ -41,9 +41,11 @@ class OwnProcess:
     Raises UserError if the process ends, and otherwise what the contestant raises.
     """
 
+    method = "spawn"  # a fork would share the heap of this process
+
     def __init__(self, make: Callable[..., Contestant], *arguments: Any, **named: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(1, spawn, initializer=_be_quiet)
+        context = multiprocessing.get_context(self.method)
+        self.pool = ProcessPoolExecutor(1, context, initializer=_be_quiet)
         self._call(_make, make, arguments, named)
 
     def __call__(self, steps: int) -> float:

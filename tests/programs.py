@@ -6,6 +6,7 @@ A fork imports the modules of this repository again, so that nothing of earlier 
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import shutil
@@ -99,6 +100,9 @@ def _run(flags: list[str], out: Path, err: Path, environ: dict[str, str], cwd: P
         runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
     finally:
         atexit._run_exitfuncs()
+    multiprocessing.util._exit_function()  # ends the workers
+    sys.stdout.flush()
+    os._exit(0)  # at once, also where a thread has started this process
 
 
 def run(

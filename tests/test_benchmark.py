@@ -2,8 +2,12 @@
 
 import json
 import os
+import subprocess
 import sys
+from types import SimpleNamespace
+from typing import IO, Any
 
+import programs
 import pytest
 import torch
 
@@ -31,7 +35,9 @@ class Counter:
         return float(os.getpid())
 
 
-def test_contestants_run_in_processes_of_their_own() -> None:
+def test_contestants_run_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench_race.OwnProcess.method == "spawn"
+    monkeypatch.setattr(bench_race.OwnProcess, "method", "fork")  # without the imports of torch
     both = [bench_race.OwnProcess(Counter, start) for start in (10, 20)]
     assert len({each(3) for each in both} | {os.getpid()}) == 3
     assert [each.attribute("at") for each in both] == [13, 23]
@@ -159,6 +165,12 @@ def test_every_row_of_the_objectives_runs(name: str, run_inside) -> None:
 def test_a_comparison_trains_the_teacher_once_and_reads_what_is_complete(
     monkeypatch, tmp_path, capsys
 ) -> None:
+    def run(command: list[str], stdout: IO[str], **_: Any) -> subprocess.CompletedProcess:
+        done = programs.run(*command[2:])
+        stdout.write(done.stdout + done.stderr)
+        return done
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run, STDOUT=None))
     rows = {name: compare.SETS["views"][name] for name in ("live", "1 views")}
     monkeypatch.setitem(compare.SETS, "views", rows)
     page = tmp_path / "page.md"
