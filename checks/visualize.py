@@ -21,6 +21,7 @@ from models.features import FeatureTaps, Tap, layout_of
 
 SIDE, LINE, LETTERS = 192, 19, 15  # pixels of a tile, of a line of its caption, and of its letters
 HEAT = (255, 140, 0)  # colour of attention
+TOKENS = {"cls": "class token", "dist": "distillation token"}  # whose attention is shown
 
 
 def to_uint8(images: Tensor, inputs: InputConfig) -> Tensor:
@@ -95,20 +96,23 @@ def train_batch(
 
 
 @torch.no_grad()
-def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor | None:
-    """Return images beside the last block's attention of their class and distillation token.
+def attention_maps(
+    network: nn.Module, images: Tensor, size: Sequence[int] | None = None
+) -> dict[str, Tensor]:
+    """Return the last block's attention of class and distillation token, (B, height, width) each.
 
-    images: (B, 3, height, width) on the network's device. The maps are means over the heads,
-    scaled to their largest value. None if the attention cannot be computed.
+    images: (B, 3, height, width) on the network's device. size: of the maps; default: the images'.
+    The maps are means over the heads, scaled to their largest value. {} if the attention cannot
+    be computed.
     """
     try:
         layout = layout_of(network)
         if not layout.attention or not layout.prefix or not layout.grid:
-            return None
+            return {}
         tap = Tap("attention", layout.attention - 1, "probabilities")
         taps = FeatureTaps(network, [tap])
     except UserError:
-        return None
+        return {}
     was_training = network.training
     try:
         maps = taps.forward(network.eval(), images).states[tap]  # (B, H, N, N)
@@ -116,17 +120,29 @@ def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor
         taps.remove()
         network.train(was_training)
     prefix = len(layout.prefix)
-    weights = maps.mean(1)[:, :prefix, prefix:]
+    weights = maps.mean(1)[:, :prefix, prefix:].float()
     weights = weights.unflatten(2, layout.grid)  # (B, prefix tokens, height, width)
     weights = weights / weights.amax((2, 3), keepdim=True)
-    maps = F.interpolate(weights, images.shape[-2:], mode="bilinear").cpu()
-    shown = to_uint8(images, inputs)
+    weights = F.interpolate(weights, tuple(size or images.shape[-2:]), mode="bilinear").cpu()
+    return {TOKENS[one]: weights[:, i] for i, one in enumerate(layout.prefix) if one in TOKENS}
+
+
+def overlay(image: Tensor, weight: Tensor) -> Tensor:
+    """Return an image (3, height, width) uint8 under a map (height, width) of weights 0 to 1."""
+    heat = weight * torch.tensor(HEAT)[:, None, None]
+    return (0.5 * image + 0.5 * heat).byte()  # visible on black images too
+
+
+def attention(network: nn.Module, images: Tensor, inputs: InputConfig) -> Tensor | None:
+    """Return images beside their `attention_maps`, or None if there are none.
+
+    images: (B, 3, height, width) on the network's device.
+    """
+    maps = attention_maps(network, images)
+    if not maps:
+        return None
     tiles, captions = [], []
-    for image, own in zip(shown, maps):
-        tiles.append(image)
-        captions.append(["image"])
-        for name, weight in zip(("class token", "distillation token"), own):
-            heat = weight * torch.tensor(HEAT)[:, None, None]
-            tiles.append((0.5 * image + 0.5 * heat).byte())  # visible on black images too
-            captions.append([name])
-    return grid(torch.stack(tiles), captions, columns=2 * (1 + min(2, maps.shape[1])))
+    for i, image in enumerate(to_uint8(images, inputs)):
+        tiles += [image, *(overlay(image, weights[i]) for weights in maps.values())]
+        captions += [["image"], *([name] for name in maps)]
+    return grid(torch.stack(tiles), captions, columns=2 * (1 + len(maps)))

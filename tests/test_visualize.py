@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import models
@@ -45,6 +46,15 @@ def test_attention_is_shown_for_each_prefix_token_and_leaves_no_hook() -> None:
         visualize.attention(models.create_model("resnet_pico"), torch.randn(1, 3, 32, 32), INPUTS)
         is None
     )
+
+
+def test_maps_are_named_by_their_token_and_registers_are_left_out() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, reg_tokens=2, num_classes=3)
+    images = torch.randn(2, 3, 32, 32)
+    maps = visualize.attention_maps(network, images, (10, 12))
+    assert list(maps) == ["class token"] and maps["class token"].shape == (2, 10, 12)
+    student = models.create_model("deit_pico_distilled_patch8_32")
+    assert list(visualize.attention_maps(student, images)) == ["class token", "distillation token"]
 
 
 @pytest.mark.slow

@@ -11,25 +11,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from base.significance import wilson_interval
+from base.text import class_name
 from models import has_distillation_head
 from models.features import FeatureTaps, Tap, TappedOutput, layout_of
 from training.metrics import accuracy
 
+MOST_CLASSES = 20  # of a confusion matrix
 BINS = 15  # of confidence, all of one width (Guo et al. 2017)
 TEACHER, STUDENT, CLS, DIST = "teacher", "student", "class head", "distillation head"
 
 
-def top(logits: Tensor, labels: Tensor, present: Sequence[int] | None = None) -> dict[str, float]:
-    """Return {"acc1", "acc5"} in percent. logits: (P, C), labels: (P,).
+def top(logits: Tensor, labels: Tensor, present: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return {"acc1", "acc5", "acc1_interval"} in percent. logits: (P, C), labels: (P,).
 
-    present: the classes that have images; adds "acc1_present", of the largest of their logits.
+    acc1_interval: the ends of the 95 % interval. present: the classes that have images; adds
+    "acc1_present", of the largest of their logits.
     """
-    acc1, acc5 = (100 * float(hits) / len(labels) for hits in accuracy(logits, labels))
-    if present is None:
-        return {"acc1": acc1, "acc5": acc5}
-    chosen = torch.tensor(present)
-    hits = (chosen[logits[:, chosen].argmax(1)] == labels).double()
-    return {"acc1": acc1, "acc5": acc5, "acc1_present": 100 * float(hits.mean())}
+    hits1, hits5 = map(float, accuracy(logits, labels))
+    found: dict[str, Any] = {"acc1": 100 * hits1 / len(labels), "acc5": 100 * hits5 / len(labels)}
+    found["acc1_interval"] = [100 * end for end in wilson_interval(hits1, len(labels))]
+    if present is not None:
+        chosen = torch.tensor(present)
+        hits = (chosen[logits[:, chosen].argmax(1)] == labels).double()
+        found["acc1_present"] = 100 * float(hits.mean())
+    return found
 
 
 def agreement(predictions: Mapping[str, Tensor]) -> list[list[float]]:
@@ -75,29 +81,36 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = BINS) -> dict[str, A
 
 
 def class_gaps(
-    predictions_T: Tensor, predictions_S: Tensor, labels: Tensor, classes: list[str]
+    predictions: Mapping[str, Tensor], labels: Tensor, classes: list[str]
 ) -> list[dict[str, Any]]:
-    """Return, for every class with images, both accuracies and student minus teacher (percent).
+    """Return the accuracy of each network in percent for every class with images.
 
-    predictions: classes (P,). Sorted from the student's worst gap to its best.
+    predictions: classes (P,) by name, `STUDENT` among them. With `TEACHER` each row has the "gap",
+    student minus teacher. Sorted from the student's worst gap, or accuracy, to its best.
     """
     rows = []
     for label in labels.unique().tolist():
         held = labels == label
-        acc_T, acc_S = (
-            100 * float((predictions[held] == label).double().mean())
-            for predictions in (predictions_T, predictions_S)
-        )
-        rows.append(
-            {
-                "class": classes[label],
-                "count": int(held.sum()),
-                "teacher": acc_T,
-                "student": acc_S,
-                "gap": acc_S - acc_T,
-            }
-        )
-    return sorted(rows, key=lambda row: (row["gap"], row["class"]))
+        row: dict[str, Any] = {"class": class_name(classes, label), "count": int(held.sum())}
+        for name, predicted in predictions.items():
+            row[name] = 100 * float((predicted[held] == label).double().mean())
+        if TEACHER in row:
+            row["gap"] = row[STUDENT] - row[TEACHER]
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row.get("gap", row[STUDENT]), row["class"]))
+
+
+def confusion(predicted: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
+    """Return {"classes", "counts"}: how many images of a class (row) got a prediction (column).
+
+    Of more than `MOST_CLASSES` classes those with most errors are shown, in their order.
+    """
+    errors = torch.bincount(torch.cat([labels, predicted]))
+    errors -= 2 * torch.bincount(labels[labels == predicted], minlength=len(errors))
+    used = torch.cat([labels, predicted]).unique()
+    shown = used[errors[used].argsort(descending=True, stable=True)][:MOST_CLASSES].sort().values
+    counts = [[int(((labels == row) & (predicted == c)).sum()) for c in shown] for row in shown]
+    return {"classes": [class_name(classes, int(c)) for c in shown], "counts": counts}
 
 
 @dataclass
@@ -105,19 +118,24 @@ class Outputs:
     """The outputs of all networks for the same images.
 
     logits: (P, C) by name, `STUDENT` (the mean of two heads, where there are two) always among
-    them. token_cosine: of class and distillation token, for hidden[0], hidden[1], ... farthest: the
-    images with the largest divergence: (nats, image (3, H, W), index in the pass).
+    them. token_cosine: of class and distillation token, for hidden[0], hidden[1], ...
     """
 
     labels: Tensor
     logits: dict[str, Tensor]
     token_cosine: list[float] = field(default_factory=list)
-    farthest: list[tuple[float, Tensor, int]] = field(default_factory=list)
 
     def predictions(self) -> dict[str, Tensor]:
         """Return the labels (P,) and the predicted classes (P,) of each network, teacher first."""
         names = [name for name in (TEACHER, STUDENT, CLS, DIST) if name in self.logits]
         return {"label": self.labels} | {name: self.logits[name].argmax(1) for name in names}
+
+    def confidence(self) -> dict[str, Tensor]:
+        """Return the probability (P,) of each prediction, and with a teacher "nats" (P,)."""
+        found = {name: values.softmax(1).amax(1) for name, values in self.logits.items()}
+        if TEACHER in self.logits:
+            found["nats"] = divergence(self.logits[TEACHER], self.logits[STUDENT])
+        return found
 
 
 @torch.no_grad()
@@ -128,9 +146,8 @@ def collect(
     device: torch.device,
     *,
     limit: int | None = None,
-    keep: int = 12,
 ) -> Outputs:
-    """Run both networks on the images, once. limit: most images; keep: how many farthest ones."""
+    """Run both networks on the images, once. limit: most images."""
     network.eval()
     layers = layout_of(network).hidden if has_distillation_head(network) else 0
     taps = FeatureTaps(network, [Tap("hidden", i) for i in range(layers)]) if layers else None
@@ -142,7 +159,6 @@ def collect(
     labels: list[Tensor] = []
     logits: dict[str, list[Tensor]] = {}
     cosines = torch.zeros(layers, dtype=torch.float64)
-    farthest: list[tuple[float, Tensor, int]] = []
     seen = 0
     for images, label, *_ in batches:
         room = len(label) if limit is None else min(len(label), limit - seen)
@@ -158,10 +174,6 @@ def collect(
         for tap, tokens in hidden.items():  # (B, N, D)
             cosine = F.cosine_similarity(tokens[:, 0].float(), tokens[:, 1].float())
             cosines[tap.layer] += cosine.double().sum().cpu()
-        if teacher is not None:
-            nats = divergence(logits[TEACHER][-1], logits[STUDENT][-1]).tolist()
-            farthest += [(n, images[i].cpu(), seen + i) for i, n in enumerate(nats)]
-            farthest = sorted(farthest, key=lambda one: -one[0])[:keep]
         seen += room
         if limit is not None and seen >= limit:
             break
@@ -170,7 +182,7 @@ def collect(
     if taps:
         taps.remove()
     together = {name: torch.cat(parts) for name, parts in logits.items()}
-    return Outputs(torch.cat(labels), together, (cosines / seen).tolist(), farthest)
+    return Outputs(torch.cat(labels), together, (cosines / seen).tolist())
 
 
 def numbers(
@@ -189,13 +201,13 @@ def numbers(
         "calibration": {name: calibration(values, labels) for name, values in logits.items()},
         "token_cosine": outputs.token_cosine,
     }
+    networks = {name: predictions[name] for name in (STUDENT, TEACHER) if name in logits}
+    found["class_gaps"] = class_gaps(networks, labels, classes)
+    found["confusion"] = confusion(predictions[STUDENT], labels, classes)
     if TEACHER in logits:
         found["kl_nats"] = {
             name: float(divergence(logits[TEACHER], values).mean())
             for name, values in logits.items()
             if name != TEACHER
         }
-        found["class_gaps"] = class_gaps(
-            predictions[TEACHER], predictions[STUDENT], labels, classes
-        )
     return found

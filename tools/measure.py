@@ -41,6 +41,19 @@ class Cost:
         )
 
 
+def together(costs: Sequence[Cost]) -> Cost:
+    """Return the cost of several networks that all get every image."""
+    return Cost(
+        parameters=sum(cost.parameters for cost in costs),
+        gmacs=sum(cost.gmacs for cost in costs),
+        size_mb=sum(cost.size_mb for cost in costs),
+        latency_ms=sum(cost.latency_ms for cost in costs),
+        images_per_s=1 / sum(1 / cost.images_per_s for cost in costs),
+        batch=costs[0].batch,
+        device=costs[0].device,
+    )
+
+
 @torch.no_grad()
 def measure(network: nn.Module, size: Sequence[int], *, seconds: float = 0.3) -> Cost:
     """Return the cost of a network, measured on its own device with PyTorch's present threads.

@@ -14,14 +14,14 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,49 +32,48 @@ import options  # noqa: E402
 from base import distributed, safe_load, structured  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.text import class_name  # noqa: E402
+from checks import visualize  # noqa: E402
 from data.samplers import EvalSampler  # noqa: E402
+from data.transforms import InputConfig  # noqa: E402
 from distill.teacher import AnyTeacher, build_identity, build_teacher  # noqa: E402
 from models.class_names import classes_of_file  # noqa: E402
-from tools.fidelity import STUDENT, TEACHER, Outputs, agreement, collect, numbers  # noqa: E402
-from tools.report_page import page, summary  # noqa: E402
+from tools.comparison import Run, compare, is_distilled, trained_with  # noqa: E402
+from tools.fidelity import STUDENT, TEACHER, collect, numbers  # noqa: E402
+from tools.measure import Cost, measure, together  # noqa: E402
+from tools.report_page import COMMAND_LINE, headline, page  # noqa: E402
 from training import metrics  # noqa: E402
 
 # All flags that determine a teacher's logits; the teacher adapts its input itself
 TEACHER_FLAGS = ("teacher_model", "teacher_path", "teacher_weight", "teacher_adaptor")
 
+MOST_MAPS, THUMBNAIL = 6, 96  # images with attention maps, and the width of an image in pixels
+
 
 @dataclass(frozen=True)
-class Run:
-    """A run that was measured.
+class Networks:
+    """Networks of a run, and the batches of their evaluation with the input that they have."""
 
-    settings: its flags. numbers: all that the report shows, in plain types. predictions: labels and
-    predicted classes (P,) by name. farthest: from `farthest()`. data: identifies the images.
-    """
-
-    name: str
-    settings: Mapping[str, Any]
-    numbers: dict[str, Any]
-    predictions: Mapping[str, Tensor]
-    farthest: list[dict[str, Any]]
-    classes: list[str]
-    data: str
+    student: nn.Module
+    teacher: AnyTeacher | None
+    batches: Iterable[Any]
+    inputs: InputConfig
+    device: torch.device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
-        runs = build_runs(args)
+        runs, networks = build_runs(args)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
-    measured = [run.numbers for run in runs]
-    found = {"runs": measured, "agreement": between(runs), "verdicts": verdicts(measured)}
+    found = compare(runs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
-    args.out.write_text(page(found, [run.farthest for run in runs]), encoding="utf-8")
+    args.out.write_text(page(found, thumbnails(found, networks)), encoding="utf-8")
+    for name, column in headline(found).items():
+        print(f"{name}: {', '.join(f'{row} {value}' for row, value in column.items())}")
     for run in runs:
-        shown = ", ".join(f"{name} {value}" for name, value in summary(run.numbers))
-        print(f"{run.name}: {shown}")
         if run.numbers["teacher_note"]:
             print(f"{run.name}: {run.numbers['teacher_note']}")
     for line in found["verdicts"]:
@@ -105,8 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_runs(args: argparse.Namespace) -> list[Run]:
-    """Return all runs of the command line, measured. Raises UserError."""
+def build_runs(args: argparse.Namespace) -> tuple[list[Run], Networks]:
+    """Return all runs of the command line, measured, and the networks of the first distilled one.
+
+    Raises UserError.
+    """
     folders = list(dict.fromkeys(args.runs))
     settings = [run_settings(folder) for folder in folders]
     named = dict.fromkeys(path for each in settings for path in each["plugin"])
@@ -114,11 +116,15 @@ def build_runs(args: argparse.Namespace) -> list[Run]:
     short = len({folder.name for folder in folders}) == len(folders)
     names = [folder.name if short else str(folder) for folder in folders]
     distils = [i for i, each in enumerate(settings) if each["distillation_type"] != "none"]
+    shown = next((i for i, each in enumerate(settings) if is_distilled(each)), 0)
     runs: dict[int, Run] = {}
+    costs: dict[str, Cost] = {}
     for i in dict.fromkeys(distils[:1] + list(range(len(names)))):  # the one that lends goes first
         lender = runs[distils[0]] if runs and distils else None
-        runs[i] = build_run(args, names[i], folders[i], settings[i], lender)
-    return [runs[i] for i in range(len(names))]
+        runs[i], loaded = build_run(args, names[i], folders[i], settings[i], lender, costs)
+        if i == shown:
+            networks = loaded
+    return [runs[i] for i in range(len(names))], networks
 
 
 def build_run(
@@ -127,9 +133,12 @@ def build_run(
     folder: Path,
     settings: Mapping[str, Any],
     lender: Run | None,
-) -> Run:
-    """Return a measured run. lender: the run origin teacher is used if this one had none.
+    costs: dict[str, Cost],
+) -> tuple[Run, Networks]:
+    """Return a measured run and its networks.
 
+    lender: the run whose teacher it is compared with if it had none. costs: of the networks
+    measured so far by what they are; this adds those of the run.
     Raises UserError for what does not exist, or does not fit together.
     """
     wanted = evaluation_settings(args, settings)
@@ -138,12 +147,11 @@ def build_run(
     weights = checkpoint_of(folder, args.checkpoint)
     trained = classes_of_file(str(weights), wanted.model)
     loaders = datasets.build_loaders(wanted, inputs, processes, trained)
-    classes = loaders.classes or []
-    classes = classes + [str(number) for number in range(len(classes), loaders.num_classes)]
+    classes = [class_name(loaders.classes, i) for i in range(loaders.num_classes)]
     student = models.build_student(wanted, loaders.num_classes, inputs).to(processes.device)
     models.load_weights(student.network, str(weights), key=args.key)
 
-    teacher, origin, note = None, "", ""
+    teacher, note = None, ""
     flags, origin = teacher_of(settings, lender, args.teacher_model, args.teacher_path)
     if origin == "lent" and classes != lender.classes:
         note = f"not compared with the teacher of {lender.name}: other classes"
@@ -161,21 +169,39 @@ def build_run(
             note = f"not compared with its teacher: {error.line()}"
     batches = loaders.val if args.limit is None else spread(loaders.val, args.limit)
     outputs = collect(student.network, teacher, batches, processes.device, limit=args.limit)
+    networks = Networks(student.network, teacher, batches, inputs, processes.device)
     found = {
         "run": name,
         "folder": str(folder),
         "student": wanted.model,
         "input": inputs.describe(),
-        **teacher_facts(teacher, {"own": name, "lent": lender.name if lender else ""}.get(origin)),
+        **teacher_facts(teacher, {"own": name, "lent": lender and lender.name}.get(origin)),
         "teacher_note": note,
         "distillation": settings["distillation_type"],
+        "trained_with": trained_with(settings),
         "weights": f"{weights.name}, {args.key}",
         "data": loaders.data[-1].description,
         **numbers(outputs, classes, loaders.present),
+        "cost": costs_of(networks, wanted.model, costs),
         "curves": metrics.read_log(folder / "log.txt"),
     }
-    images = farthest(outputs, classes, inputs.mean, inputs.std)
-    return Run(name, settings, found, outputs.predictions(), images, classes, loaders.fingerprint())
+    shares, data = outputs.confidence(), loaders.fingerprint()
+    return Run(name, settings, found, outputs.predictions(), shares, classes, data), networks
+
+
+def costs_of(networks: Networks, model: str, known: dict[str, Cost]) -> dict[str, dict[str, Any]]:
+    """Return the cost of student and teacher. known: costs by network, each is measured once."""
+    members = {STUDENT: (model, [(networks.student, networks.inputs.input_size)])}
+    if (teacher := networks.teacher) is not None:
+        all_T = [(member.network, member.adapter.size) for member in teacher.members]
+        members[TEACHER] = teacher.describe(), all_T
+    found = {}
+    for role, (what, parts) in members.items():
+        key = f"{what} {[size for _, size in parts]}"
+        if key not in known:
+            known[key] = together([measure(network, size) for network, size in parts])
+        found[role] = asdict(known[key])
+    return found
 
 
 def evaluation_settings(
@@ -195,33 +221,9 @@ def teacher_facts(teacher: AnyTeacher | None, owner: str | None) -> dict[str, st
     sizes = ("{}x{}".format(*member.adapter.size) for member in teacher.members)
     return {
         "teacher": teacher.describe(),
-        "teacher_of": "the command line" if owner is None else owner,
+        "teacher_of": COMMAND_LINE if owner is None else owner,
         "teacher_input": ", ".join(dict.fromkeys(sizes)),
     }
-
-
-def verdicts(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a sentence for each student above its teacher or below a run without distillation.
-
-    Runs are compared that have the same student and the same images.
-    """
-    lines = []
-    for run in runs:
-        acc1 = run["accuracy"][STUDENT]["acc1"]
-        teacher = run["accuracy"].get(TEACHER, {"acc1": acc1})["acc1"]
-        if acc1 > teacher:
-            lines.append(
-                f"{run['run']}: the student ({acc1:.2f}%) is above the teacher ({teacher:.2f}%)"
-            )
-        for other in runs if run["distillation"] != "none" else ():
-            alike = all(run[key] == other[key] for key in ("student", "data", "images"))
-            baseline = other["accuracy"][STUDENT]["acc1"]
-            if alike and other["distillation"] == "none" and acc1 < baseline:
-                lines.append(
-                    f"{run['run']}: the student ({acc1:.2f}%) is below {other['run']}, which was "
-                    f"trained without distillation ({baseline:.2f}%)"
-                )
-    return lines
 
 
 def teacher_of(
@@ -232,11 +234,7 @@ def teacher_of(
     model, path: of the command line, or empty. Origin: "own", "lent", "given", or "" for none.
     Raises UserError for a file without a model.
     """
-    learns = (
-        settings["distillation_type"] != "none"
-        or settings["match"]
-        or settings["ranking_kl_weight"]
-    )
+    learns = is_distilled(settings)
     own = {flag: settings[flag] for flag in TEACHER_FLAGS}
     if model and model != own["teacher_model"]:
         unset = {"teacher_weight": None, "teacher_adaptor": ""}
@@ -286,31 +284,6 @@ def spread(loader: datasets.ImageLoader, limit: int) -> datasets.ImageLoader:
     return loader.subset([keys[place] for place in places])
 
 
-def between(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """Return the agreement between the students of several runs, labels and teachers.
-
-    None for one run, and for runs with different images. A teacher that all were compared with
-    is listed once.
-    """
-    same = len({(run.data, run.numbers["images"]) for run in runs}) == 1
-    if len(runs) == 1 or not same:
-        return None
-    predictions = {"label": runs[0].predictions["label"]}
-    settings_T = [run for run in runs if TEACHER in run.predictions]
-    if settings_T and all(
-        torch.equal(run.predictions[TEACHER], settings_T[0].predictions[TEACHER])
-        for run in settings_T
-    ):
-        predictions[TEACHER] = settings_T[0].predictions[TEACHER]
-    else:
-        predictions |= {f"{TEACHER} of {run.name}": run.predictions[TEACHER] for run in settings_T}
-    predictions |= {
-        f"run {run.name}" if run.name in predictions else run.name: run.predictions[STUDENT]
-        for run in runs
-    }
-    return {"names": list(predictions), "matrix": agreement(predictions)}
-
-
 def run_settings(folder: Path) -> dict[str, Any]:
     """Return all flags of a run, from its config.yaml. Raises UserError if there is none."""
     path = folder / "config.yaml"
@@ -328,30 +301,47 @@ def checkpoint_of(folder: Path, name: str = "") -> Path:
     raise UserError(f"{folder}: has no {' and no '.join(names)}")
 
 
-def farthest(
-    outputs: Outputs, classes: list[str], mean: Sequence[float], std: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Return the images on which the student is farthest from its teacher, ready to be shown."""
-    found = []
-    for nats, image, index in outputs.farthest:
-        row = {
-            "nats": nats,
-            "label": class_name(classes, int(outputs.labels[index])),
-            "image": data_uri(image, mean, std),
-        }
-        for name in (TEACHER, STUDENT):
-            share, answer = outputs.logits[name][index].softmax(0).max(0)
-            row[name] = f"{class_name(classes, int(answer))} {100 * share:.0f}%"
-        found.append(row)
-    return found
+def thumbnails(found: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
+    """Return the images of the page: disputed ones, and attention maps of student and teacher."""
+    rows = found["disputed"]["images"]
+    places = [row["place"] for row in rows] or list(range(MOST_MAPS))
+    images = pick(networks.batches, places, networks.device)
+    shown = visualize.to_uint8(images, networks.inputs)
+    images = images[:MOST_MAPS]
+    maps = visualize.attention_maps(networks.student, images)
+    maps = {f"student, {token}": weights for token, weights in maps.items()}
+    for member in networks.teacher.members if networks.teacher is not None else ():
+        own = visualize.attention_maps(member.network, member.adapter(images), images.shape[-2:])
+        maps |= {f"teacher, {token}": weights for token, weights in own.items()}
+    attention = [
+        [data_uri(image), *(data_uri(visualize.overlay(image, each[i])) for each in maps.values())]
+        for i, image in enumerate(shown[:MOST_MAPS])
+    ]
+    return {
+        "disputed": [data_uri(image) for image in shown[: len(rows)]],
+        "attention": {"head": ["image", *maps], "rows": attention if maps else []},
+    }
 
 
-def data_uri(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return a normalised image (3, H, W) as a JPEG inside a data: address, 160 px wide."""
-    shown = pixels * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    array = (shown.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    image = Image.fromarray(array)
-    image = image.resize((160, round(160 * image.height / image.width)))
+def pick(batches: Iterable[Any], places: Sequence[int], device: torch.device) -> Tensor:
+    """Return the images (B, 3, H, W) at `places` of the data; places past its end are left out."""
+    found: dict[int, Tensor] = {}
+    start = 0
+    for images, labels in batches:
+        chosen = [place for place in places if start <= place < start + len(labels)]
+        if chosen:
+            images = images.to(device)
+            found |= {place: images[place - start] for place in chosen}
+        start += len(labels)
+        if start > max(places):
+            break
+    return torch.stack([found[place] for place in places if place in found])
+
+
+def data_uri(pixels: Tensor) -> str:
+    """Return an image (3, H, W) uint8 as a small JPEG inside a data: address."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image = image.resize((THUMBNAIL, round(THUMBNAIL * image.height / image.width)))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
