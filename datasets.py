@@ -31,7 +31,6 @@ from data.loaders import ImageLoader
 from data.samplers import EvalSampler, SeededViews, TrainSampler, derive_seed
 from data.sources import Part, open_source
 from data.transforms import InputConfig, build_transform
-from data.unlabelled import WithUnlabelled, keep_labels, open_unlabelled
 
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +83,8 @@ def build_unlabelled(args: Namespace, source: Source) -> Source:
     Without a teacher the images that lose their labels are left out.
     Raises UserError for streamed data, and for unlabelled data that cannot be read.
     """
+    from data.unlabelled import WithUnlabelled, keep_labels, open_unlabelled  # few runs have them
+
     if isinstance(source, Shards):
         raise UserError(
             f"--data-set {args.data_set}: streamed data has no index, so it cannot be joined with "
@@ -156,8 +157,7 @@ class Loaders:
     @property
     def unlabelled(self) -> str:
         """The number of unlabelled training images and a hash of them, "" if there are none."""
-        source = self.data[0].source
-        return source.identity_of_unlabelled() if isinstance(source, WithUnlabelled) else ""
+        return self.data[0].source.identity_of_unlabelled()
 
     @property
     def mirrors(self) -> bool:

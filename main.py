@@ -19,7 +19,7 @@ import models
 import options
 from base import console
 from base.distributed import print_once
-from checks import evaluation, time_budget
+from checks import evaluation
 from checks.run_summary import RunSummary, build_summary
 from data.samplers import BatchKey
 from datasets import Loaders
@@ -63,6 +63,8 @@ def set_up_and_train(args: Namespace, runtime: Runtime) -> None:
         evaluation.fill_cache(args, loaders, cache, runtime)
         return
     if args.minutes and not args.check:
+        from checks import time_budget  # few runs have a time limit
+
         args = time_budget.build_settings(args, loaders, student, teacher, runtime)
     training = setup.build_training(args, loaders, student, teacher, runtime)
     predictions: list = []  # of the teacher

@@ -15,7 +15,6 @@ from base.errors import UserError
 from base.text import printable
 from data.folders import list_images, some
 from data.image_source import Files
-from data.val_labels import read_labelled_folder
 
 TRAIN = "train"
 VALIDATION = ("val", "valid", "validation", "test")
@@ -140,6 +139,8 @@ def _open_class_folders(folder: str) -> Files:
 
 
 def _open_labelled(folder: str, file: str) -> Files:
+    from data.val_labels import read_labelled_folder  # most folders have class folders
+
     paths, names = read_labelled_folder(folder, file)
     classes = sorted(set(names))
     number = {name: label for label, name in enumerate(classes)}

@@ -26,11 +26,12 @@ class Source:
 
     classes: class names, or None if unknown. what: the images in words.
     form: how the images are stored. mirrors: whether a mirrored image keeps its label.
+    unlabelled: how many of the images have no label; they are the last.
     skipped: in words, the files that were found and are not used. held_out: the share of the
     training images that these are, if they are held out for validation.
     """
 
-    form = "as it came"
+    form, unlabelled = "as it came", 0
 
     def __init__(self, classes: list[str] | None, what: str, *, mirrors: bool = True) -> None:
         self.classes, self.what, self.mirrors = classes, what, mirrors
@@ -50,6 +51,10 @@ class Source:
     def identity(self) -> bytes:
         """Return a hash of the images that does not depend on their folder, within a second."""
         return b""
+
+    def identity_of_unlabelled(self) -> str:
+        """Return the number of the unlabelled images and a hash of them, "" if there are none."""
+        return ""
 
     def used_classes(self) -> list[int] | None:
         """Return the numbers of the classes that have images, or None if unknown."""

@@ -19,6 +19,7 @@ from data.samplers import BatchKey
 from distill import cache_store, cached_teacher
 from distill import teacher as teacher_module
 from distill.cached_teacher import CYCLE, _cycle_epochs, build_cache_fingerprint
+from experiments import kill_sweep
 from options import QUICK_START, get_args_parser, read_recipe
 from tools import prepare_data
 
@@ -296,8 +297,8 @@ RUN = [
 ]
 
 
-def log(folder: Path) -> str:
-    return (folder / "log.txt").read_text()
+def log(folder: Path) -> list[dict]:
+    return kill_sweep.read_log(folder)  # without times
 
 
 @pytest.mark.slow

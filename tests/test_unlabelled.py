@@ -24,7 +24,7 @@ from data.samplers import TrainSampler
 from data.transforms import AnyBatchMixup
 from data.unlabelled import WithUnlabelled, keep_labels, open_unlabelled, repeated
 from distill.objective import shift_probability
-from experiments.kill_sweep import finish, kill, start
+from experiments.kill_sweep import finish, kill, read_log, start
 
 C, NONE = 5, losses.UNLABELLED
 LABELS = torch.tensor([2, NONE, 0, NONE, NONE, 4, NONE])
@@ -271,7 +271,7 @@ HARD = ["--distillation-type", "hard"]
 
 
 def log(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return read_log(folder)  # without times
 
 
 def test_images_without_labels_need_a_teacher(run_inside, image_folder: Path) -> None:

@@ -21,7 +21,6 @@ from base.device import cpu_has_bf16, pick_amp, seed_device, use_fast_kernels
 from base.distributed import Processes, print_important, print_once
 from data.samplers import derive_seed
 from data.transforms import InputConfig, build_mixup
-from data.unlabelled import WithUnlabelled
 from datasets import Loaders
 from distill import objective
 from distill.teacher import AnyTeacher, LogitsOnly, build_identity, build_teacher
@@ -241,14 +240,16 @@ def build_mean_labelled(
     the images is known, so no process asks another one.
     """
     source, sampler = loaders.data[0].source, loaders.train_sampler
-    if sampler is None or not isinstance(source, WithUnlabelled):
+    if sampler is None or not source.unlabelled:
         return None
     world, cycle = runtime.processes.world_size, teacher.cycle_epochs if teacher else 0
     steps, accum = len(loaders.train), args.grad_accum_steps
 
     @lru_cache(maxsize=1)
     def counts(epoch: int) -> list[int]:
-        return sampler.count_below(source.labelled, epoch, args.batch_size * world)[:steps].tolist()
+        return sampler.count_below(len(source) - source.unlabelled, epoch, args.batch_size * world)[
+            :steps
+        ].tolist()
 
     def mean_labelled(update: int) -> float:
         epoch, index = divmod(update, -(-steps // accum))
