@@ -245,7 +245,6 @@ def keep_labels(
 
     Of each class `per_class` images, evenly spread over the class, or all if there are fewer.
     keep_others: False leaves the others out.
-    Raises UserError if every image would keep its label.
     """
     labels = source.class_numbers()
     chosen = np.zeros(len(labels), dtype=bool)
@@ -253,10 +252,7 @@ def keep_labels(
         members = np.flatnonzero(labels == label)
         chosen[members[spread(len(members), per_class)]] = True
     if chosen.all():
-        raise UserError(
-            f"--labels-per-class {per_class}: no class of the {source.what} has more images; leave "
-            "it out"
-        )
+        return source, []
     what = f"{source.what}, {per_class} of each class"
     if not keep_others:
         what += f", {int((~chosen).sum())} left out"

@@ -135,8 +135,7 @@ def test_a_ratio_repeats_the_side_that_is_too_small(
     counts = np.bincount(found, minlength=110)
     for part, total in ((counts[:4], labelled), (counts[100:], unlabelled)):
         assert part.sum() == total and part.max() - part.min() <= 1
-    assert all(joined.original(index) == joined.original(i) for i, index in enumerate([0] * 1))
-    assert {joined.original(index) for index in range(len(joined))} <= set(range(labelled + 10))
+    assert len({joined.original(index) for index in range(len(joined))}) == 14
 
 
 def test_the_images_of_an_incomplete_round_are_spread_over_all() -> None:
@@ -149,8 +148,7 @@ def test_labels_are_kept_of_as_many_images_of_each_class() -> None:
     assert greys(kept) == [0, 2, 4, 5, 6] and kept.class_numbers().tolist() == [0, 0, 1, 1, 2]
     assert greys(others[0]) == [1, 3] and others[0].load(0)[1] == NONE
     assert keep_labels(source, 2, keep_others=False)[1] == []
-    with pytest.raises(UserError, match="no class of the digits has more images"):
-        keep_labels(source, 4, keep_others=True)
+    assert keep_labels(source, 4, keep_others=True) == (source, []), "no class has more images"
 
 
 def test_a_repeated_bad_image_is_counted_once(tmp_path: Path) -> None:
