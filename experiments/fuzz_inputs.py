@@ -276,8 +276,16 @@ def flag(rng: random.Random, seeds: Path, folder: Path) -> Input:
 
 def replayed(rng: random.Random, seeds: Path, folder: Path) -> Input:
     shutil.copytree(seeds / "bad", folder / "bad")
-    mutate_checkpoint(rng, folder / "bad/bad_batch.pth")
-    words = rng.choice(([], ["--amp", rng.choice(("off", "bf16", "fp16", *WORDS))]))
+    path = folder / "bad/bad_batch.pth"
+    if rng.random() < 0.4:
+        mutate_checkpoint(rng, path)
+    else:  # one value, below the keys that every file has
+        value = torch.load(path, weights_only=True)
+        key = rng.choice(("args", "args", "terms", "teacher_outputs", *value))
+        leaves = [*VALUES, torch.zeros(0), torch.ones(2, 3), torch.zeros(4) + 1j]
+        value[key] = mutate_plain(rng, value[key], leaves)
+        torch.save(value, path)
+    words = rng.choice(([], [], ["--amp", rng.choice(("off", "bf16", "fp16", rng.choice(WORDS)))]))
     return Input(["bad/bad_batch.pth", *words], program="tools/replay.py")
 
 

@@ -149,7 +149,13 @@ def test_a_bad_batch_is_computed_again_to_the_bit(
     (tmp_path / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert replay.main([str(out / "bad_batch.pth")]) == 2 and not (tmp_path / "ran").exists()
     assert "what a file names is not run" in capsys.readouterr().err
-    for key, value in (("args", "words"), ("model", {}), ("labels", [1]), ("terms", {"loss": 0})):
+    for key, value in (
+        ("args", "words"),
+        ("model", {}),
+        ("labels", [1]),
+        ("terms", {"loss": 0}),
+        ("terms", {"loss": []}),
+    ):
         torch.save({**saved, key: value}, tmp_path / "damaged.pth")
         assert replay.main([str(tmp_path / "damaged.pth"), "--plugin", plugin]) == 2, key
         assert capsys.readouterr().err.count("\n") == 1
@@ -192,3 +198,13 @@ def test_a_rank_with_a_nan_is_skipped_by_all_and_named_when_it_comes_again(
     assert content["tally"]["bad"].tolist() == [1, 2] and content["tally"]["micro_steps"] == 4
     for name in ("model", "model_ema"):  # BatchNorm's statistics included
         assert all(torch.isfinite(value).all() for value in content[name].values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["x.pth", "--amp", "half"], "invalid choice"), (["x.pth", "--nosuchflag"], "nosuchflag")],
+)
+def test_an_unknown_flag_of_replay_is_one_line(argv: list[str], words: str, capsys) -> None:
+    assert replay.main(argv) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1 and words in line
