@@ -159,6 +159,10 @@ def test_a_bad_batch_is_computed_again_to_the_bit(
         torch.save({**saved, key: value}, tmp_path / "damaged.pth")
         assert replay.main([str(tmp_path / "damaged.pth"), "--plugin", plugin]) == 2, key
         assert capsys.readouterr().err.count("\n") == 1
+    lists = {name: [] for name in saved["terms"]}
+    torch.save({**saved, "terms": lists}, tmp_path / "damaged.pth")
+    assert replay.main([str(tmp_path / "damaged.pth"), "--plugin", plugin]) == 2
+    assert "damaged, or of another version" in capsys.readouterr().err
     assert replay.main([str(out / "checkpoint.pth")]) == 2
     assert "no bad_batch.pth" in capsys.readouterr().err
 
