@@ -23,7 +23,7 @@ from models.deit import FILES, VITS
 from training.recipe import NONE
 
 MOST_IMAGES = 100_000  # from here on DeiT's defaults apply
-MIX_EPOCHS = 40  # with fewer epochs a new network learns too little from mixed images
+MIX_EPOCHS = 80  # with fewer epochs a new network learns too little from mixed images
 SAMPLES = 16  # images whose sizes are read
 SMALL_BATCH_IMAGES = 5_000  # with fewer images, a smaller batch gives more updates
 PUBLISHED = "deit_tiny_distilled_patch16_224"
