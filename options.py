@@ -23,6 +23,7 @@ from base.flags import COMMON, idle_notes
 from models import plugins
 from training import auto_recipe, recipe, run_folder
 from training.checkpointer import is_auto
+from training.trackers import check_trackers
 
 QUICK_START = recipe.FOLDER / "quickstart.yaml"
 
@@ -318,6 +319,7 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
         import matching  # most runs have no setting of this group
 
         matching.check_objective(args)
+    check_trackers(args)
     distils = args.distillation_type != "none"
     if args.data_set == "DIGITS" and args.data_path:
         raise UserError("--data-set DIGITS is embedded; leave out --data-path")

@@ -170,6 +170,12 @@ RUN = (
         "--list-models", str, None, MAY_CHANGE, COMMON, nargs="?", const="*", metavar="PATTERN"
     ).help("print matching released checkpoints; exit"),
     Flag("--log-interval", int, 10, FROM_1, MAY_CHANGE).help("steps between two printed lines"),
+    Flag("--log-wandb", bool, False, NOT_SAVED, MAY_CHANGE).help(
+        "also log to Weights & Biases (pip install wandb)"
+    ),
+    Flag("--log-mlflow", bool, False, NOT_SAVED, MAY_CHANGE).help(
+        "also log to MLflow (pip install mlflow-skinny sqlalchemy alembic)"
+    ),
     Flag("--max-bad-steps", int, 10, FROM_1, MAY_CHANGE).help("most non-finite updates in a row"),
     no_effect("--dist-eval", bool, False, "evaluation is always sharded and exact"),
     no_effect("--world-size", int, 1, "the launcher decides"),

@@ -1,4 +1,4 @@
-"""Metrics, progress output, log files and TensorBoard.
+"""Metrics, progress output and log files.
 
 Shapes: B batch, C classes. The host waits for the device only to print a line.
 """
@@ -10,7 +10,6 @@ import math
 import os
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,14 +19,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from base import console, distributed, files, flag_table, flags
+from base import console, distributed, files
 from base.errors import UserError
 from base.text import printable
 from training import run_settings
+from training.trackers import Tracker
 
 _logger = logging.getLogger(__name__)
-# Settings in TensorBoard's table of runs; all of them are in its text.
-COMPARED = frozenset(flag_table.with_fact(flags.COMPARED))
 
 
 def accuracy(logits: Tensor, labels: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
@@ -202,22 +200,21 @@ def _writes(name: str) -> Callable:
 
 
 class RunLog:
-    """`log.txt` (one JSON object an epoch, DeiT's keys first), `config.yaml` and TensorBoard.
+    """`log.txt` (one JSON object an epoch, DeiT's keys first), `config.yaml` and the trackers.
 
-    The x axis of TensorBoard is the number of images, so that runs of different batch size
-    overlay. A run that starts at `start_epoch` removes older entries of that and later epochs.
+    The x axis of a tracker is the number of images, so that runs of different batch size overlay.
+    A run that starts at `start_epoch` removes older entries of that and later epochs.
     With an empty `output_dir` nothing is written.
     """
 
     @_writes("log.txt")
-    def __init__(self, output_dir: str, start_epoch: int = 0, images_seen: int = 0) -> None:
-        self._folder = Path(output_dir) if output_dir else None
-        self._board = None
-        if self._folder is None:
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        keep_epochs_before(self._folder / "log.txt", start_epoch)
-        self._board = _open_tensorboard(self._folder / "tensorboard", images_seen)
+    def __init__(
+        self, output_dir: str, start_epoch: int = 0, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self._folder, self._trackers = Path(output_dir) if output_dir else None, trackers
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            keep_epochs_before(self._folder / "log.txt", start_epoch)
 
     @_writes("config.yaml")
     def config(self, settings: Mapping[str, Any]) -> None:
@@ -225,40 +222,26 @@ class RunLog:
         if self._folder is not None:
             text = yaml.safe_dump(run_settings.to_save(settings), sort_keys=True)
             files.write_text_atomically(self._folder / "config.yaml", text)
-            if self._board is not None:
-                self._board.add_text("config", f"```\n{text}```")
-                self._hparams(settings)
-
-    def _hparams(self, settings: Mapping[str, Any]) -> None:
-        """Write the compared settings and the last accuracy to TensorBoard's table of runs."""
-        from torch.utils.tensorboard.summary import hparams
-
-        kept = {
-            k: v if isinstance(v, bool | int | float | str) else str(v)
-            for k, v in settings.items()
-            if k in COMPARED
-        }
-        for summary in hparams(kept, {"val/acc1": 0.0, "val_ema/acc1": 0.0})[:2]:
-            self._board.file_writer.add_summary(summary)
+            for tracker in self._trackers:
+                tracker.config(settings, text)
 
     @property
     def has_board(self) -> bool:
-        """Whether TensorBoard is written."""
-        return self._board is not None
+        """Whether a tracker shows images."""
+        return bool(self._trackers)
 
     @_writes("tensorboard")
     def image(self, tag: str, image: Tensor | None, images_seen: int) -> None:
-        """Put an image (3, height, width), uint8, into TensorBoard."""
-        if self._board is not None and image is not None:
-            self._board.add_image(tag, image, images_seen)
+        """Give an image (3, height, width), uint8, to all trackers."""
+        for tracker in self._trackers if image is not None else ():
+            tracker.image(tag, image, images_seen)
 
     @_writes("tensorboard")
     def scalars(self, prefix: str, values: Mapping[str, float], images_seen: int) -> None:
-        """Put `values` under `prefix/name` in TensorBoard, but for the count of images."""
-        if self._board is not None:
-            for name, value in values.items():
-                if name != "count":
-                    self._board.add_scalar(f"{prefix}/{name}", value, images_seen)
+        """Give `values` to all trackers as `prefix/name`, but for the count of images."""
+        named = {f"{prefix}/{name}": value for name, value in values.items() if name != "count"}
+        for tracker in self._trackers if named else ():
+            tracker.scalars(named, images_seen)
 
     def train(
         self, values: Mapping[str, float], weights: Mapping[str, float], images_seen: int
@@ -301,8 +284,8 @@ class RunLog:
 
     @_writes("tensorboard")
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def keep_epochs_before(path: Path, epoch: int) -> None:
@@ -325,23 +308,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         else:
             _logger.warning("%s: dropped a line that is no epoch: %.40s", path, line)
     return epochs
-
-
-def _open_tensorboard(folder: Path, images_seen: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        _logger.warning("no TensorBoard log: %s", error)
-        return None
-    threading.excepthook = _leave_out_traceback
-    return SummaryWriter(str(folder), purge_step=images_seen or None, max_queue=1000)
-
-
-def _leave_out_traceback(failed: threading.ExceptHookArgs) -> None:
-    """Skip a thread's traceback if TensorBoard raises the same error in the next call."""
-    is_board = "tensorboard" in type(failed.thread).__module__
-    if not (isinstance(failed.exc_value, OSError) and is_board):
-        threading.__excepthook__(failed)
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -25,7 +25,7 @@ from datasets import Loaders
 from distill import objective
 from distill.teacher import AnyTeacher, LogitsOnly, build_identity, build_teacher
 from models import Student
-from training import metrics, optim, run_folder
+from training import metrics, optim, run_folder, trackers
 from training.checkpointer import Checkpointer, build_checkpointer
 from training.state import EpochState
 from training.step_config import Hooks, StepConfig
@@ -311,11 +311,13 @@ def build_model(args: Namespace, student: Student, runtime: Runtime) -> nn.Modul
 
 
 def build_log(args: Namespace, training: Training) -> metrics.RunLog:
-    """Return log.txt, config.yaml and TensorBoard of the first process."""
+    """Return log.txt, config.yaml and the trackers of the first process."""
+    folder = args.output_dir if distributed.is_main() else ""
+    images_seen = training.checkpointer.global_step * training.batch_plan.batch
     log = metrics.RunLog(
-        args.output_dir if distributed.is_main() else "",
+        folder,
         training.checkpointer.epoch,
-        images_seen=training.checkpointer.global_step * training.batch_plan.batch,
+        trackers.build_trackers(args, images_seen) if folder else [],
     )
     log.config(vars(args))
     if args.output_dir and distributed.is_main():
