@@ -334,6 +334,12 @@ def test_the_first_columns_are_student_baseline_and_teacher() -> None:
     assert list(alone) == ["teacher", "teacher (network)"]
 
 
+def test_a_teacher_of_several_runs_is_one_point_of_the_chart() -> None:
+    runs = measured("none", taught=False), measured("soft"), measured("hard")
+    points = values_of(charts_of(page_of(*runs))["Accuracy and throughput"])
+    assert [row["network"] for row in points] == ["soft", "none", "teacher", "hard"]
+
+
 def test_disputed_images_are_those_with_different_predictions() -> None:
     labels = torch.arange(90) % 30
     hard = measured("hard", student=right_on(88))
@@ -368,7 +374,7 @@ def charts_of(page: str) -> dict[str, dict]:
 
 def values_of(chart: dict) -> list[dict]:
     """Return the rows of the data of a chart."""
-    return chart["data"]["values"]
+    return (chart.get("data") or chart["layer"][0]["data"])["values"]
 
 
 def test_a_curve_of_one_epoch_or_with_a_hole_is_drawn() -> None:

@@ -19,7 +19,15 @@ BASELINE = "baseline"
 ALPHA = 0.05  # a smaller p-value is a measurable difference
 MOST_DISPUTED = 12  # images that are shown
 # Flags that may differ between runs of one group
-SEED_FLAGS = {"seed", "output_dir", "resume", "num_workers", "log_interval"}
+SEED_FLAGS = {
+    "seed",
+    "output_dir",
+    "resume",
+    "num_workers",
+    "log_interval",
+    "log_wandb",
+    "log_mlflow",
+}
 
 
 @dataclass(frozen=True)

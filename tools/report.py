@@ -40,7 +40,7 @@ from models.class_names import classes_of_file  # noqa: E402
 from tools.comparison import Run, compare, is_distilled, trained_with  # noqa: E402
 from tools.fidelity import STUDENT, TEACHER, collect, numbers  # noqa: E402
 from tools.measure import Cost, measure, together  # noqa: E402
-from tools.report_page import COMMAND_LINE, headline, page  # noqa: E402
+from tools.report_page import headline, page  # noqa: E402
 from training import metrics  # noqa: E402
 
 # All flags that determine a teacher's logits; the teacher adapts its input itself
@@ -221,7 +221,7 @@ def teacher_facts(teacher: AnyTeacher | None, owner: str | None) -> dict[str, st
     sizes = ("{}x{}".format(*member.adapter.size) for member in teacher.members)
     return {
         "teacher": teacher.describe(),
-        "teacher_of": COMMAND_LINE if owner is None else owner,
+        "teacher_of": "the command line" if owner is None else owner,
         "teacher_input": ", ".join(dict.fromkeys(sizes)),
     }
 

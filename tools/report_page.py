@@ -16,7 +16,6 @@ from tools.comparison import BASELINE, p_text
 from tools.fidelity import STUDENT, TEACHER
 
 SHOWN_CLASSES = 20  # of the per-class table; half from each end
-COMMAND_LINE = "the command line"
 TERMS = {  # the rows of the first table
     "trained with": "",
     "top-1": "Share of images whose most probable class is the label.",
@@ -45,31 +44,31 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f}%"
 
 
-def headline(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return the columns of the first table by name, each with values for some of `TERMS`.
+def networks(found: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Return a run and STUDENT or TEACHER by title, each teacher once.
 
     First the student, its baseline and its teacher, then the other runs and teachers.
     """
     runs = {run["run"]: run for run in found["runs"]}
     first = [name for role in (STUDENT, BASELINE) if (name := found["headline"][role])]
-    students = {name: student_column(runs[name], found) for name in dict.fromkeys([*first, *runs])}
     lenders = {}  # a run for each teacher
-    for name in students:
-        if TEACHER in runs[name]["accuracy"]:
-            key = runs[name]["teacher"], runs[name]["accuracy"][TEACHER]["acc1"]
-            lenders.setdefault(key, name)
-    teachers = {
-        title(TEACHER if len(lenders) == 1 else f"{TEACHER} of {name}", runs): network_column(
-            runs[name], TEACHER
-        )
-        for name in lenders.values()
-    }
+    for run in [*map(runs.get, first), *runs.values()]:
+        if TEACHER in run["accuracy"]:
+            lenders.setdefault((run["teacher"], run["accuracy"][TEACHER]["acc1"]), run)
+    students = {name: (run, STUDENT) for name, run in runs.items()}
+    teachers = {}
+    for run in lenders.values():
+        title = TEACHER if len(lenders) == 1 else f"{TEACHER} of {run['run']}"
+        teachers[f"{title} (network)" if title in runs else title] = run, TEACHER
     return {name: students[name] for name in first} | teachers | students
 
 
-def title(name: str, runs: Mapping[str, Any]) -> str:
-    """Return the name of a teacher's column, different from that of every run."""
-    return f"{name} (network)" if name in runs else name
+def headline(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the columns of the first table by title, each with values for some of `TERMS`."""
+    return {
+        title: student_column(run, found) if role == STUDENT else network_column(run, TEACHER)
+        for title, (run, role) in networks(found).items()
+    }
 
 
 def student_column(run: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, str]:
@@ -109,7 +108,7 @@ def page(found: Mapping[str, Any], images: Mapping[str, Any]) -> str:
     """Return the whole report as one HTML page.
 
     found: the content of the JSON file. images: "disputed", an image for each row of
-    found["disputed"]["images"]; "attention", None or {"head", "rows"} with labels and images.
+    found["disputed"]["images"]; "attention", {"head", "rows"} with titles and images.
     """
     runs, columns = found["runs"], headline(found)
     rows = [name for name in TERMS if any(name in column for column in columns.values())]
@@ -218,26 +217,13 @@ def tokens(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def speed(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return accuracy against throughput of all students and of the teachers of runs."""
     rows = []
-    for run in found["runs"]:
-        names = {STUDENT: run["run"]}
-        if run["teacher_of"] in (run["run"], COMMAND_LINE):
-            names[TEACHER] = f"{TEACHER} of {run['run']}"
-        for name, title in names.items():
-            accuracy, cost = run["accuracy"][name], run["cost"][name]
-            low, high = accuracy["acc1_interval"]
-            rows.append(
-                {
-                    "network": title,
-                    "images/s": float(f"{cost['images_per_s']:.3g}"),
-                    "top-1, %": round(accuracy["acc1"], 2),
-                    "from": round(low, 2),
-                    "to": round(high, 2),
-                    "latency, ms": float(f"{cost['latency_ms']:.3g}"),
-                }
-            )
-    names = list(
-        dict.fromkeys([run["run"] for run in found["runs"]] + [row["network"] for row in rows])
-    )
+    for title, (run, role) in networks(found).items():
+        accuracy, cost = run["accuracy"][role], run["cost"][role]
+        low, high = accuracy["acc1_interval"]
+        row = {"network": title, "images/s": float(f"{cost['images_per_s']:.3g}")}
+        row |= {"top-1, %": round(accuracy["acc1"], 2), "from": round(low, 2), "to": round(high, 2)}
+        rows.append(row | {"latency, ms": float(f"{cost['latency_ms']:.3g}")})
+    names = list(dict.fromkeys([run["run"] for run in found["runs"]] + list(networks(found))))
     chart = partial(
         draw.scatter, x="images/s", y="top-1, %", ends=("from", "to"), name="network", names=names
     )
