@@ -1,5 +1,6 @@
 """Exit codes, and the line that is printed when a run ends early."""
 
+import io
 import os
 import shlex
 import signal
@@ -64,24 +65,25 @@ def test_ctrl_c_before_training_says_that_nothing_was_written(monkeypatch, capsy
 
 
 def test_a_worker_that_dies_while_a_checkpoint_is_written_is_reported_as_such(
-    tmp_path: Path, monkeypatch, capsys
+    tmp_path: Path, capsys
 ) -> None:
     """torch raises its death from a signal handler, here in the middle of `torch.save`."""
-    write, written = files._RecordingFile.write, []
 
-    def die(self: files._RecordingFile, data: bytes) -> int:
-        written.append(data)
-        if len(data) == 4000:  # the tensor
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-        return write(self, data)
+    class Dying(io.BytesIO):
+        def write(self, data: bytes) -> int:
+            if len(data) == 4000:  # the tensor
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+            return super().write(data)
 
-    monkeypatch.setattr(files._RecordingFile, "write", die)
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(b"old")
-    content = {"weights": torch.ones(1000)}
+
+    def save() -> None:
+        files.write_atomically(path, lambda _: torch.save(torch.ones(1000), Dying()))
+
     with pytest.raises(RuntimeError, match="inline_container"):  # torch hides the first error
-        files.save_atomically(content, path)
-    assert exit_code_of(lambda: files.save_atomically(content, path), lambda number: None, []) == 1
+        save()
+    assert exit_code_of(save, lambda number: None, []) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: a DataLoader worker has died (DataLoader worker (pid 7)")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -153,7 +153,7 @@ def choose_teacher(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
         data_set=None, data_path=args.data, val_fraction=None, val_labels=""
     )
     data = auto_recipe.build_training_set(settings)
-    student = auto_recipe.choose_student(data, None, has_gpu=False)[0] if data else {}
+    student = auto_recipe.choose_student(data, args.minutes)[0] if data else {}
     return FROM_SCRATCH, ("--input-size", *map(str, student.get("input_size", [32])))
 
 
