@@ -44,7 +44,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "tools/replay.py": replay.main,
     "tools/report.py": report.main,
 }
-MEMORY = 12 * 2**30  # bytes of address space of an input; torch alone takes about 4 GiB
+MEMORY = 12 * 2**30  # bytes of writable memory of an input
 IMPORT_S = 20  # seconds that a program may take besides the limit, for its imports
 STOP_S = 10  # seconds until a run that trains must have ended after Ctrl-C
 UNCAUGHT = 99  # exit code of a fork that an exception has ended
@@ -90,7 +90,7 @@ def start(request: Input, folder: Path, as_program: bool) -> int:
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             setattr(sys, name, os.fdopen(number, "w", buffering=1, errors="replace"))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         os.environ.update(request.environ)
         if request.processes > 1:
             _fork_others(request.processes)

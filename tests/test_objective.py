@@ -27,7 +27,18 @@ from training.step_config import StepConfig
 INPUTS = InputConfig((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 2, 1, 4])
-PLAIN = ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--teacher-model", "a"]
+PLAIN = [
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--smoothing",
+    "0",
+    "--teacher-model",
+    "a",
+    "--teacher-path",
+    "",
+]
 MATCH_ALL = [
     "layer_S=2,layer_T=3,feature=hidden,loss=hidden_mse,proj=linear,tokens=patch",
     "layer_S=1,layer_T=2,feature=hidden,loss=cos,proj=tanh:12:18,tokens=patch",

@@ -149,7 +149,7 @@ class Job:
 
     def wait_for_a_step(self, starts: int) -> None:
         """Wait for the first step that the job prints after it was started so many times."""
-        begins = "4 processes (slurm)"  # on 2 nodes
+        begins = "processes: 4 processes (slurm)"  # on 2 nodes
         self.wait(
             lambda: (
                 self.said().count(begins) == starts
