@@ -6,8 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: train fast test system table lint docs clean
+# One thread: the networks are small (docs/performance.md).
 train: $(VENV)/.installed
-	$(BIN)/torchrun --standalone --nproc_per_node=1 main.py --distillation-type hard
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node=1 main.py --distillation-type hard
 
 # One thread and one test process for each of two cores, whatever the machine has.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest --ignore=tests/system

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from base import console, distributed
+from base import distributed, terminal
 from base.device import DeviceBatches, autocast, seed_device
 from base.errors import UserError
 from data.samplers import BatchKey, derive_seed
@@ -233,7 +233,7 @@ def evaluate(
         raise UserError("the evaluation set is empty: no image reached the model")
     stats = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count}
     if distributed.is_main():
-        console.detail("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+        terminal.detail("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     if present is not None:
         stats["acc1_present"] = 100 * top1_present / count
     return stats | {"count": int(count)}

@@ -17,7 +17,7 @@ import datasets
 import engine
 import models
 import options
-from base import console
+from base import terminal
 from base.distributed import print_once
 from checks import evaluation
 from checks.run_summary import RunSummary, build_summary
@@ -39,7 +39,7 @@ def main(args: Namespace, notes: Sequence[str] = (), about: Sequence[str] = ()) 
         plan = dry_run.build_plan(args, runtime.processes, runtime.inputs, runtime.amp_dtype)
         print_once(None, "\n".join([*plan, *about, *(f"WARNING: {note}" for note in notes)]))
         return
-    with console.table(run_folder.build_is_run(args)), run_folder.build_settings(args) as settings:
+    with terminal.table(run_folder.build_is_run(args)), run_folder.build_settings(args) as settings:
         setup.print_notes(notes, about)
         set_up_and_train(settings, runtime)
 

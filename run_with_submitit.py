@@ -31,23 +31,23 @@ def get_submitit_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         epilog="All other flags go to main.py; see python main.py --help.",
     )
-    add, number = parser.add_argument, partial(parser.add_argument, type=int)
-    number("--ngpus", default=8, help="GPUs, and tasks, per node; 0: CPU tasks")
-    number("--tasks-per-node", help="default: --ngpus, or 1 without GPUs")
-    number("--nodes", default=2)
-    number("--timeout", default=2800, metavar="MIN", help="time limit in minutes")
+    add, add_int = parser.add_argument, partial(parser.add_argument, type=int)
+    add_int("--ngpus", default=8, help="GPUs, and tasks, per node; 0: CPU tasks")
+    add_int("--tasks-per-node", help="default: --ngpus, or 1 without GPUs")
+    add_int("--nodes", default=2)
+    add_int("--timeout", default=2800, metavar="MIN", help="time limit in minutes")
     add("--job-dir", default="", help="Slurm's and our output; %%j: the job's number")
-    add("--shared-dir", default="", help="of all nodes, to connect; default: --job-dir, or ./runs")
+    add("--shared-dir", default="", help="folder that all nodes see; default: --job-dir, or ./runs")
     add("--partition", default="learnfair")
     add("--use-volta32", action="store_true", help="--constraint volta32gb")
     for name in ("--constraint", "--comment", "--account", "--qos"):
-        add(name, default="", help="as of sbatch")
-    number("--cpus-per-task", default=10)
-    number("--mem-per-gpu", default=40, metavar="GB", help="for each task; 0: do not ask")
-    number(
+        add(name, default="", help="passed to sbatch")
+    add_int("--cpus-per-task", default=10)
+    add_int("--mem-per-gpu", default=40, metavar="GB", help="for each task; 0: do not ask")
+    add_int(
         "--signal-delay", default=120, metavar="S", help="from the stop signal to the time limit"
     )
-    number("--max-timeouts", default=30, help="how often a timed-out job is requeued")
+    add_int("--max-timeouts", default=30, help="how often a timed-out job is requeued")
     slurm = "any sbatch parameter, as in --slurm exclusive --slurm nice=100"
     add("--slurm", action="append", default=[], metavar="KEY[=VALUE]", help=slurm)
     return parser
@@ -131,9 +131,11 @@ def slurm_parameters(request: argparse.Namespace) -> dict[str, object]:
         parameters["gpus_per_node"] = request.ngpus
     if request.mem_per_gpu:
         parameters["mem_gb"] = request.mem_per_gpu * tasks
-    constraint = request.constraint or "volta32gb" * request.use_volta32
-    for name, value in {**vars(request), "constraint": constraint}.items():
-        if value and name in ("constraint", "comment", "account", "qos"):
+    constraint = request.constraint or ("volta32gb" if request.use_volta32 else "")
+    strings = {"constraint": constraint, "comment": request.comment}
+    strings |= {"account": request.account, "qos": request.qos}
+    for name, value in strings.items():
+        if value:
             parameters[f"slurm_{name}"] = value
     pairs = (pair.partition("=") for pair in request.slurm)
     extra = {key.replace("-", "_"): value if equals else True for key, equals, value in pairs}

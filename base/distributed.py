@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from base import console
+from base import terminal
 from base.errors import PeerLost, UserError
 from base.text import printable
 
@@ -293,16 +293,29 @@ def stop_signals_blocked() -> Iterator[None]:
     """Block the stop signals in the block, and in every process that starts in it.
 
     A DataLoader worker inherits the mask, so a stop signal cannot end it before
-    `leave_signals_to_parent` has run. This process receives the signal after the block.
+    `leave_signals_to_parent` has run. This process handles a signal after the block. The mask alone
+    does not delay it: another thread may receive the signal, and Python calls the handler in the
+    main thread. A handler that raises an error would then leave a worker that is not in the list of
+    children.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    received: list[int] = []
+    is_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (STOP_SIGNALS if is_main_thread else ())
+    }
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: set outside of Python
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in dict.fromkeys(received):
+            signal.raise_signal(number)
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -340,17 +353,17 @@ def is_main() -> bool:
 def print_once(subject: str | None, line: str) -> None:
     """Print a line in the first process alone, after "subject: " if there is one.
 
-    In a training run on a terminal it goes to the log file; see `base/console.py`.
+    In a training run on a terminal it goes to the log file; see `base/terminal.py`.
     """
     if is_main():
         text = f"{subject}: {line}" if subject else line
-        console.detail(printable(text, keep="\n\t"))
+        terminal.detail(printable(text, keep="\n\t"))
 
 
 def print_important(line: str) -> None:
     """Print a line in the first process alone, on a terminal above the table of the run."""
     if is_main():
-        console.important(printable(line, keep="\n\t"))
+        terminal.important(printable(line, keep="\n\t"))
 
 
 def barrier() -> None:

@@ -1,6 +1,6 @@
 """What a training run prints for its user: a summary, a table of epochs, and the result.
 
-All lines have at most `console.WIDTH` columns, but for paths and commands.
+All lines have at most `terminal.WIDTH` columns, but for paths and commands.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from base import console, distributed
+from base import distributed, terminal
 from base.distributed import print_important, print_once
 from base.significance import wilson_interval
 from base.text import printable
@@ -87,7 +87,7 @@ class RunSummary:
         for line in self.lines:
             print_important(line)
         if distributed.is_main():
-            console.row("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+            terminal.row("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
 
     def print_epoch(
         self,
@@ -105,7 +105,7 @@ class RunSummary:
         cells += [f"{ema['acc1']:.2f}" if ema else "-", f"{best:.2f}" if best >= 0 else "-"]
         cells += [f"{speed['images_per_s']:.0f}", clock(speed["time_s"]), clock(left)]
         if distributed.is_main():
-            console.row("".join(f"{cell:>{n}}" for cell, n in zip(cells, COLUMNS.values())))
+            terminal.row("".join(f"{cell:>{n}}" for cell, n in zip(cells, COLUMNS.values())))
         if stats:
             print_accuracy(stats)
             print_once(None, f"Max accuracy: {best:.2f}%")
@@ -182,7 +182,7 @@ def agreement(one: Sequence[Tensor], other: Sequence[Tensor]) -> float | None:
 
 def names_in(folder: str) -> list[str]:
     """Return the files of a run that its user may open."""
-    wanted = ("best_checkpoint.pth", "checkpoint.pth", "log.txt", console.LOG, "config.yaml")
+    wanted = ("best_checkpoint.pth", "checkpoint.pth", "log.txt", terminal.LOG, "config.yaml")
     return [name for name in wanted if os.path.exists(os.path.join(folder, name))]
 
 
@@ -254,7 +254,7 @@ def _build_start_lines(
         held_out = f"{100 * share:g} % of each class are held out for validation, by a fixed seed"
         text.insert(1, f"{'':<10}{held_out}")
     return [
-        line if len(line) <= console.WIDTH else f"{line[: console.WIDTH - 3]}..." for line in text
+        line if len(line) <= terminal.WIDTH else f"{line[: terminal.WIDTH - 3]}..." for line in text
     ]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import engine
-from base import console, distributed
+from base import distributed, terminal
 from data.samplers import BatchKey
 from data.transforms import build_mixup
 from datasets import Loaders
@@ -76,7 +76,7 @@ def build_settings(
     if found:
         line = f"resumed: {found['epochs']} epochs, as in the checkpoint"
     else:
-        with console.silent():
+        with terminal.silent():
             seconds = _build_seconds(args, loaders, student, teacher, runtime)
         found = distributed.broadcast_object(seconds.fit(60 * args.minutes))
         shown = " ".join(f"--{name.replace('_', '-')} {found[name]}" for name in DECIDED)

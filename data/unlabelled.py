@@ -29,13 +29,13 @@ class TarImages(Source):
         super().__init__(None, f"images in tar files in {printable(root)}")
         self.files = np.array([os.fsencode(file) for file, *_ in members])
         self.names = np.array([os.fsencode(name) for _, name, *_ in members])
-        self.places = np.array([place for _, _, *place in members], dtype=np.int64)
+        self.ranges = np.array([extent for _, _, *extent in members], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.ranges)
 
     def load(self, index: int) -> tuple[ImageLike, int]:
-        offset, size = self.places[index].tolist()
+        offset, size = self.ranges[index].tolist()
         with open(os.fsdecode(self.files[index].item()), "rb") as file:
             file.seek(offset)
             return decode(file.read(size)), UNLABELLED
@@ -46,7 +46,7 @@ class TarImages(Source):
 
     def identity(self) -> bytes:
         """Return a hash of the names, offsets and sizes of all images."""
-        return hashlib.sha256(self.names.tobytes() + self.places.tobytes()).digest()
+        return hashlib.sha256(self.names.tobytes() + self.ranges.tobytes()).digest()
 
 
 class Subset(Source):
@@ -147,7 +147,7 @@ class WithUnlabelled(Source):
     def identity_of_unlabelled(self) -> str:
         """Return the number of unlabelled images and a hash of them."""
         digest = hashlib.sha256(b"".join(part.identity() for part in self.parts[1:]))
-        return f"{self.unlabelled} pictures, {digest.hexdigest()[:12]}"
+        return f"{self.unlabelled} images, {digest.hexdigest()[:12]}"
 
     def used_classes(self) -> list[int] | None:
         return self.parts[0].used_classes()

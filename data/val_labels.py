@@ -11,7 +11,7 @@ from pathlib import Path
 
 from base.errors import UserError
 from base.text import printable
-from data.folders import SUFFIXES, some
+from data.folders import list_tree, some
 
 META = "meta.mat"  # of the development kit: the class of each number
 
@@ -21,24 +21,13 @@ def read_labelled_folder(folder: str, file: str) -> tuple[list[str], list[str]]:
 
     Raises UserError for a file that cannot be read, and for images that are on one side only.
     """
-    paths = _images_below(folder)
+    paths = list_tree(folder)[0]
     if not paths:
         raise UserError(f"{printable(folder)}: no images in it; --val-labels needs them")
     rows = _read_rows(file)
     if all(len(row) == 1 and row[0].isdecimal() for row in rows):
         return paths, _classes_by_number([int(row[0]) for row in rows], len(paths), file)
     return paths, _match(rows, paths, folder, file)
-
-
-def _images_below(folder: str) -> list[str]:
-    found = []
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = os.path.relpath(where, folder)
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                found.append(name if below == "." else os.path.join(below, name))
-    return sorted(found)
 
 
 def _read_rows(file: str) -> list[list[str]]:

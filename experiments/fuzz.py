@@ -2,9 +2,9 @@
 
     python experiments/fuzz.py --count 500 --programs 20 --keep failures/
 
-An input fails if it prints a traceback, runs longer than the limit, creates the file `canary` (so
-that code in the input was executed), or ends with an exit code other than 0, 1 (with a line), 2
-(with one line) or 130. Of each kind, `--count` inputs run in a fork of this process, which calls
+An input fails if it prints a traceback, runs longer than the limit, or creates the file `canary`,
+which shows that code in the input was executed. Its exit code must be 0, 1 (with a line), 2 (with
+one line) or 130. Of each kind, `--count` inputs run in a fork of this process, which calls
 `main.run(argv)`, and `--programs` more run as programs. An input depends on --seed, its kind and
 its number alone. A run that still trains at the limit is stopped by Ctrl-C and must end with 130.
 """

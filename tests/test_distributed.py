@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -249,3 +250,26 @@ def test_a_stop_signal_acts_at_once_where_updates_are_slow(
         now[0] += passed
         found.append(agree(15 if number == signalled else 0))
     assert found.index(15) - signalled == late and agree.lag == late
+
+
+def test_a_stop_signal_waits_for_the_start_of_workers_though_another_thread_receives_it() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(number: int, frame: object) -> None:
+        raise Stop
+
+    over, is_whole = threading.Event(), False
+    other = threading.Thread(target=over.wait)  # does not block the signal
+    other.start()
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with pytest.raises(Stop), distributed.stop_signals_blocked():
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.1)
+            is_whole = True
+        assert is_whole and signal.getsignal(signal.SIGUSR1) is stop
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        over.set()
+        other.join()

@@ -348,10 +348,10 @@ def test_disputed_images_are_those_with_different_predictions() -> None:
     none.predictions[STUDENT][3] = 7
     found = comparison.disputed(hard, none)
     assert found["between"] == [STUDENT, BASELINE, TEACHER] and found["count"] == 3
-    assert {row["place"] for row in found["images"]} == {3, 88, 89}
+    assert {row["index"] for row in found["images"]} == {3, 88, 89}
     nats = [row["nats"] for row in found["images"]]
     assert nats == sorted(nats, reverse=True)
-    (row,) = (row for row in found["images"] if row["place"] == 3)
+    (row,) = (row for row in found["images"] if row["index"] == 3)
     assert row["label"].startswith("3 ") and row[STUDENT].endswith("% ✓")
     assert row[BASELINE].startswith("7 ") and not row[BASELINE].endswith("✓")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import main
-from base import console
+from base import terminal
 from checks.run_summary import RunSummary, Speed, accuracy_in_words, agreement
 from tools import export, predict, report
 
@@ -51,12 +51,12 @@ def flags(folder_flags: list[str], small_teacher: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def on_terminal(flags: list[str], tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder of a run that was started in a terminal of 80 columns, and its lines."""
-    folder, terminal = tmp_path_factory.mktemp("terminal") / "run", Terminal()
+    folder, tty = tmp_path_factory.mktemp("terminal") / "run", Terminal()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "80")
-        patch.setattr(sys, "stdout", terminal)
+        patch.setattr(sys, "stdout", tty)
         assert main.run([*flags, "--output_dir", str(folder)]) == 0
-    return folder, screen(terminal.getvalue())
+    return folder, screen(tty.getvalue())
 
 
 def test_a_terminal_has_a_summary_a_row_per_epoch_and_the_result_in_80_columns(on_terminal) -> None:
@@ -83,7 +83,7 @@ def test_a_terminal_has_a_summary_a_row_per_epoch_and_the_result_in_80_columns(o
 
 
 def test_the_log_file_has_every_line_of_the_run_on_the_terminal(on_terminal) -> None:
-    lines = (on_terminal[0] / console.LOG).read_text().splitlines()
+    lines = (on_terminal[0] / terminal.LOG).read_text().splitlines()
     stamped = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     for pattern in (
         *CONTRACT,
@@ -102,7 +102,7 @@ def test_redirected_output_keeps_its_lines_and_has_no_table(flags, tmp_path: Pat
     for pattern in CONTRACT:
         assert len(re.findall(f"^{pattern}$", out, re.MULTILINE)) >= 2, pattern
     assert "\r" not in out and "\033" not in out
-    logged = [line[20:] for line in (folder / console.LOG).read_text().splitlines()]
+    logged = [line[20:] for line in (folder / terminal.LOG).read_text().splitlines()]
     assert [line for line in out.splitlines() if line not in logged] == []
 
 
@@ -145,12 +145,12 @@ def test_the_rate_counts_the_images_of_the_rest_of_a_resumed_epoch(monkeypatch) 
 def test_a_terminal_prints_what_is_held_out_and_long_recipe_lines_in_80_columns(
     image_folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
+    tty = Terminal()
+    monkeypatch.setattr(sys, "stdout", tty)
     words = ["--data-path", str(image_folder / "train"), "--model", "deit_pico_distilled_patch4_32"]
     words += ["--epochs", "1", "--num-workers", "0", "--batch-size", "4"]
     assert main.run([*words, "--output_dir", str(tmp_path / "run")]) == 0
-    lines = screen(terminal.getvalue())
+    lines = screen(tty.getvalue())
     held_out = "20 % of each class are held out for validation, by a fixed seed"
     assert f"{'':<10}{held_out}" in lines
     assert any("20 training and 4 validation images, 2 classes" in line for line in lines)
@@ -167,30 +167,30 @@ def test_agreement_and_interval_by_hand() -> None:
 
 
 def test_an_epoch_without_evaluation_has_dashes(monkeypatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
+    tty = Terminal()
+    monkeypatch.setattr(sys, "stdout", tty)
     speed = Speed(8, 5)
     speed.start(0)
     speed.end_training()
     summary = RunSummary(
         [], "", speed, epochs=4, first_epoch=0, teacher={}, teacher_predictions=(), example=""
     )
-    with console.table(True):
+    with terminal.table(True):
         summary.print_epoch(0, 1.5, {}, {}, -1.0)
-    (row,) = [line for line in screen(terminal.getvalue()) if line]
+    (row,) = [line for line in screen(tty.getvalue()) if line]
     assert row.split()[:6] == ["1/4", "1.5000", "-", "-", "-", "-"]
 
 
 def test_a_warning_replaces_the_live_line_and_goes_to_the_log_file(tmp_path, monkeypatch) -> None:
     import logging
 
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    with console.table(True):
+    tty = Terminal()
+    monkeypatch.setattr(sys, "stdout", tty)
+    with terminal.table(True):
         logging.getLogger("x").warning("careful")
-        console.open_log(tmp_path)
-        console.live("Epoch: [1/2]")
-        console.important("a line")
-    assert [line for line in screen(terminal.getvalue()) if line] == ["a line"]
-    text = (tmp_path / console.LOG).read_text()
+        terminal.open_log(tmp_path)
+        terminal.live("Epoch: [1/2]")
+        terminal.important("a line")
+    assert [line for line in screen(tty.getvalue()) if line] == ["a line"]
+    text = (tmp_path / terminal.LOG).read_text()
     assert "careful" in text and "a line" in text and "Epoch" not in text

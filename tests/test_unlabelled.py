@@ -331,7 +331,7 @@ def test_cached_logits_give_the_same_run_and_name_the_images(run_inside, tmp_pat
     assert run("second", *kept, "--teacher-cache-mode", "read").returncode == 0
     assert log(tmp_path / "live") == log(tmp_path / "first") == log(tmp_path / "second")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    assert manifest["unlabelled data"].startswith("797 pictures, ")
+    assert manifest["unlabelled data"].startswith("797 images, ")
     refused = run("third", *kept, "--labels-per-class", "11")
     assert refused.returncode == 2 and "unlabelled data was" in refused.stderr
 

@@ -179,7 +179,7 @@ def disputed(student: Run, baseline: Run | None) -> dict[str, Any]:
     """Return {"between", "count", "images"}: the images that the networks disagree on.
 
     between: which of student, baseline and teacher there are. Each of at most `MOST_DISPUTED`
-    images has its place in the data, the label and the predictions with their confidence. Those
+    images has its index in the data, the label and the predictions with their confidence. Those
     with the largest divergence of student and teacher come first.
     """
     sides = {STUDENT: (student, STUDENT)}
@@ -192,15 +192,15 @@ def disputed(student: Run, baseline: Run | None) -> dict[str, Any]:
     nats = student.confidence.get("nats", torch.zeros(len(differs)))
     order = nats.argsort(descending=True, stable=True)
     images = []
-    for place in order[differs[order]][:MOST_DISPUTED].tolist():
-        label = int(student.predictions["label"][place])
-        row = {"place": place, "label": class_name(student.classes, label)}
+    for index in order[differs[order]][:MOST_DISPUTED].tolist():
+        label = int(student.predictions["label"][index])
+        row = {"index": index, "label": class_name(student.classes, label)}
         for side, (run, name) in sides.items():
-            predicted_class = int(run.predictions[name][place])
-            share = 100 * float(run.confidence[name][place])
+            predicted_class = int(run.predictions[name][index])
+            share = 100 * float(run.confidence[name][index])
             row[side] = f"{class_name(run.classes, predicted_class)} {share:.0f}%"
             row[side] += " ✓" * (predicted_class == label)
-        images.append(row | ({"nats": float(nats[place])} if TEACHER in sides else {}))
+        images.append(row | ({"nats": float(nats[index])} if TEACHER in sides else {}))
     return {"between": list(sides), "count": int(differs.sum()), "images": images}
 
 

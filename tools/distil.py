@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import options  # noqa: E402
+from base.distributed import STOP_SIGNALS  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from data.sources import Part, open_source  # noqa: E402
 from distill.teacher_classes import classes_of_teacher, match_outputs  # noqa: E402
@@ -37,7 +38,6 @@ TEACHER_SHARE = 0.4  # of the minutes; both students share the rest
 # Accurate at their size, and pretrained on ImageNet; the second one is fast without a GPU.
 ON_GPU, ON_CPU, FROM_SCRATCH = "convnext_tiny.in12k_ft_in1k", "tf_efficientnet_lite0", "resnet_pico"
 EXPORT = ("--formats", "safetensors")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -192,13 +192,14 @@ def run(command: Sequence[str]) -> int:
     print(f"\n$ python {shlex.join(command)}", flush=True)
     words = [str(ROOT / word) if word.endswith(".py") else word for word in command]
     process = subprocess.Popen([sys.executable, *words], preexec_fn=_end_with_parent)
-    before = {
-        number: signal.signal(number, lambda number, frame: process.send_signal(number))
-        for number in STOP_SIGNALS
-    }
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+
+    def pass_on(number: int, frame: object) -> None:
+        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the program itself
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        code = process.wait()  # Ctrl-C reaches the program itself, which saves and ends
+        code = process.wait()
         return code if code >= 0 else 128 - code
     finally:
         for number, handler in before.items():

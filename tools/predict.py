@@ -28,11 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import models  # noqa: E402
+import options  # noqa: E402
 from base import safe_load  # noqa: E402
 from base.distributed import pick_device  # noqa: E402
 from base.errors import UserError  # noqa: E402
 from base.text import class_name, printable  # noqa: E402
-from data.folders import SUFFIXES, some  # noqa: E402
+from data.folders import list_tree, some  # noqa: E402
 from data.image_ops import UNREADABLE, decode  # noqa: E402
 from data.transforms import InputConfig, eval_transform  # noqa: E402
 from models.class_names import CONFIG, LOCAL, classes_of_published  # noqa: E402
@@ -102,7 +103,7 @@ def find_images(words: Sequence[str]) -> list[str]:
     found: list[str] = []
     for word in words:
         if os.path.isdir(word):
-            paths = sorted(_images_below(word))
+            paths = [os.path.join(word, path) for path in list_tree(word)[0]]
         elif os.path.lexists(word):
             paths = [word]
         else:
@@ -112,14 +113,6 @@ def find_images(words: Sequence[str]) -> list[str]:
             raise UserError(f"{printable(word)}: {what}; give image files, folders or patterns")
         found += paths
     return list(dict.fromkeys(found))
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    for where, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES):
-                yield os.path.join(where, name)
 
 
 def predict(
@@ -198,14 +191,9 @@ def _positive(word: str) -> int:
     return int(word)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("predict.py", description=__doc__, formatter_class=raw)
+    parser = options.Parser("predict.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("source", type=Path, help="a run's folder, a checkpoint, or an exported folder")
     add("images", nargs="+", metavar="IMAGE", help="file, folder or pattern")

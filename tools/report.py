@@ -280,8 +280,8 @@ def spread(loader: datasets.ImageLoader, limit: int) -> datasets.ImageLoader:
     if not isinstance(loader.sampler, EvalSampler):
         return loader
     keys = list(loader.sampler)
-    places = torch.linspace(0, len(keys) - 1, min(limit, len(keys))).long().tolist()
-    return loader.subset([keys[place] for place in places])
+    indices = torch.linspace(0, len(keys) - 1, min(limit, len(keys))).long().tolist()
+    return loader.subset([keys[index] for index in indices])
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -304,8 +304,8 @@ def checkpoint_of(folder: Path, name: str = "") -> Path:
 def thumbnails(found: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
     """Return the images of the page: disputed ones, and attention maps of student and teacher."""
     rows = found["disputed"]["images"]
-    places = [row["place"] for row in rows] or list(range(MOST_MAPS))
-    images = pick(networks.batches, places, networks.device)
+    indices = [row["index"] for row in rows] or list(range(MOST_MAPS))
+    images = pick(networks.batches, indices, networks.device)
     shown = visualize.to_uint8(images, networks.inputs)
     images = images[:MOST_MAPS]
     maps = visualize.attention_maps(networks.student, images)
@@ -323,19 +323,19 @@ def thumbnails(found: Mapping[str, Any], networks: Networks) -> dict[str, Any]:
     }
 
 
-def pick(batches: Iterable[Any], places: Sequence[int], device: torch.device) -> Tensor:
-    """Return the images (B, 3, H, W) at `places` of the data; places past its end are left out."""
+def pick(batches: Iterable[Any], indices: Sequence[int], device: torch.device) -> Tensor:
+    """Return the images (B, 3, H, W) at `indices` of the data; those past its end are left out."""
     found: dict[int, Tensor] = {}
     start = 0
     for images, labels in batches:
-        chosen = [place for place in places if start <= place < start + len(labels)]
+        chosen = [index for index in indices if start <= index < start + len(labels)]
         if chosen:
             images = images.to(device)
-            found |= {place: images[place - start] for place in chosen}
+            found |= {index: images[index - start] for index in chosen}
         start += len(labels)
-        if start > max(places):
+        if start > max(indices):
             break
-    return torch.stack([found[place] for place in places if place in found])
+    return torch.stack([found[index] for index in indices if index in found])
 
 
 def data_uri(pixels: Tensor) -> str:

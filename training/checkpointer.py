@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from base import console, distributed, files, flag_table, flags, safe_load
+from base import distributed, files, flag_table, flags, safe_load, terminal
 from base.errors import CorruptFile, Stopped, UserError
 from training import run_settings
 from training.optim import load_optimizer_state
@@ -485,7 +485,7 @@ def build_checkpointer(
 def move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run in `folder` to previous-1, previous-2, ... and warn."""
     names = [*folder.glob("*checkpoint*.pth"), folder / "log.txt", folder / "tensorboard"]
-    names.append(folder / console.LOG)
+    names.append(folder / terminal.LOG)
     found = [path for path in names if path.exists()]
     if not found:
         return

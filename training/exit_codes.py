@@ -23,6 +23,9 @@ from training import signals
 
 EXIT_USER_ERROR = 2
 EXIT_CTRL_C = 128 + Signals.SIGINT
+# Errors of a stop before training. Their frames may own a loader and a lock that it would wait for
+# when it is freed.
+_kept_errors: list[BaseException] = []
 
 
 def exit_code_of(
@@ -39,6 +42,7 @@ def exit_code_of(
         except (Exception, KeyboardInterrupt) as error:
             number = early.number or Signals.SIGINT * isinstance(error, KeyboardInterrupt)
             if number:
+                _kept_errors.append(error)
                 code = _stop_early(number)
                 on_stop(number)
                 return code

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from base import console, distributed, files
+from base import distributed, files, terminal
 from base.errors import UserError
 from base.text import printable
 from training import run_settings
@@ -99,10 +99,10 @@ class ProgressLogger:
             yield batch
             start = time.perf_counter()
         if self._prints:
-            console.erase()
+            terminal.erase()
             seconds = time.perf_counter() - self._begin
             share = 100 * self._waited / max(seconds, 1e-9)
-            console.detail(
+            terminal.detail(
                 f"{self.header} {self.length - self.start} steps in {clock(seconds)}, "
                 f"data wait {share:.0f}%"
             )
@@ -136,10 +136,10 @@ class ProgressLogger:
         parts.append(f"memory {rates['memory_mib']:.0f} MiB")
         self._mark, self._steps_at_mark = now, done
         self._numbers = "  ".join(numbers)
-        if not console.is_terminal():
-            console.detail(f"{self.header} {'  '.join(parts)}")
+        if not terminal.is_terminal():
+            terminal.detail(f"{self.header} {'  '.join(parts)}")
         else:
-            console.log_only(f"{self.header} {'  '.join(parts)}")
+            terminal.log_only(f"{self.header} {'  '.join(parts)}")
             self._show(done)
         return rates
 
@@ -152,7 +152,7 @@ class ProgressLogger:
         self._shown = time.perf_counter()
         eta = clock(self._seconds_left(done)) if done > self.start else "?"
         count = f"{bar(done / max(self.length, 1))} {done}/{self.length}"
-        console.live(f"{self.header} {count}  eta {eta}  {self._numbers}")
+        terminal.live(f"{self.header} {count}  eta {eta}  {self._numbers}")
 
 
 def bar(share: float, width: int = 12) -> str:
@@ -317,7 +317,7 @@ class _PrintableFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        start = console.ERASE if console.shows_table() and sys.stderr.isatty() else ""
+        start = terminal.ERASE if terminal.shows_table() and sys.stderr.isatty() else ""
         return start + printable(super().format(record), keep="\n\t")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import models
-from base import console, distributed, files
+from base import distributed, files, terminal
 from base.device import cpu_has_bf16, pick_amp, seed_device, use_fast_kernels
 from base.distributed import Processes, print_important, print_once
 from data.samplers import derive_seed
@@ -121,7 +121,7 @@ def build_runtime(args: Namespace) -> Runtime:
 def print_notes(notes: Sequence[str], about: Sequence[str]) -> None:
     """Print the lines about a recipe, and log the warnings about flags."""
     for line in about:
-        print_important(console.fit(line))
+        print_important(terminal.fit(line))
     for note in notes:
         _logger.warning("%s", note)
 
@@ -321,7 +321,7 @@ def build_log(args: Namespace, training: Training) -> metrics.RunLog:
     )
     log.config(vars(args))
     if args.output_dir and distributed.is_main():
-        console.open_log(Path(args.output_dir))
+        terminal.open_log(Path(args.output_dir))
     return log
 
 

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+from base.distributed import STOP_SIGNALS
+
 SAME_EVENT_S = 3.0  # a launcher may pass on a signal that the process group has already received
 
 
@@ -78,7 +79,7 @@ def raised(end: Callable[[int], Any]) -> Iterator[RaiseStop]:
     def watch() -> None:
         while data := os.read(reader, 1):
             number = data[0]
-            if number in SIGNALS and signal.getsignal(number) is stop:
+            if number in STOP_SIGNALS and signal.getsignal(number) is stop:
                 time.sleep(SAME_EVENT_S)
                 if not stop.number and signal.getsignal(number) is stop:
                     end(number)
@@ -105,7 +106,7 @@ def raised(end: Callable[[int], Any]) -> Iterator[RaiseStop]:
 @contextlib.contextmanager
 def _handlers(handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Handle all stop signals by `handler` in the block."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:

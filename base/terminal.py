@@ -17,7 +17,7 @@ LOG = "output.log"  # in a run's folder
 WIDTH = 79  # columns; the last one of a terminal stays empty
 ERASE = "\r\033[K"  # the line of the terminal on which the cursor is
 MOST_LINES = 10_000  # kept until the folder of the run is ready
-_lines = logging.getLogger("console")
+_lines = logging.getLogger("terminal")
 _lines.propagate = False
 _lines.setLevel(logging.INFO)
 _mode: ContextVar[str] = ContextVar("mode", default="lines")  # or "table", "silent"
