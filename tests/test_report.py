@@ -579,6 +579,28 @@ def test_long_names_and_many_runs_are_cut_nowhere(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("speeds", [[2130, 15000], [8620, 14500, 136000], [1800, 12700, 15200]])
+def test_a_tick_at_the_end_of_the_axis_is_not_cut(speeds: list, browser, tmp_path: Path) -> None:
+    rows = [
+        {"network": str(i), "images/s": float(speed), "top-1, %": 40, "from": 38, "to": 42}
+        for i, speed in enumerate(speeds)
+    ]
+    names = [row["network"] for row in rows]
+    chart = report_charts.scatter(rows, "images/s", "top-1, %", ("from", "to"), "network", names)
+    drawn = json.dumps(report_charts.specification(chart, "throughput"))
+    path = tmp_path / "page.html"
+    path.write_text(
+        "<meta name=viewport content='width=device-width'>"
+        f"<div id=chart style='width: 300px'></div><script>{report_charts.program()}</script>"
+        f"<script>vegaEmbed('#chart', {drawn}, {{renderer: 'svg', actions: false}})</script>"
+    )
+    browser.open(path.as_uri(), 390)
+    browser.wait("document.querySelector('svg') !== null")
+    assert browser.value("deep('svg text').length") > len(speeds)
+    assert browser.value(CUT) == []
+
+
+@pytest.mark.slow
 def test_nothing_is_cut_in_print(made: Path, browser, shots: Path) -> None:
     browser.open(made.as_uri(), 688)  # A4 without margins of 14 mm
     browser.wait(DRAWN)

@@ -103,7 +103,7 @@ def scatter(
     field = _fields(rows)
     scale = alt.Scale(type="log", nice=False, padding=30)
     points = _chart(rows).encode(
-        x=alt.X(field[x], scale=scale, axis=alt.Axis(tickCount=4, format="~s")),
+        x=alt.X(field[x], scale=scale, axis=alt.Axis(tickCount=4, format="~s", labelFlush=20)),
         color=_colour(rows, name, names),
     )
     low = alt.Y(field[ends[0]], title=y, scale=alt.Scale(zero=False))
