@@ -579,7 +579,7 @@ def test_long_names_and_many_runs_are_cut_nowhere(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("speeds", [[2130, 15000], [8620, 14500, 136000], [1800, 12700, 15200]])
+@pytest.mark.parametrize("speeds", [[2130, 15000], [8620, 14500, 136000]])
 def test_a_tick_at_the_end_of_the_axis_is_not_cut(speeds: list, browser, tmp_path: Path) -> None:
     rows = [
         {"network": str(i), "images/s": float(speed), "top-1, %": 40, "from": 38, "to": 42}

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import base.wait_policy  # noqa: E402, F401  before torch is imported
+
+# isort: split
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import models  # noqa: E402
 import options  # noqa: E402

@@ -19,12 +19,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor, nn
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import base.wait_policy  # noqa: E402, F401  before torch is imported
+
+# isort: split
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 import datasets  # noqa: E402
 import models  # noqa: E402
