@@ -12,6 +12,7 @@ from pathlib import Path
 def main() -> int:
     """Run main.py with the arguments of the command line and return its exit code."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import base.quiet_start  # noqa: F401  before the modules that take long
     from main import run
 
     return run()

@@ -5,12 +5,13 @@ torchrun --nproc_per_node=8 main.py --data-path IMAGENET ...   # DeiT's command 
 python main.py --eval --resume FILE --data-path FOLDER
 """
 
-import os
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+
+if __name__ == "__main__":
+    import base.quiet_start
 
 import base.wait_policy  # noqa: F401  before torch is imported
 import datasets
@@ -24,8 +25,7 @@ from checks.run_summary import RunSummary, build_summary
 from data.samplers import BatchKey
 from datasets import Loaders
 from distill import objective
-from training import metrics, run_folder, setup
-from training.exit_codes import StopWhenClosed, exit_code_of, user_errors_about_batch_size
+from training import exit_codes, metrics, run_folder, setup
 from training.setup import Runtime, Training
 from training.trained_classes import build_trained_classes, build_val_fraction
 
@@ -138,7 +138,7 @@ def parse_and_run(argv: Sequence[str] | None) -> None:
     if settings.args.list_models is not None:
         print(models.released.table(settings.args.list_models))
     else:
-        with user_errors_about_batch_size(settings.args.batch_size):
+        with exit_codes.user_errors_about_batch_size(settings.args.batch_size):
             main(settings.args, settings.notes, settings.about)
 
 
@@ -150,13 +150,9 @@ def run(
     on_stop: called with the number of the signal that stopped the run.
     """
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-    return exit_code_of(lambda: parse_and_run(argv), on_stop, argv)
+    return exit_codes.exit_code_of(lambda: parse_and_run(argv), on_stop, argv)
 
 
 if __name__ == "__main__":
-    StopWhenClosed.install()
-    code = run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:  # without waiting for a worker or a thread that does not respond
-        os._exit(code)
+    exit_codes.StopWhenClosed.install()
+    exit_codes.end_program(run())

@@ -64,6 +64,15 @@ def test_ctrl_c_before_training_says_that_nothing_was_written(monkeypatch, capsy
     assert "Stopped by SIGINT before there was anything to save; start the same command" in said
 
 
+@pytest.mark.parametrize("program", ["main.py", "console.py"])
+def test_ctrl_c_while_modules_are_imported_prints_nothing(program: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)\n")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / program, "--help"]
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+
 def test_a_worker_that_dies_while_a_checkpoint_is_written_is_reported_as_such(
     tmp_path: Path, capsys
 ) -> None:

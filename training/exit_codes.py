@@ -89,6 +89,14 @@ def _code_of_error(
     return EXIT_FAULT
 
 
+def end_program(code: int) -> None:
+    """End this process with an exit code, at once if it is not 0."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:  # without waiting for a worker or a thread that does not respond
+        os._exit(code)
+
+
 def resume_command(argv: Sequence[str] | None, folder: str) -> str:
     """Return the command that continues the run of a command line in `folder`."""
     flags = list(sys.argv[1:] if argv is None else argv)
