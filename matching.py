@@ -197,8 +197,10 @@ def read_match(source: str | Mapping[str, Any]) -> IntermediateMatch:
                 values[name] = reader(values[name])
         except (TypeError, ValueError) as error:
             raise UserError(f"{where}: {name}={shorten(values[name])} cannot be read") from error
-    match = IntermediateMatch(**values)
     missing_layers = sorted({"layer_S", "layer_T"} - set(given))
+    if missing_layers and found.feature != "pooled" and found.loss in TWO_LAYERS:
+        values |= dict.fromkeys(missing_layers, (0, 1))  # so that other errors come first
+    match = IntermediateMatch(**values)
     if missing_layers and match.feature != "pooled":
         raise UserError(f"{where}: lacks {', '.join(missing_layers)}")
     return match
@@ -349,4 +351,7 @@ def check_contradictions(args: Namespace) -> None:
     weighted = args.hard_label_weight is not None or args.hard_label_weight_scheduler != "none"
     matched = args.match or args.ranking_kl_weight or args.distill_config or args.student_adaptor
     if args.cosub and (matched or weighted):
-        raise UserError("--cosub has no teacher to match, and no weights")
+        raise UserError(
+            "--cosub has no teacher to match, and no weights; leave out --cosub, or the flags of "
+            "the distillation"
+        )

@@ -40,10 +40,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         unknown = message.removeprefix("unrecognized arguments: ").split()
-        if message.startswith("unrecognized") and unknown[0].startswith("-"):
+        if message.startswith("unrecognized") and unknown and unknown[0].startswith("-"):
             known = [name for action in self._actions for name in action.option_strings]
             message += did_you_mean(unknown[0].split("=")[0], known)
-        raise UserError(message)
+        raise UserError(message if unknown else "an empty word is no flag; leave it out")
 
 
 def _dashed(word: str) -> str:
@@ -290,7 +290,9 @@ def check_unlabelled(args: argparse.Namespace) -> None:
     if not args.unlabelled_path or args.eval:
         return
     if args.cosub:
-        raise UserError("--unlabelled-path cannot go with --cosub, which has no teacher")
+        raise UserError(
+            "--unlabelled-path cannot go with --cosub, which has no teacher; leave out one"
+        )
     if not flag_table.has_teacher(args):
         raise UserError(
             "--unlabelled-path: only a teacher can use images without labels; set "
@@ -337,11 +339,11 @@ def check_combinations(args: argparse.Namespace, explicit: frozenset[str]) -> No
             f"--distillation-type {args.distillation_type}; leave out one of them"
         )
     if args.distillation_head == "cls" and args.cosub:
-        raise UserError("--cosub and --distillation-head cls cannot go together")
+        raise UserError("--cosub and --distillation-head cls cannot go together; leave out one")
     if args.teacher_cache and (args.match or args.ranking_kl_weight or args.teacher_adaptor):
         raise UserError(
             "--teacher-cache keeps logits alone: it cannot go with --match, --ranking-kl-weight or "
-            "--teacher-adaptor"
+            "--teacher-adaptor; leave out one"
         )
     if args.teacher_cache and not distils:
         raise UserError("--teacher-cache needs a teacher: set --distillation-type soft or hard")

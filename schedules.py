@@ -61,10 +61,12 @@ class ScheduleRegistry(dict):
         try:
             signature.bind(*values, **named)
         except TypeError as error:
+            needed = [each for each in signature.parameters.values() if each.default is each.empty]
+            example = [str(name), *(f"{1 + index}" for index in range(len(needed)))]
             raise UserError(
                 f"{self.what} {name!r} with the parameters {[*values, *named.items()]}: {error}; "
-                f"its parameters are {signature}, to be given as "
-                f"[{name!r}, value, ...] or [{name!r}, {{parameter: value}}]"
+                f"give {', '.join(each.name for each in needed)}: for example "
+                f"{':'.join(example)}, in a file [{', '.join(example)}]"
             ) from None
         schedule = entry(*values, **named)
         if not callable(schedule):
