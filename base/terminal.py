@@ -5,15 +5,18 @@ The log file of a run gets every line in both cases. Only the first process call
 
 import contextlib
 import logging
+import os
+import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 LOG = "output.log"  # in a run's folder
+ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 79  # columns; the last one of a terminal stays empty
 ERASE = "\r\033[K"  # the line of the terminal on which the cursor is
 MOST_LINES = 10_000  # kept until the folder of the run is ready
@@ -58,7 +61,46 @@ def fit(text: str) -> str:
     """Return a long line broken into several of at most `WIDTH` columns, in table mode only."""
     if not shows_table():
         return text
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False)
+    return wrap(text)
+
+
+def wrap(text: str) -> str:
+    """Return a long line broken into several of at most `WIDTH` columns; words stay whole."""
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def align(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return rows of cells as lines. The first `left` columns are aligned left, others right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths))
+        ).rstrip()
+        for cells in rows
+    ]
+
+
+def python() -> str:
+    """Return the word that starts this Python in the user's shell, such as `python`."""
+    name, here = "python", Path(sys.executable).absolute()
+    found = shutil.which(name)
+    if found and Path(found).absolute().parent == here.parent:
+        return name
+    return _short(here)
+
+
+def command(program: str, *words: str) -> str:
+    """Return the command that runs a program of this repository, such as tools/predict.py."""
+    return shlex.join([python(), _short(ROOT / program), *words])
+
+
+def _short(path: Path) -> str:
+    """Return a path relative to the working directory if it lies in it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
 
 
 def row(text: str) -> None:

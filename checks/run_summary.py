@@ -4,12 +4,10 @@ All lines have at most `terminal.WIDTH` columns, but for paths and commands.
 """
 
 import os
-import shlex
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,7 +25,6 @@ from training import recipe, run_folder
 from training.metrics import clock, number
 from training.setup import Runtime, Training
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 EXAMPLE = "example.png"
 COLUMNS = {"epoch": 8, "loss": 9, "acc1": 8, "acc5": 8, "ema": 8, "best": 8, "images/s": 10}
 COLUMNS |= {"time": 9, "left": 10}
@@ -61,6 +58,7 @@ class RunSummary:
 
     lines: of the start. images: of the validation data. teacher: accuracy and, unless empty, the
     class that it predicts for each image of this process. example: an image file, or "".
+    plugins: files that the run had.
     expected: maps the accuracy to a line that compares it with the recipe's, or to "".
     """
 
@@ -75,12 +73,13 @@ class RunSummary:
         teacher: Mapping[str, float],
         teacher_predictions: Sequence[Tensor],
         example: str,
+        plugins: Sequence[str] = (),
         expected: Callable[[float], str] = lambda acc1: "",
     ) -> None:
         self.lines, self.folder, self.speed = lines, folder, speed
         self.epochs, self.first_epoch, self.example = epochs, first_epoch, example
         self.teacher, self.teacher_predictions = teacher, teacher_predictions
-        self.expected = expected
+        self.expected, self.plugins = expected, plugins
         self._began = time.time()
 
     def print_start(self) -> None:
@@ -131,7 +130,8 @@ class RunSummary:
         if self.folder and distributed.is_main():
             lines.append(f"files     {', '.join(names_in(self.folder))}")
             lines += ["next      classify an image, write a report, export:"]
-            lines += [f"  {command}" for command in next_commands(self.folder, self.example)]
+            commands = next_commands(self.folder, self.example, self.plugins)
+            lines += [f"  {command}" for command in commands]
         for line in lines:
             print_important(line)
 
@@ -186,18 +186,17 @@ def names_in(folder: str) -> list[str]:
     return [name for name in wanted if os.path.exists(os.path.join(folder, name))]
 
 
-def next_commands(folder: str, example: str) -> list[str]:
-    """Return the commands that classify an image, write a report and export the student."""
+def next_commands(folder: str, example: str, plugins: Sequence[str] = ()) -> list[str]:
+    """Return the commands that classify an image, write a report and export the student.
 
-    def command(tool: str, *words: str) -> str:
-        path = os.path.relpath(TOOLS / tool)
-        if path.startswith(os.pardir):
-            path = str(TOOLS / tool)
-        return shlex.join(["python", path, folder, *words])
-
-    lines = [command("predict.py", example)] if example else []
-    lines.append(command("report.py", "--out", os.path.join(folder, "report.html")))
-    return [*lines, command("export.py", os.path.join(folder, "exported"))]
+    plugins: files that the run had.
+    """
+    flags = [word for path in plugins for word in ("--plugin", path)]
+    lines = [terminal.command("tools/predict.py", folder, example, *flags)] if example else []
+    out = os.path.join(folder, "report.html")
+    lines.append(terminal.command("tools/report.py", folder, "--out", out, *flags))
+    exported = os.path.join(folder, "exported")
+    return [*lines, terminal.command("tools/export.py", folder, exported, *flags)]
 
 
 def build_summary(
@@ -220,6 +219,7 @@ def build_summary(
         teacher=teacher,
         teacher_predictions=teacher_predictions if has_order else (),
         example=_build_example(args, val) if has_order and distributed.is_main() else "",
+        plugins=args.plugin,
         expected=partial(recipe.beside, args.recipe),
     )
 

@@ -30,6 +30,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter
 from torch import nn
 
+from base import terminal
 from base.errors import UserError
 from base.safe_load import HASH_IN_NAME
 from models.deit import FILES, VITS, register
@@ -248,10 +249,7 @@ def table(pattern: str = "*") -> str:
         acc1, crop = "-" if file.acc1 is None else f"{file.acc1:g}", f"{file.crop:g}"
         measured = acc1, str(file.pixels), crop
         rows.append((name, *measured, file.hash or "-", file.file, file.timm, file.note))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
+    lines = terminal.align(rows, left=len(rows[0]))
     if others and pattern.strip("*"):
         lines.append(f"timm also has {_some(others)}")
     return "\n".join(lines)

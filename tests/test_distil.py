@@ -76,6 +76,36 @@ def test_a_given_teacher_is_used_or_fine_tuned_by_its_classes(
     assert value(found["teacher"], "--finetune") == str(small_teacher)
 
 
+def test_a_longer_run_has_the_same_flags_and_another_folder(tmp_path: Path) -> None:
+    words = ["images", "--minutes", "2", "--out", "runs/a", "--unlabelled-path", "b", "--seed", "3"]
+    args, _ = distil._parser().parse_known_args(words)
+    found = distil.longer(args, words)
+    assert found[:5] == ["images", "--unlabelled-path", "b", "--seed", "3"]
+    assert found[5:] == ["--minutes", "8", "--out", "runs/a-long"]
+
+
+def test_plugins_go_to_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil.hub, "unreachable_reason", lambda: "no network")
+    (tmp_path / "mine.py").write_text("")
+    words = ["images", "--out", str(tmp_path), "--plugin", str(tmp_path / "mine.py")]
+    commands = distil.build_commands(*distil._parser().parse_known_args(words))
+    assert len(commands) == 5
+    for command in commands:
+        assert value(command, "--plugin") == str(tmp_path / "mine.py")
+
+
+def test_a_report_older_than_a_checkpoint_is_written_again(tmp_path: Path) -> None:
+    report, run = tmp_path / "report.html", tmp_path / "run"
+    run.mkdir()
+    assert not distil.is_newer(report, [run])
+    report.touch()
+    (run / "checkpoint.pth").touch()
+    os.utime(report, (100, 100))
+    assert not distil.is_newer(report, [run])
+    os.utime(run / "checkpoint.pth", (99, 99))
+    assert distil.is_newer(report, [run])
+
+
 def test_weights_of_a_teacher_without_its_model_are_refused(capsys) -> None:
     assert distil.main(["images", "--teacher-path", "x.pth"]) == 2
     assert "give its model with --teacher-model" in capsys.readouterr().err
@@ -105,4 +135,30 @@ def test_a_killed_command_continues_and_ends_with_a_report_and_an_export(
     runs = json.loads((out / "report.json").read_text())["runs"]
     assert [run["run"] for run in runs] == ["distilled", "labels-only", "teacher"]
     assert (out / "report.html").exists() and (out / "exported" / "model.safetensors").exists()
-    assert f"predict.py {out}/exported" in result.stdout
+    check_result(result.stdout, out, image_folder)
+    made = [out / "report.json", out / "exported" / "config.json"]
+    times = [path.stat().st_mtime_ns for path in made]
+    again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0 and "\n$ " not in again.stdout, "nothing is left to do"
+    check_result(again.stdout, out, image_folder)
+    assert [path.stat().st_mtime_ns for path in made] == times
+
+
+def check_result(printed: str, out: Path, image_folder: Path) -> None:
+    """Check the table of the report's numbers, the paths and the next commands."""
+    found = json.loads((out / "report.json").read_text())
+    assert [run["teacher_to"] for run in found["runs"]] == [[], [], ["distilled"]]
+    accuracies = {run["run"]: run["accuracy"]["student"] for run in found["runs"]}
+    rows = [line.split() for line in printed.splitlines()]
+    rows = [row for row in rows if len(row) > 4 and row[0] in accuracies and row[2] == "epoch"]
+    assert [row[0] for row in rows] == ["teacher", "labels-only", "distilled"]
+    for row in rows:
+        accuracy = accuracies[row[0]]
+        assert row[3] == f"{accuracy['acc1']:.2f}%"
+        assert row[4] == f"{accuracy['acc1_interval'][0]:.1f}"
+    example = image_folder / "val" / "one" / "00.png"
+    for line in (f"report    {out}/report.html", f"student   {out}/exported"):
+        assert line in printed.splitlines()
+    assert f"predict.py {out}/exported {example}\n" in printed
+    assert f"export.py {out}/distilled {out}/all-formats\n" in printed
+    assert printed.rstrip().endswith(f"--epochs 8 --out {out}-long")

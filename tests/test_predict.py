@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import models
 from tools import export, predict
 
 
@@ -122,3 +123,31 @@ def test_classes_without_names_are_numbers(small_run, image_folder: Path, tmp_pa
     torch.save({"model": content["model"], "args": content["args"]}, tmp_path / "plain.pth")
     (row,) = rows_of(capsys, tmp_path / "plain.pth", first(image_folder))
     assert {each["class"] for each in row["predictions"]} == {"0", "1"}
+
+
+PLUGIN = """
+import timm
+from timm.models import register_model
+
+@register_model
+def plugin_cnn(pretrained=False, **options):
+    return timm.create_model("resnet_pico", **options)
+"""
+
+
+def test_the_plugin_of_a_run_must_be_given_and_is_then_run(
+    small_run, image_folder: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    content = torch.load(small_run[0] / "checkpoint.pth", weights_only=True)
+    content["model"] = models.create_model("resnet_pico", num_classes=2).state_dict()
+    content["args"] |= {"model": "plugin_cnn", "plugin": ["/elsewhere/mine.py"]}
+    run = tmp_path / "plugin.pth"
+    torch.save(content, run)
+    flags = ["--plugin", str(tmp_path / "mine.py")]
+    image, out = str(first(image_folder)), str(tmp_path / "out")
+    for tool, words in ((predict, [str(run), image]), (export, [str(run), out])):
+        assert tool.main(words) == 2
+        error = capsys.readouterr().err
+        assert "--plugin /elsewhere/mine.py" in error and error.count("\n") == 1
+    assert predict.main([str(run), image, *flags]) == 0, capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import models
 from base.errors import UserError
-from tools import comparison, report, report_charts, report_page
+from tools import comparison, report, report_charts, report_page, result_table
 from tools.comparison import BASELINE, Run, compare
 from tools.fidelity import (
     CLS,
@@ -332,6 +332,51 @@ def test_the_first_columns_are_student_baseline_and_teacher() -> None:
     assert columns["teacher of hardest"]["input"] == "32x32", "the teacher has another size"
     alone = report_page.headline(compare([measured("teacher")]))
     assert list(alone) == ["teacher", "teacher (network)"]
+
+
+def test_the_table_fits_in_80_columns_and_has_the_numbers_of_the_json_file() -> None:
+    runs = [measured("soft", student=right_on(45)), measured("none" + "x" * 60, taught=False)]
+    runs[0].numbers["weights"] = "best_checkpoint.pth, model"
+    found = json.loads(json.dumps(compare(runs)))
+    head, *rows = result_table.lines(found, ["none" + "x" * 60, "soft"])
+    assert head.split() == ["network", "weights", "top-1", "95", "%", "interval", "latency", "size"]
+    assert rows[0].startswith("nonexxx") and rows[1].split() == (
+        ["soft", "best", "epoch", "50.00%", "39.9", "to", "60.1%", "11.9", "ms", "0.8", "MB"]
+    )
+    assert "90 images; latency of one image on CPU, 1 thread" in rows[2]
+    assert all(
+        len(line) < 80 for row in [head, *rows] for line in row.splitlines() if "x" not in row
+    )
+    assert len(rows[0]) < 80
+    assert [row.split()[0] for row in result_table.lines(found)[1:4]] == [
+        "soft",
+        rows[0].split()[0],
+        "teacher",
+    ]
+
+
+def test_a_run_that_is_the_teacher_is_one_network() -> None:
+    hard, none, teacher = (
+        measured(name, taught=name == "hard") for name in ("hard", "none", "cnn")
+    )
+    teacher.numbers["teacher_to"] = ["hard"]
+    found = compare([hard, none, teacher])
+    assert list(result_table.networks(found)) == ["hard", "none", "cnn"]
+    assert found["agreement"]["names"] == ["label", "teacher", "hard", "none"]
+
+
+@pytest.mark.slow
+def test_a_teachers_run_is_evaluated_at_the_checkpoint_that_taught(made: Path, capsys) -> None:
+    root, flags = made.parent, ["--out", str(made.parent / "three.html"), "--limit", "5"]
+    assert report.main([str(root / "hard"), str(root / "teacher"), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert "teacher: it is the teacher of hard" in printed
+    hard, teacher = json.loads((root / "three.json").read_text())["runs"]
+    assert teacher["weights"] == "checkpoint.pth, model" and teacher["teacher_to"] == ["hard"]
+    assert teacher["accuracy"]["student"] == hard["accuracy"]["teacher"]
+    assert [line.split()[0] for line in printed.splitlines()[1:3]] == ["hard", "teacher"]
+    assert report.main([str(root / "hard"), *flags, "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{root}/three.html and three.json"]
 
 
 def test_a_teacher_of_several_runs_is_one_point_of_the_chart() -> None:

@@ -108,7 +108,7 @@ def test_redirected_output_keeps_its_lines_and_has_no_table(flags, tmp_path: Pat
 
 def test_the_next_commands_work_when_copied(on_terminal, tmp_path, monkeypatch, capsys) -> None:
     lines = on_terminal[1]
-    commands = [shlex.split(line) for line in lines if line.startswith("  python ")]
+    commands = [shlex.split(line) for line in lines if re.match(r"  .*python\S* .*tools/", line)]
     assert [Path(words[1]).name for words in commands] == list(TOOLS)
     for _, path, *words in commands:
         assert Path(path).is_file()

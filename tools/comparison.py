@@ -128,6 +128,7 @@ def verdicts(runs: Sequence[Run], compared: Sequence[Mapping[str, Any]]) -> list
     lines = []
     for one in compared:
         run, points, p = one["run"], one["points"], p_text(one["p"])
+        other = one["name"] if "labels" in one["name"] else f"{one['name']} (labels only)"
         if one["with"] == TEACHER:
             student, teacher = (accuracy[run][key]["acc1"] for key in (STUDENT, TEACHER))
             if student > teacher:
@@ -135,13 +136,11 @@ def verdicts(runs: Sequence[Run], compared: Sequence[Mapping[str, Any]]) -> list
                 lines.append(f"{run}: the student ({student:.2f}%) {above}")
         elif one["p"] < ALPHA:
             word = "better" if points > 0 else "worse"
-            lines.append(
-                f"{run}: {abs(points):.1f} points {word} than {one['name']} (labels only), {p}"
-            )
+            lines.append(f"{run}: {abs(points):.1f} points {word} than {other}, {p}")
         else:
             lines.append(
                 f"{run}: no measurable gain on {one['images']} images, {points:+.1f} points over "
-                f"{one['name']} (labels only), {p}"
+                f"{other}, {p}"
             )
     if not any(one["with"] == BASELINE for one in compared):
         lines.append(
@@ -155,7 +154,7 @@ def between(runs: Sequence[Run]) -> dict[str, Any] | None:
     """Return the agreement between the students of several runs, labels and teachers.
 
     None for one run, and for runs with different images. A teacher that all were compared with
-    is listed once.
+    is listed once, also where it is one of the runs.
     """
     same = len({(run.data, run.numbers["images"], *run.classes) for run in runs}) == 1
     if len(runs) == 1 or not same:
@@ -171,6 +170,7 @@ def between(runs: Sequence[Run]) -> dict[str, Any] | None:
     predictions |= {
         f"run {run.name}" if run.name in predictions else run.name: run.predictions[STUDENT]
         for run in runs
+        if not run.numbers.get("teacher_to")
     }
     return {"names": list(predictions), "matrix": agreement(predictions)}
 

@@ -11,6 +11,7 @@ resumed. Flags that are not listed below are passed to all runs (--batch-size, -
 
 import argparse
 import ctypes
+import json
 import shlex
 import signal
 import subprocess
@@ -24,12 +25,16 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import models  # noqa: E402
 import options  # noqa: E402
+from base import terminal  # noqa: E402
 from base.distributed import STOP_SIGNALS  # noqa: E402
 from base.errors import UserError  # noqa: E402
+from data.image_source import Files  # noqa: E402
 from data.sources import Part, open_source  # noqa: E402
 from distill.teacher_classes import classes_of_teacher, match_outputs  # noqa: E402
 from models import hub  # noqa: E402
+from tools import result_table  # noqa: E402
 from training import auto_recipe, run_folder  # noqa: E402
 from training.checkpointer import NEWEST, load_run  # noqa: E402
 
@@ -37,7 +42,8 @@ TEACHER, ALONE, DISTILLED = "teacher", "labels-only", "distilled"
 TEACHER_SHARE = 0.4  # of the minutes; both students share the rest
 # Accurate at their size, and pretrained on ImageNet; the second one is fast without a GPU.
 ON_GPU, ON_CPU, FROM_SCRATCH = "convnext_tiny.in12k_ft_in1k", "tf_efficientnet_lite0", "resnet_pico"
-EXPORT = ("--formats", "safetensors")
+REPORT, EXPORTED = "report.html", "exported"
+FORMATS = ("--formats", "safetensors")
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
@@ -52,19 +58,8 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, others = _parser().parse_known_args(argv)
-        out = args.out or run_folder.FOLDER / f"{Path(args.data).resolve().name}-distil"
-        commands = [
-            main_command(step, out / step.name, args.nproc_per_node)
-            for step in build_steps(args, others, out)
-            if not is_finished(out / step.name)
-        ]
-        folders = [str(out / name) for name in (DISTILLED, ALONE, TEACHER)]
-        if not (out / TEACHER).exists() and args.teacher_path:
-            folders.pop()
-        report, export = out / "report.html", out / "exported"
-        commands.append(["tools/report.py", *folders, "--out", str(report)])
-        if not export.exists():
-            commands.append(["tools/export.py", folders[0], str(export), *EXPORT])
+        args.out = args.out or run_folder.FOLDER / f"{Path(args.data).resolve().name}-distil"
+        commands = build_commands(args, others)
     except UserError as error:
         print(f"error: {error.line()}", file=sys.stderr)
         return 2
@@ -72,12 +67,86 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code := run(command):
             print(f"\nended with exit code {code}; the same command continues")
             return code
-    print(f"\nreport: {report}\nnext:")
-    print(f"  python tools/predict.py {shlex.quote(str(export))} IMAGE...")
-    print(
-        f"  python tools/export.py {shlex.quote(folders[0])} {shlex.quote(str(out))}/student.onnx"
-    )
+    print("\n" + "\n".join(build_result(args, sys.argv[1:] if argv is None else argv)))
     return 0
+
+
+def build_commands(args: argparse.Namespace, others: Sequence[str]) -> list[list[str]]:
+    """Return the commands of all steps that are not finished. others: flags for all runs."""
+    for path in args.plugin:
+        models.plugins.load_plugin(path)
+    out, plugins = args.out, flags_of("--plugin", args.plugin)
+    steps = build_steps(args, (*others, *plugins), out)
+    waiting = [step for step in steps if not is_finished(out / step.name)]
+    commands = [main_command(step, out / step.name, args.nproc_per_node) for step in waiting]
+    folders = [out / name for name in (DISTILLED, ALONE, TEACHER)]
+    if not any(step.name == TEACHER for step in steps):
+        folders.pop()  # a given teacher has no run
+    if waiting or not is_newer(out / REPORT, folders):
+        names = map(str, folders)
+        words = ["tools/report.py", *names, "--out", str(out / REPORT), "--quiet", *plugins]
+        commands.append(words)
+    if waiting or not is_newer(out / EXPORTED / "config.json", folders[:1]):
+        words = ["tools/export.py", str(folders[0]), str(out / EXPORTED), *FORMATS, *plugins]
+        commands.append(words)
+    return commands
+
+
+def flags_of(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    """Return a flag that is given once for each value."""
+    return tuple(word for value in values for word in (name, value))
+
+
+def is_newer(file: Path, runs: Sequence[Path]) -> bool:
+    """Return whether a file was written after the last checkpoint of each run."""
+    if not file.exists():
+        return False
+    return all(
+        file.stat().st_mtime >= path.stat().st_mtime
+        for path in (run / NEWEST for run in runs)
+        if path.exists()
+    )
+
+
+def build_result(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """Return the table of the three networks, the files, and the next commands."""
+    out, plugins = args.out, flags_of("--plugin", args.plugin)
+    found = json.loads((out / REPORT).with_suffix(".json").read_text())
+    exported, student = str(out / EXPORTED), str(out / DISTILLED)
+    commands = [
+        terminal.command("tools/predict.py", exported, example_of(args.data), *plugins),
+        terminal.command("tools/export.py", student, str(out / "all-formats"), *plugins),
+        terminal.command("tools/distil.py", *longer(args, argv)),
+    ]
+    return [
+        *result_table.lines(found, (TEACHER, ALONE, DISTILLED)),
+        "",
+        f"report    {out / REPORT}",
+        f"student   {exported}",
+        "next      classify images, export to ONNX and torch.export, train longer:",
+        *(f"  {command}" for command in commands),
+    ]
+
+
+def longer(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """Return the words of the same command with four times the budget and another folder."""
+    parser = options.Parser(add_help=False)
+    for flag in ("--minutes", "--epochs", "--out"):
+        parser.add_argument(flag)
+    kept = parser.parse_known_args(argv)[1]
+    spent = ("--minutes", f"{4 * args.minutes:g}")
+    if args.epochs is not None:
+        spent = ("--epochs", str(4 * args.epochs))
+    return [*kept, *spent, "--out", f"{args.out}-long"]
+
+
+def example_of(data: str) -> str:
+    """Return a validation image of a folder, or the folder if it has none in a file."""
+    try:
+        source = open_source("IMNET", data, Part(is_train=False))
+    except UserError:  # its validation images need flags of their own
+        return data
+    return source.path(0) if isinstance(source, Files) and len(source) else data
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--distillation-type", default="hard", choices=("soft", "hard"))
     add("--unlabelled-path", action="append", default=[], help="images without labels; repeatable")
     add("--device", default="auto")
+    add("--plugin", action="append", default=[], metavar="FILE.py", help="for all steps")
     add("--nproc-per-node", type=int, help="processes; default: one per GPU")
     return parser
 
@@ -120,8 +190,7 @@ def build_steps(args: argparse.Namespace, others: Sequence[str], out: Path) -> l
     steps.append(Step(ALONE, (*student, *budget(args, share))))
     teacher = ("--distillation-type", args.distillation_type)
     teacher += ("--teacher-model", model, "--teacher-path", path)
-    for folder in args.unlabelled_path:
-        teacher += ("--unlabelled-path", folder)
+    teacher += flags_of("--unlabelled-path", args.unlabelled_path)
     steps.append(Step(DISTILLED, (*student, *teacher, *budget(args, share))))
     return steps
 
@@ -143,10 +212,9 @@ def choose_teacher(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
     reason = hub.unreachable_reason()
     if not reason:
         return model or (ON_GPU if torch.cuda.is_available() else ON_CPU), ("--pretrained",)
-    print(
-        f"teacher: {model or FROM_SCRATCH} from scratch, because published weights cannot be "
-        f"loaded ({reason}); with a file: --teacher-model NAME --teacher-path FILE"
-    )
+    line = f"teacher: {model or FROM_SCRATCH} from scratch, because published weights cannot be "
+    line += f"loaded ({reason}); with a file: --teacher-model NAME --teacher-path FILE"
+    print(terminal.wrap(line))
     if model:
         return model, ()
     settings = argparse.Namespace(
@@ -189,7 +257,7 @@ def main_command(step: Step, folder: Path, processes: int | None) -> list[str]:
 
 def run(command: Sequence[str]) -> int:
     """Run a program of this repository and return its exit code; it gets our stop signals."""
-    print(f"\n$ python {shlex.join(command)}", flush=True)
+    print(f"\n$ {terminal.python()} {shlex.join(command)}", flush=True)
     words = [str(ROOT / word) if word.endswith(".py") else word for word in command]
     process = subprocess.Popen([sys.executable, *words], preexec_fn=_end_with_parent)
 

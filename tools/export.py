@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--formats", nargs="+", choices=list(FORMATS), help=formats)
     add("--model", help="its name, for a file that does not state it")
     add("--key", help="model (default) or model_ema")
+    add("--plugin", default=[], action="append", metavar="FILE.py", help="what the run had")
     half = "round the weights to float16; half the size in .safetensors"
     add("--half", action="store_true", help=half)
     licence = "licence of the {}, by the Hub's identifier (apache-2.0, other, ...)"
@@ -237,6 +238,7 @@ def build_student(args: argparse.Namespace) -> Student:
     path = file_of(args.source)
     content = safe_load.read_weights_file(path)
     settings = settings_of(content)
+    models.plugins.load_given_plugins(args.plugin, settings.get("plugin") or [], path)
     name = args.model or settings.get("model")
     if not name:
         raise UserError(f"{path}: does not state which model it is; give --model")

@@ -72,18 +72,26 @@ class Prediction:
     probabilities: list[float]
 
 
-def load(source: Path, device: torch.device, model: str | None, key: str | None) -> Predictor:
+def load(
+    source: Path,
+    device: torch.device,
+    model: str | None,
+    key: str | None,
+    plugins: Sequence[str] = (),
+) -> Predictor:
     """Return the predictor of a run's folder, a checkpoint or an exported folder.
 
-    model, key: the architecture and the entry of a checkpoint that does not state them.
+    model, key: the architecture and the entry of a checkpoint that does not state them. plugins:
+    files to run first; those that a run names are not run.
     Raises UserError for anything else.
     """
     if (source / CONFIG).is_file() and (source / WEIGHTS).is_file():
+        models.plugins.load_given_plugins(plugins, [], source)
         return _load_export(source, device)
     if source.suffix in (".onnx", ".pt2"):
         raise UserError(f"{source}: give its folder, which has {WEIGHTS} and {CONFIG}")
-    wanted = argparse.Namespace(source=source, model=model, key=key, half=False)
-    student = export.build_student(wanted)
+    given = {"source": source, "model": model, "key": key, "plugin": plugins, "half": False}
+    student = export.build_student(argparse.Namespace(**given))
     return Predictor(student.network.to(device), student.inputs, student.classes, device)
 
 
@@ -206,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--model", help="its name, for a file that does not state it")
     add("--key", help="model (default) or model_ema")
+    add("--plugin", default=[], action="append", metavar="FILE.py", help="what the run had")
     return parser
 
 
@@ -221,7 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         paths = find_images(args.images)
         with safe_load.in_one_line(f"{args.source}: damaged, or of another version"):
-            predictor = load(args.source, pick_device(args.device, 0), args.model, args.key)
+            device = pick_device(args.device, 0)
+            predictor = load(args.source, device, args.model, args.key, args.plugin)
         FORMATS[args.format](predict(predictor, paths, args.top_k, args.batch_size, on_bad))
         if bad:
             raise UserError(f"{len(bad)} of {len(paths)} images are not readable: {some(bad)}")

@@ -40,14 +40,16 @@ from data.samplers import EvalSampler  # noqa: E402
 from data.transforms import InputConfig  # noqa: E402
 from distill.teacher import AnyTeacher, build_identity, build_teacher  # noqa: E402
 from models.class_names import classes_of_file  # noqa: E402
+from tools import result_table  # noqa: E402
 from tools.comparison import Run, compare, is_distilled, trained_with  # noqa: E402
 from tools.fidelity import STUDENT, TEACHER, collect, numbers  # noqa: E402
 from tools.measure import Cost, measure, together  # noqa: E402
-from tools.report_page import headline, page  # noqa: E402
+from tools.report_page import page  # noqa: E402
 from training import metrics  # noqa: E402
 
 # All flags that determine a teacher's logits; the teacher adapts its input itself
 TEACHER_FLAGS = ("teacher_model", "teacher_path", "teacher_weight", "teacher_adaptor")
+BY_LOGITS = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
 
 MOST_MAPS, THUMBNAIL = 6, 96  # images with attention maps, and the width of an image in pixels
 
@@ -74,13 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
     args.out.write_text(page(found, thumbnails(found, networks)), encoding="utf-8")
-    for name, column in headline(found).items():
-        print(f"{name}: {', '.join(f'{row} {value}' for row, value in column.items())}")
-    for run in runs:
-        if run.numbers["teacher_note"]:
-            print(f"{run.name}: {run.numbers['teacher_note']}")
-    for line in found["verdicts"]:
-        print(line)
+    if not args.quiet:
+        for line in result_table.lines(found):
+            print(line)
+        for run in runs:
+            if run.numbers["teacher_note"]:
+                print(f"{run.name}: {run.numbers['teacher_note']}")
     print(f"{args.out} and {args.out.with_suffix('.json').name}")
     return 0
 
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=64)
     add("--device", default="auto")
     add("--plugin", default=[], action="append", metavar="FILE.py", help="what the runs had")
+    add("--quiet", action="store_true", help="print the names of the written files only")
     return parser
 
 
@@ -147,20 +149,19 @@ def build_run(
     wanted = evaluation_settings(args, settings)
     processes = distributed.init_processes(args.device)
     inputs = models.build_input_config(wanted)
-    weights = checkpoint_of(folder, args.checkpoint)
+    taught = file_that_taught(args, folder, lender)
+    weights = checkpoint_of(folder, args.checkpoint or taught)
     trained = classes_of_file(str(weights), wanted.model)
     loaders = datasets.build_loaders(wanted, inputs, processes, trained)
     classes = [class_name(loaders.classes, i) for i in range(loaders.num_classes)]
     student = models.build_student(wanted, loaders.num_classes, inputs).to(processes.device)
     models.load_weights(student.network, str(weights), key=args.key)
 
-    teacher, note = None, ""
+    teacher = None
     flags, origin = teacher_of(settings, lender, args.teacher_model, args.teacher_path)
-    if origin == "lent" and classes != lender.classes:
-        note = f"not compared with the teacher of {lender.name}: other classes"
-    elif flags:
-        needed = {"distillation_type": "soft", "match": [], "ranking_kl_weight": 0.0}
-        settings_T = argparse.Namespace(**vars(wanted) | flags | needed)
+    note = why_not_lent(lender, classes, taught) if origin == "lent" else ""
+    if flags and not note:
+        settings_T = argparse.Namespace(**vars(wanted) | flags | BY_LOGITS)
         try:
             teacher = build_teacher(
                 settings_T, loaders.num_classes, inputs, processes.device, classes=loaders.classes
@@ -180,6 +181,7 @@ def build_run(
         "input": inputs.describe(),
         **teacher_facts(teacher, {"own": name, "lent": lender and lender.name}.get(origin)),
         "teacher_note": note,
+        "teacher_to": [lender.name] if taught else [],
         "distillation": settings["distillation_type"],
         "trained_with": trained_with(settings),
         "weights": f"{weights.name}, {args.key}",
@@ -215,6 +217,23 @@ def evaluation_settings(
     given = {flag: value for flag, value in given.items() if value is not None}
     fixed = {"eval": True, "finetune": "", "pretrained": False, "resume": "", "attn_only": False}
     return argparse.Namespace(**{**settings, **given, **fixed, "batch_size": args.batch_size})
+
+
+def file_that_taught(args: argparse.Namespace, folder: Path, lender: Run | None) -> str:
+    """Return the name of the checkpoint in a folder that is the teacher of `lender`, or ""."""
+    path = lender.settings["teacher_path"] if lender is not None else ""
+    if args.teacher_model or args.teacher_path or not path or not isinstance(path, str):
+        return ""
+    file = Path(path).resolve()
+    return file.name if file.parent == folder.resolve() else ""
+
+
+def why_not_lent(lender: Run, classes: Sequence[str], taught: str) -> str:
+    """Return why a run is not compared with the teacher of `lender`, or "". taught: its file."""
+    if taught:
+        return f"it is the teacher of {lender.name}"
+    different = f"not compared with the teacher of {lender.name}: other classes"
+    return different if classes != lender.classes else ""
 
 
 def teacher_facts(teacher: AnyTeacher | None, owner: str | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ import jinja2
 from tools import report_charts as draw
 from tools.comparison import BASELINE, p_text
 from tools.fidelity import STUDENT, TEACHER
+from tools.result_table import networks
 
 SHOWN_CLASSES = 20  # of the per-class table; half from each end
 TERMS = {  # the rows of the first table
@@ -42,25 +43,6 @@ TERMS = {  # the rows of the first table
 
 def percent(share: float) -> str:
     return f"{100 * share:.2f}%"
-
-
-def networks(found: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], str]]:
-    """Return a run and STUDENT or TEACHER by title, each teacher once.
-
-    First the student, its baseline and its teacher, then the other runs and teachers.
-    """
-    runs = {run["run"]: run for run in found["runs"]}
-    first = [name for role in (STUDENT, BASELINE) if (name := found["headline"][role])]
-    lenders = {}  # a run for each teacher
-    for run in [*map(runs.get, first), *runs.values()]:
-        if TEACHER in run["accuracy"]:
-            lenders.setdefault((run["teacher"], run["accuracy"][TEACHER]["acc1"]), run)
-    students = {name: (run, STUDENT) for name, run in runs.items()}
-    teachers = {}
-    for run in lenders.values():
-        title = TEACHER if len(lenders) == 1 else f"{TEACHER} of {run['run']}"
-        teachers[f"{title} (network)" if title in runs else title] = run, TEACHER
-    return {name: students[name] for name in first} | teachers | students
 
 
 def headline(found: Mapping[str, Any]) -> dict[str, dict[str, str]]:
