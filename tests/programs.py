@@ -1,4 +1,4 @@
-"""Start main.py in forked processes, which have imported torch and timm already.
+"""Start programs in forked processes, which have imported torch and timm already.
 
 A fork imports the modules of this repository again, so that nothing of earlier tests is in them.
 """
@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Program:
-    """main.py in `processes` forks, each in a session of its own. Their output goes to files.
+    """main.py, or another script, in `processes` forks, each in a session of its own.
 
-    Several processes meet as those of torchrun do.
+    Their output goes to files. Several processes meet as those of torchrun do.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Program:
         processes: int = 1,
         environ: Mapping[str, str] = {},
         cwd: Path = ROOT,
+        script: Path = ROOT / "main.py",
     ) -> None:
         fork, more = multiprocessing.get_context("fork"), dict(environ)
         if processes > 1:
@@ -45,7 +46,7 @@ class Program:
         self.parts = []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            arguments = (list(flags), out, err or out, more | own, cwd)
+            arguments = (list(flags), out, err or out, more | own, cwd, script)
             self.parts.append(fork.Process(target=_run, args=arguments))
             self.parts[-1].start()
         self.pid = self.parts[0].pid
@@ -79,8 +80,10 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _run(flags: list[str], out: Path, err: Path, environ: dict[str, str], cwd: Path) -> None:
-    """Run main.py in this process as `python main.py FLAGS` would."""
+def _run(
+    flags: list[str], out: Path, err: Path, environ: dict[str, str], cwd: Path, script: Path
+) -> None:
+    """Run a script in this process as `python SCRIPT FLAGS` would."""
     os.setsid()
     atexit._clear()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,9 +98,9 @@ def _run(flags: list[str], out: Path, err: Path, environ: dict[str, str], cwd: P
         file = getattr(module, "__file__", None)
         if file and Path(file).is_relative_to(ROOT) and ".venv" not in file:
             del sys.modules[name]
-    sys.argv, sys.path[:0] = ["main.py", *flags], [str(ROOT)]
+    sys.argv, sys.path[:0] = [script.name, *flags], [str(ROOT)]
     try:
-        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     finally:
         atexit._run_exitfuncs()
     multiprocessing.util._exit_function()  # ends the workers
@@ -106,12 +109,17 @@ def _run(flags: list[str], out: Path, err: Path, environ: dict[str, str], cwd: P
 
 
 def run(
-    *flags: str, processes: int = 1, timeout: float = 240, cwd: Path = ROOT, **environ: str
+    *flags: str,
+    processes: int = 1,
+    timeout: float = 240,
+    cwd: Path = ROOT,
+    script: Path = ROOT / "main.py",
+    **environ: str,
 ) -> subprocess.CompletedProcess:
-    """Run main.py to its end, and return its exit code and what it has printed."""
+    """Run a program to its end, and return its exit code and what it has printed."""
     folder = Path(tempfile.mkdtemp())
     out, err = folder / "out", folder / "err"
-    program = Program(flags, out, err, processes=processes, environ=environ, cwd=cwd)
+    program = Program(flags, out, err, processes=processes, environ=environ, cwd=cwd, script=script)
     code = program.wait(timeout)
     done = subprocess.CompletedProcess(flags, code, out.read_text(), err.read_text())
     shutil.rmtree(folder)

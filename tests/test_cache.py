@@ -14,7 +14,7 @@ import datasets
 import models
 from base.distributed import Processes
 from base.errors import UserError, differences
-from data import image_ops
+from data import image_ops, sources
 from data.samplers import BatchKey
 from distill import cache_store, cached_teacher
 from distill import teacher as teacher_module
@@ -291,10 +291,19 @@ RUN = [
     "--warmup-epochs",
     "0",
     "--batch-size",
-    "128",
+    "32",
     "--repeated-aug",
     "--no-teacher-check",
 ]
+
+
+ROWS = 192  # of an epoch
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """192 digits to train on and 32 to evaluate on, for speed."""
+    monkeypatch.setattr(sources, "DIGITS_ROWS", {"train": (0, ROWS), "test": (1197, 1229)})
 
 
 def log(folder: Path) -> list[dict]:
@@ -303,8 +312,9 @@ def log(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_live_written_and_read_runs_are_the_same_bit_for_bit(
-    run_inside, tmp_path: Path, monkeypatch
+    run_inside, few_digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+
     def run(name: str, *flags: str):
         result = run_inside(*RUN, "--output_dir", str(tmp_path / name), *flags)
         assert result.returncode == 0, result.stderr
@@ -313,6 +323,7 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     run("live")
     kept = ["--teacher-cache", str(tmp_path / "cache"), "--teacher-cache-views", "2"]
     assert "still to write" in run("first", *kept)
+    build_teacher = teacher_module.build_teacher
     monkeypatch.setattr(teacher_module, "build_teacher", None)  # reading needs no network
     assert "no network is loaded" in run("second", *kept, "--num-workers", "2")
     run("third", *kept, "--teacher-cache-mode", "read")
@@ -321,7 +332,7 @@ def test_live_written_and_read_runs_are_the_same_bit_for_bit(
     shorter = run("fourth", *kept[:2], "--epochs", "1")
     assert "a cycle of 2 epochs" in shorter, "as many as there are, whatever the run has"
     run("fifth", *kept[:2], "--epochs", "3", "--teacher-cache-mode", "read")
-    monkeypatch.undo()
+    monkeypatch.setattr(teacher_module, "build_teacher", build_teacher)
     longer = [*RUN, "--epochs", "3", "--output_dir", str(tmp_path / "fifth"), "--resume", "auto"]
     assert "views that come again: was 2 and is 0" in run_inside(*longer).stderr
 
@@ -520,7 +531,9 @@ def _live_written_and_read(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(tmp_path: Path) -> None:
+def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(
+    few_digits, tmp_path: Path
+) -> None:
     torch.multiprocessing.start_processes(
         _live_written_and_read, (str(tmp_path),), nprocs=2, start_method="fork"
     )
@@ -528,7 +541,9 @@ def test_two_processes_live_and_from_the_cache_are_the_same_bit_for_bit(tmp_path
 
 
 @pytest.mark.slow
-def test_a_cache_is_filled_in_parts_and_verify_finds_wrong_rows(run_inside, tmp_path: Path) -> None:
+def test_a_cache_is_filled_in_parts_and_verify_finds_wrong_rows(
+    run_inside, few_digits, tmp_path: Path
+) -> None:
     kept = [*RUN, "--output_dir", "", "--teacher-cache", str(tmp_path / "cache")]
     incomplete = run_inside(*kept, "--teacher-cache-mode", "write", "--on-bad-image", "skip")
     assert incomplete.returncode == 0, incomplete.stderr
@@ -537,12 +552,14 @@ def test_a_cache_is_filled_in_parts_and_verify_finds_wrong_rows(run_inside, tmp_
     marks = np.memmap(done, dtype="<u4", mode="r+")
     marks[100:300] = 0  # as if the writing had been killed there
     missing = run_inside(*kept, "--teacher-cache-mode", "read")
-    assert missing.returncode == 2 and "200 of 1536 rows are missing" in missing.stderr
+    assert missing.returncode == 2 and f"200 of {2 * ROWS} rows are missing" in missing.stderr
     again = run_inside(*kept, "--teacher-cache-mode", "write")
-    assert "complete (1536)" in again.stdout, again.stdout + again.stderr
+    assert f"complete ({2 * ROWS})" in again.stdout, again.stdout + again.stderr
     assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0
-    logits = np.memmap(tmp_path / "cache" / "logits.f32", dtype="<f4", mode="r+", shape=(1536, 10))
-    logits[700] += 1
+    logits = np.memmap(
+        tmp_path / "cache" / "logits.f32", dtype="<f4", mode="r+", shape=(2 * ROWS, 10)
+    )
+    logits[170] += 1
     torn = run_inside(*kept, "--teacher-cache-mode", "verify")
     assert (
         torn.returncode == 2
@@ -550,12 +567,12 @@ def test_a_cache_is_filled_in_parts_and_verify_finds_wrong_rows(run_inside, tmp_
     )
     assert run_inside(*kept, "--teacher-cache-mode", "write").returncode == 0
     assert run_inside(*kept, "--teacher-cache-mode", "verify").returncode == 0, "mended"
-    logits[700] += 1
+    logits[170] += 1
     trained = run_inside(*kept, "--teacher-cache-mode", "auto")
     assert trained.returncode == 0 and "damaged rows in batch 5 of epoch 0" in trained.stderr
-    logits[700] += 1
+    logits[170] += 1
     marks = np.memmap(done, dtype="<u4", mode="r+")
-    marks[700] = zlib.crc32(logits[700]) % (2**32 - 1) + 1
+    marks[170] = zlib.crc32(logits[170]) % (2**32 - 1) + 1
     wrong = run_inside(*kept, "--teacher-cache-mode", "verify")
     assert wrong.returncode == 2 and "differ from the teacher's logits" in wrong.stderr
 
@@ -565,14 +582,14 @@ def test_a_cache_is_filled_in_parts_and_verify_finds_wrong_rows(run_inside, tmp_
     ("flags", "words"),
     [
         (["--reprob", "0.5"], "reprob was 0.25 and is 0.5"),
-        (["--batch-size", "64"], "mixing batch_size was 128 and is 64"),
+        (["--batch-size", "64"], "mixing batch_size was 32 and is 64"),
         (["--seed", "1"], "seed"),
         (["--input-size", "40"], "input"),
         (["--teacher-amp", "bf16"], "teacher precision was 'float32 on cpu"),
         (["--torchcompile", "eager"], "teacher compiled was 'no'"),
     ],
 )
-def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp_path) -> None:
+def test_another_recipe_is_refused(flags, words, run_inside, few_digits, tmp_path) -> None:
     kept = [
         *RUN,
         "--output_dir",
@@ -592,7 +609,7 @@ def test_another_recipe_is_refused(flags: list[str], words: str, run_inside, tmp
 
 
 @pytest.mark.slow
-def test_a_flipped_weight_of_the_teacher_is_refused(run_inside, tmp_path: Path) -> None:
+def test_a_flipped_weight_of_the_teacher_is_refused(run_inside, few_digits, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(Path(__file__).parents[1] / "models/weights/resnet_pico_digits.safetensors")

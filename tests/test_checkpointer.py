@@ -127,40 +127,42 @@ def test_a_signal_ends_the_step_saves_and_has_a_code_of_its_own(
     assert "resume: " in finish(flags, tmp_path / "out")
 
 
-def stop_second(folder_flags: list[str], tmp_path: Path, words: str, number: int, *launch: str):
-    """Start two runs of two processes, the second one of which gets a signal after `words`.
-
-    Returns the first one's folder, and the other's process, folder and flags.
-    """
+@pytest.fixture(scope="module")
+def two_processes(folder_flags: list[str], tmp_path_factory) -> tuple[list[str], Path]:
+    """The flags of runs of two processes, and the folder of one that was not interrupted."""
     flags = [*folder_flags, "--batch-size", "2", "--num_workers", "0"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path_factory.mktemp("two") / "whole"
     finish(flags, whole, 2)
-    process = kill_sweep.start(flags, out, 2, ["--standalone", *launch])
-    wait_for(words, Path(f"{out}.log"), process)
-    os.kill(children(process.pid)[-1], number)
-    return whole, process, out, flags
+    return flags, whole
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(
-    folder_flags: list[str], tmp_path: Path
+    two_processes: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    whole, process, out, flags = stop_second(folder_flags, tmp_path, "[1/2] [2/", signal.SIGUSR1)
+    flags, whole = two_processes
+    out = tmp_path / "out"
+    process = start(flags, out, 2)
+    wait_for("[1/2] [2/", Path(f"{out}.log"), process)
+    os.kill(process.parts[1].pid, signal.SIGUSR1)
     process.wait(120)
-    text = Path(f"{out}.log").read_text()
-    assert text.count("Stopped by SIGUSR1") == 1 and f"exitcode  : {EXIT_STOPPED}" in text
+    assert [part.exitcode for part in process.parts] == [EXIT_STOPPED] * 2
+    assert Path(f"{out}.log").read_text().count("Stopped by SIGUSR1") == 1
     finish(flags, out, 2)
     assert_same_run(whole, out)
 
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_by_torchrun_and_the_run_ends_the_same(
-    folder_flags: list[str], tmp_path: Path
+    two_processes: tuple[list[str], Path], tmp_path: Path
 ) -> None:
-    whole, process, out, _ = stop_second(
-        folder_flags, tmp_path, "[2/2] [1/", signal.SIGKILL, "--max-restarts=2"
-    )
-    assert process.wait(300) == 0, Path(f"{out}.log").read_text()
+    flags, whole = two_processes
+    out = tmp_path / "out"
+    process = kill_sweep.start(flags, out, 2, ["--standalone", "--max-restarts=2"])
+    log = Path(f"{out}.log")
+    wait_for("[2/2] [1/", log, process)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    assert process.wait(300) == 0, log.read_text()
     assert_same_run(whole, out)
 
 

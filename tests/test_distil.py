@@ -1,17 +1,20 @@
 """One command from a folder of images to a distilled student: its runs, and what a kill leaves."""
 
+import functools
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import programs
 import pytest
 
-from tests.conftest import ROOT
-from tools import distil
+import main
+from tools import distil, export, report
 from training.checkpointer import load_run
 
 SMALL = [
@@ -111,36 +114,74 @@ def test_weights_of_a_teacher_without_its_model_are_refused(capsys) -> None:
     assert "give its model with --teacher-model" in capsys.readouterr().err
 
 
+SLEEPS = """import pathlib, os, sys, time
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_a_run_ends_with_a_killed_command_and_passes_its_exit_code_on(tmp_path: Path) -> None:
+    (tmp_path / "sleeps.py").write_text(SLEEPS)
+    (tmp_path / "fails.py").write_text("raise SystemExit(3)")
+    assert distil.run([str(tmp_path / "fails.py")]) == 3
+    words, started = [str(tmp_path / "sleeps.py"), str(tmp_path / "started")], tmp_path / "started"
+    command = multiprocessing.get_context("fork").Process(target=distil.run, args=(words,))
+    command.start()
+    wait_until(lambda: started.exists() and started.read_text())
+    os.kill(command.pid, signal.SIGKILL)
+    command.join()
+    status = Path("/proc", started.read_text(), "status")
+    wait_until(lambda: not status.exists() or "State:\tZ" in status.read_text())
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_killed_command_continues_and_ends_with_a_report_and_an_export(
-    image_folder: Path, tmp_path: Path
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    """The runs and tools are called in this process, and the second run is killed in a fork."""
     out = tmp_path / "out"
-    command = [sys.executable, str(ROOT / "tools" / "distil.py"), str(image_folder), "--out"]
-    command += [str(out), "--epochs", "2", *SMALL, "--checkpoint-steps", "1"]
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    first = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 300
-    while not (out / "labels-only" / "checkpoint.pth").exists():
-        assert first.poll() is None and time.monotonic() < end
-        time.sleep(0.1)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    teacher = (out / "teacher" / "checkpoint.pth").stat().st_mtime_ns
-    result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr + result.stdout
-    assert (out / "teacher" / "checkpoint.pth").stat().st_mtime_ns == teacher
+    argv = [str(image_folder), "--out", str(out), "--epochs", "2", *SMALL, "--checkpoint-steps=1"]
+    tools = {"main.py": main.run, "tools/report.py": report.main, "tools/export.py": export.main}
+    ran = []
+
+    def run(command: list[str], killed: bool = False) -> int:
+        program, *flags = command
+        ran.append((program, killed))
+        if not (killed and program == "main.py" and str(out / "labels-only") in flags):
+            return tools[program](flags)
+        process = programs.Program(flags, tmp_path / "log")
+        wait_until((out / "labels-only" / "checkpoint.pth").exists)
+        process.kill()
+        return 128 + signal.SIGKILL
+
+    monkeypatch.setattr(distil, "run", functools.partial(run, killed=True))
+    assert distil.main(argv) == 128 + signal.SIGKILL
+    assert "the same command continues" in capsys.readouterr().out
+    monkeypatch.setattr(distil, "run", run)
+    assert distil.main(argv) == 0
+    assert [program for program, killed in ran if killed] == ["main.py"] * 2
+    finished = ["main.py", "main.py", "tools/report.py", "tools/export.py"]
+    assert [program for program, killed in ran if not killed] == finished
+    printed = capsys.readouterr().out
+    assert not (out / "labels-only" / "previous-1").exists(), "the killed run was resumed"
     for name in ("teacher", "labels-only", "distilled"):
         assert load_run(out / name / "checkpoint.pth")["epoch"] == 1
     runs = json.loads((out / "report.json").read_text())["runs"]
     assert [run["run"] for run in runs] == ["distilled", "labels-only", "teacher"]
     assert (out / "report.html").exists() and (out / "exported" / "model.safetensors").exists()
-    check_result(result.stdout, out, image_folder)
+    check_result(printed, out, image_folder)
     made = [out / "report.json", out / "exported" / "config.json"]
     times = [path.stat().st_mtime_ns for path in made]
-    again = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0 and "\n$ " not in again.stdout, "nothing is left to do"
-    check_result(again.stdout, out, image_folder)
+    ran.clear()
+    assert distil.main(argv) == 0 and not ran, "nothing is left to do"
+    check_result(capsys.readouterr().out, out, image_folder)
     assert [path.stat().st_mtime_ns for path in made] == times
 
 

@@ -10,14 +10,15 @@ import time
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
+import programs
 import pytest
 import torch
+from programs import start
 
 import main
 import options
 from base import files
 from base.errors import Stopped, UserError
-from experiments.kill_sweep import start
 from models.plugins import load_plugin
 from tools import export, report
 from training.exit_codes import exit_code_of, resume_command
@@ -185,13 +186,13 @@ def wait(argv):
 main.parse_and_run = wait
 main.run([])
 """
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (tmp_path / "program.py").write_text(code)
+    found = programs.run(script=tmp_path / "program.py")
     assert found.returncode == 75, found.stderr
     assert found.stdout.startswith("Stopped by SIGTERM before") and "Traceback" not in found.stderr
 
 
-def test_a_signal_in_a_destructor_ends_the_process() -> None:
+def test_a_signal_in_a_destructor_ends_the_process(tmp_path: Path) -> None:
     code = """
 import main, signal
 class Half:
@@ -203,15 +204,22 @@ def run(argv):
 main.parse_and_run = run
 main.run([])
 """
-    command = [sys.executable, "-c", code]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    (tmp_path / "program.py").write_text(code)
+    found = programs.run(script=tmp_path / "program.py")
     assert found.returncode == 75 and not found.stderr
     assert found.stdout.startswith("Stopped by SIGTERM before") and "went on" not in found.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", ["student: ", "teacher: accuracy", "Write: [2/"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("words", "number", "code"),
+    [
+        ("student: ", signal.SIGINT, 130),
+        ("teacher: accuracy", signal.SIGTERM, 75),
+        ("Write: [2/", signal.SIGTERM, 75),
+        ("Write: [2/", signal.SIGINT, 130),
+    ],
+)
 def test_a_program_that_is_stopped_before_training_leaves_no_worker(
     words: str, number: int, code: int, tmp_path: Path
 ) -> None:

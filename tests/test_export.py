@@ -124,7 +124,15 @@ def run_outside(program: str, folder: Path, *argv: str) -> str:
     return done.stdout
 
 
-def test_the_lines_of_the_card_load_an_export_outside_the_repository(tmp_path: Path) -> None:
+def test_the_lines_of_the_card_load_an_export_outside_the_repository(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    """Every format, in one program. It also builds every registered model with plain timm."""
+    for form in ("torch_export", "onnx"):
+        out = tmp_path / form
+        assert export.main([str(run_folder), str(out), "--formats", form]) == 0
+        (out / "lines.py").write_text(lines_of_the_card(out))
+    (tmp_path / "wanted.json").write_text(json.dumps(tensors_of_every_model()))
     for name in SMALL:
         folder = tmp_path / name
         size = (32, 48) if "pico" in name else (64, 96)
@@ -137,10 +145,9 @@ def test_the_lines_of_the_card_load_an_export_outside_the_repository(tmp_path: P
         images = torch.randn(2, 3, *size)
         with torch.no_grad():
             torch.save((images, network(images)), folder / "out" / "expected.pt")
-        code = (folder / "out" / "README.md").read_text().partition("```python\n")[2]
-        (folder / "out" / "lines.py").write_text(code.partition("```")[0])
+        (folder / "out" / "lines.py").write_text(lines_of_the_card(folder / "out"))
     program = (
-        "import os, pathlib, sys, torch\n"
+        "import json, os, pathlib, sys, timm, torch\n"
         "for name in sys.argv[1:]:\n"
         "    os.chdir(name + '/out')\n"
         "    found = {}\n"
@@ -151,15 +158,28 @@ def test_the_lines_of_the_card_load_an_export_outside_the_repository(tmp_path: P
         "    assert found['transform'](found['image']).shape == images.shape[1:]\n"
         "    torch.testing.assert_close(found['network'](images), expected, rtol=0, atol=1e-5)\n"
         "    os.chdir('../..')\n"
+        "for name, (timms, options, shapes) in json.load(open('wanted.json')).items():\n"
+        "    with torch.device('meta'):\n"
+        "        network = timm.create_model(timms, num_classes=7, img_size=64, **options)\n"
+        "    found = {key: list(value.shape) for key, value in network.state_dict().items()}\n"
+        "    assert found == shapes, name\n"
+        "for form in ('torch_export', 'onnx'):\n"
+        "    os.chdir(form)\n"
+        "    exec(pathlib.Path('lines.py').read_text(), {})\n"
+        "    os.chdir('..')\n"
         "assert not {'models', 'tools', 'options'} & set(sys.modules)\n"
     )
-    run_outside(program, tmp_path, *SMALL)
+    assert run_outside(program, tmp_path, *SMALL).count("7") >= 2, "the shapes of the logits"
 
 
-def test_plain_timm_builds_every_registered_model_with_the_same_tensors(tmp_path: Path) -> None:
-    names = [*VITS, *NETWORKS]
+def lines_of_the_card(folder: Path) -> str:
+    return (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
+def tensors_of_every_model() -> dict[str, list]:
+    """Return for every registered model timm's name, its options, and the shapes by name."""
     wanted = {}
-    for name in names:
+    for name in [*VITS, *NETWORKS]:
         timms, options = models.released.plain_timm(name)
         if not options:  # for speed
             options = {} if "resmlp" in name else {"depth": 2}
@@ -167,24 +187,7 @@ def test_plain_timm_builds_every_registered_model_with_the_same_tensors(tmp_path
             network = timm.create_model(name, num_classes=7, img_size=64, **options)
         shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
         wanted[name] = [timms, options, shapes]
-    (tmp_path / "wanted.json").write_text(json.dumps(wanted))
-    program = (
-        "import json, timm, torch\n"
-        "for name, (timms, options, shapes) in json.load(open('wanted.json')).items():\n"
-        "    with torch.device('meta'):\n"
-        "        network = timm.create_model(timms, num_classes=7, img_size=64, **options)\n"
-        "    found = {key: list(value.shape) for key, value in network.state_dict().items()}\n"
-        "    assert found == shapes, name\n"
-    )
-    run_outside(program, tmp_path)
-
-
-@pytest.mark.parametrize("form", ["torch_export", "onnx"])
-def test_the_lines_for_the_other_formats_run_too(form: str, run_folder: Path) -> None:
-    out = run_folder.with_name("out")
-    assert export.main([str(run_folder), str(out), "--formats", form]) == 0
-    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    assert "7" in run_outside(code, out)
+    return wanted
 
 
 def test_the_card_has_the_hubs_front_matter_with_both_licences(run_folder: Path) -> None:

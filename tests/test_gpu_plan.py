@@ -5,11 +5,12 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
 from base.errors import UserError
-from experiments import gpu_checks, gpu_plan
+from experiments import gpu_checks, gpu_plan, kill_sweep
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,10 @@ def test_every_measurement_of_a_stage_is_rehearsed(stage, monkeypatch, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gpu_checks.Checks(CPU, Path(), toy=True).all())
-def test_every_check_of_correctness_passes_on_the_cpu(name: str, tmp_path: Path) -> None:
+def test_every_check_of_correctness_passes_on_the_cpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kill_sweep, "start", programs.start)  # without the imports of torch
     found = gpu_checks.Checks(CPU, tmp_path, toy=True).all()[name]()
     assert found["passed"], found["lines"]
     assert name == "memory" or found["found"]

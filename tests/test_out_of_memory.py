@@ -1,10 +1,10 @@
 """Too little memory, a failing GPU, and a closed standard output."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import IO
 
+import programs
 import pytest
 import torch
 
@@ -14,7 +14,6 @@ from base import files
 from base.errors import UserError
 from training.exit_codes import user_errors_about_batch_size
 
-ROOT = Path(__file__).resolve().parents[1]
 GPU = "CUDA out of memory. Tried to allocate 616.00 MiB. GPU 0 has a capacity of 79 GiB"
 
 
@@ -61,34 +60,31 @@ def test_a_gpu_that_fails_while_a_checkpoint_is_saved_is_not_a_full_disk(
     assert not list(tmp_path.iterdir()), "no partial file"
 
 
-def start(*flags: str) -> subprocess.Popen:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *flags],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(errors: Path, *flags: str) -> tuple[programs.Program, IO[str]]:
+    """Start main.py; return it with the pipe of what it prints. Errors go to a file."""
+    pipe = errors.with_name("pipe")
+    os.mkfifo(pipe)
+    errors.touch()
+    return programs.Program(flags, pipe, errors), pipe.open()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--help", "--list-models"])
-def test_a_listing_ends_quietly_when_its_reader_leaves(flag: str) -> None:
-    run = start(flag)
-    run.stdout.close()
-    assert run.wait(60) == 0 and run.stderr.read() == ""
+def test_a_listing_ends_quietly_when_its_reader_leaves(flag: str, tmp_path: Path) -> None:
+    run, output = start(tmp_path / "errors", flag)
+    output.close()
+    assert run.wait(60) == 0 and (tmp_path / "errors").read_text() == ""
 
 
 @pytest.mark.slow
 def test_training_saves_and_ends_when_its_reader_leaves(tmp_path: Path) -> None:
-    run = start(
-        "--epochs", "30", "--num-workers", "1", "--log-interval", "1", "--output_dir", str(tmp_path)
-    )
-    while "Epoch: [1/30]" not in run.stdout.readline():
+    flags = ["--epochs", "30", "--num-workers", "1", "--log-interval", "1"]
+    errors = tmp_path / "errors"
+    run, output = start(errors, *flags, "--output_dir", str(tmp_path))
+    while "Epoch: [1/30]" not in output.readline():
         pass
-    run.stdout.close()
-    assert run.wait(120) == 75, run.stderr.read()
-    assert "DataLoader" not in run.stderr.read()
+    output.close()
+    assert run.wait(120) == 75, errors.read_text()
+    assert "DataLoader" not in errors.read_text()
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert saved["global_step"] > 0

@@ -1,5 +1,6 @@
 """The released checkpoints: every name builds, and the original files give timm's logits."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -19,15 +20,27 @@ from models import released
 from models.deit import VITS
 from models.released import NETWORKS, RELEASED
 
-OF_TIMMS_CLASSES = [key for key in RELEASED if key.partition(".")[0] in NETWORKS]
-FIRST = {name: next(key for key in RELEASED if key.startswith(f"{name}.")) for name in NETWORKS}
+# Of each class: the small networks, another resolution, and more classes.
+FILES = [
+    "deit_small_patch16_LS.224_1k",
+    "deit_small_patch16_LS.384_1k",
+    "deit_small_patch16_LS.224_21k",
+    "cait_XXS24_224.dist",
+    "cait_XXS24.dist",
+    "resmlp_12.dist",
+    "resmlp_12.no_dist",
+]
+
+
+@functools.cache
+def on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_every_released_name_builds_with_its_resolution(name: str) -> None:
-    with torch.device("meta"):
-        network = timm.create_model(name)
-        same = timm.create_model(RELEASED[name].timm)
+    network, same = on_meta(name), on_meta(RELEASED[name].timm)
     shapes = [{k: v.shape for k, v in n.state_dict().items()} for n in (network, same)]
     assert shapes[0] == shapes[1]
     assert network.pretrained_cfg["input_size"][1:] == (RELEASED[name].pixels,) * 2
@@ -69,13 +82,7 @@ def shallow(name: str) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in FIRST.values() else pytest.mark.slow)
-        for name in OF_TIMMS_CLASSES
-    ],
-)
+@pytest.mark.parametrize("name", FILES)
 @torch.no_grad()
 def test_an_original_file_gives_timms_logits(name: str, tmp_path: Path) -> None:
     same, network = shallow(RELEASED[name].timm), shallow(name)
@@ -114,8 +121,7 @@ def test_a_wrong_file_is_refused_with_what_it_seems_to_be(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", [*NETWORKS, *(name for name, vit in VITS.items() if vit.file)])
 def test_every_family_is_known_by_its_files_of_old_and_new_names(name: str) -> None:
-    with torch.device("meta"):
-        network = timm.create_model(name)
+    network = on_meta(name)
     old = original(network)
     old = {key.removeprefix("module."): value for key, value in old.get("model", old).items()}
     for weights in (network.state_dict(), old):

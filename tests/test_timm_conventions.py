@@ -1,7 +1,8 @@
 """What timm's own model tests ask, of every name that this repository registers.
 
 Configurations and shapes are checked on the meta device, on three blocks at the width and
-resolution of the name. What needs numbers is checked on one name of each kind, on two blocks.
+resolution of the name. Structure is checked for each class and patch size. What needs numbers is
+checked on one name of each class, on two blocks.
 """
 
 import math
@@ -22,18 +23,18 @@ from models.released import NETWORKS
 
 NAMES = [*VITS, CNN, *NETWORKS]
 every_name = pytest.mark.parametrize("name", NAMES)
-# One name of each class and layout: the others differ in width, depth and resolution.
+# One name of each class: the others differ in width, depth, patch size and resolution.
 KINDS = {
-    "deit_pico_patch4_32": {},
-    "deit_pico_distilled_patch8_32": {},
-    "deit_tiny_patch16_224": {"depth": 2},
-    "deit_tiny_distilled_patch16_224": {"depth": 2},
+    "deit_pico_patch8_32": {"depth": 2},
+    "deit_pico_distilled_patch8_32": {"depth": 2},
     CNN: {},
-    "deit_small_patch16_LS": {"depth": 2},
-    "cait_XXS24_224": {"depth": 2},
-    "resmlp_12": {"num_blocks": 2},
+    "deit_small_patch16_LS": {"depth": 2, "img_size": 64},
+    "cait_XXS24_224": {"depth": 2, "img_size": 64},
+    "resmlp_12": {"num_blocks": 2, "img_size": 64},
 }
 every_kind = pytest.mark.parametrize("name", KINDS)
+OTHER_PATCHES = ["deit_pico_patch4_32", "deit_tiny_distilled_patch16_224", "deit_huge_patch14_LS"]
+every_structure = pytest.mark.parametrize("name", [*KINDS, *OTHER_PATCHES, "resmlpB_24"])
 
 
 def make(name: str) -> nn.Module:
@@ -50,6 +51,8 @@ def on_meta(name: str, **options: Any) -> nn.Module:
 def images_for(network: nn.Module, count: int = 2, device: str = "cpu") -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     size = network.default_cfg["input_size"]
+    if device == "cpu":  # 64 pixels for speed
+        size = [min(side, 64) for side in size]
     if device == "meta":
         return torch.empty(count, *size, device=device)
     return torch.randn(count, *size, generator=generator)
@@ -90,7 +93,7 @@ def test_configuration_and_widths_agree(name: str) -> None:
         on_meta(name, not_a_model_arg=1)
 
 
-@every_name
+@every_structure
 def test_the_classifier_can_be_left_out_and_replaced(name: str) -> None:
     network = on_meta(name).eval()
     images = images_for(network, 1, "meta")
@@ -107,7 +110,7 @@ def test_the_classifier_can_be_left_out_and_replaced(name: str) -> None:
         assert head.weight.device.type == "meta" and head.training
 
 
-@every_name
+@every_structure
 def test_frozen_weights_stay_frozen_when_size_or_classifier_change(name: str) -> None:
     network = on_meta(name).requires_grad_(False)
     network.reset_classifier(0)
@@ -116,7 +119,7 @@ def test_frozen_weights_stay_frozen_when_size_or_classifier_change(name: str) ->
     assert not any(p.requires_grad for p in network.parameters())
 
 
-@every_name
+@every_structure
 def test_features_have_the_channels_and_reductions_that_are_stated(name: str) -> None:
     network = on_meta(name, features_only=True).eval()
     images = images_for(network, 1, "meta")
@@ -128,7 +131,7 @@ def test_features_have_the_channels_and_reductions_that_are_stated(name: str) ->
         assert one.shape[2:] == tuple(side // reduction for side in images.shape[2:])
 
 
-@every_name
+@every_structure
 def test_every_parameter_gets_a_gradient(name: str) -> None:
     network = on_meta(name, num_classes=5).train()
     outputs = network(images_for(network, 2, "meta"))
