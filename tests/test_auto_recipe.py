@@ -1,5 +1,6 @@
 """--recipe auto: when it applies, what it chooses, and what it prints."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,29 @@ def test_few_epochs_have_no_mixing_and_less_warm_up(image_folder: Path) -> None:
     many, few = (parse(image_folder, f"{SMALL} --epochs {epochs}").args for epochs in (300, 4))
     assert (many.mixup, many.cutmix, many.warmup_epochs) == (0.8, 1.0, 2)
     assert (few.mixup, few.cutmix, few.warmup_epochs) == (0.0, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        ("--model tf_efficientnet_lite0 --pretrained", [112]),  # the images have 32 pixels
+        ("--model tf_efficientnet_lite0 --finetune weights.pth", [112]),
+        ("--model tf_efficientnet_lite0 --pretrained --input-size 224", [224]),
+        ("--model tf_efficientnet_lite0", None),  # from scratch: the model's own
+        ("--model deit_tiny_distilled_patch16_224 --pretrained", None),
+        ("--model resnet_pico --finetune weights.pth", None),  # its own is 32
+    ],
+)
+def test_a_trained_cnn_gets_a_smaller_input_for_small_images(
+    image_folder: Path, flags: str, size: list | None
+) -> None:
+    assert parse(image_folder, flags).args.input_size == size
+
+
+def test_a_trained_cnn_keeps_its_input_for_large_images() -> None:
+    args = Namespace(model="tf_efficientnet_lite0", input_size=None, finetune="", pretrained=True)
+    assert auto_recipe.build_input_flags(args, TrainingSet(480, 65)) == {}
+    assert auto_recipe.build_input_flags(args, TrainingSet(480, 64)) == {"input_size": [112]}
 
 
 @pytest.mark.parametrize("flags", ["--lr 1e-3", "--recipe auto --lr 1e-3"])

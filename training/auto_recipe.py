@@ -23,8 +23,9 @@ from models.deit import FILES, VITS
 from training.recipe import NONE
 
 MOST_IMAGES = 100_000  # from here on DeiT's defaults apply
-MIX_EPOCHS = 80  # with fewer epochs a new network learns too little from mixed images
+MIX_EPOCHS = 60  # with fewer epochs a new network learns too little from mixed images
 SAMPLES = 16  # images whose sizes are read
+SMALL_SIDE, SMALL_INPUT = 64, 112  # pixels: input of a trained CNN for images of at most this side
 SMALL_BATCH_IMAGES = 5_000  # with fewer images, a smaller batch gives more updates
 PUBLISHED = "deit_tiny_distilled_patch16_224"
 GENTLE = {  # crops and mirrors alone
@@ -73,7 +74,7 @@ def build_auto_recipe(
     batch_size = 32 if data.images < SMALL_BATCH_IMAGES else 64
     if data.images < 1000 and build_starts_trained(settings):
         batch_size = 16  # few epochs fit into a short time
-    flags = GENTLE | student | {"batch_size": batch_size}
+    flags = GENTLE | student | build_input_flags(settings, data) | {"batch_size": batch_size}
     flags |= build_schedule_flags(settings, args.epochs)
     first = f"recipe auto: {data.images:,} images: "
     first += "augmentation and lr by --minutes" if args.minutes else describe(flags)
@@ -138,6 +139,22 @@ def choose_student(data: TrainingSet, minutes: float | None) -> tuple[dict[str, 
         model, pixels = (PUBLISHED, 224) if is_large else ("deit_pico_distilled_patch8_32", 64)
     line = f"student: {model}, {pixels} pixels, from scratch, because published weights "
     return {"model": model, "input_size": [pixels]}, f"{line}cannot be loaded ({reason})"
+
+
+def build_input_flags(args: Namespace, data: TrainingSet) -> dict[str, list[int]]:
+    """Return a smaller --input-size for a trained CNN on small images, or {}.
+
+    Enlarging them further costs time and does not raise the accuracy. Transformers have weights
+    that depend on the size.
+    """
+    is_small = data.side <= SMALL_SIDE and not is_transformer(args.model)
+    if args.input_size is not None or not (is_small and build_starts_trained(args)):
+        return {}
+    config = timm.models.get_pretrained_cfg(args.model)
+    takes_any = (
+        config is not None and not config.fixed_input_size and config.input_size[1] > SMALL_INPUT
+    )
+    return {"input_size": [SMALL_INPUT]} if takes_any else {}
 
 
 def build_starts_trained(args: Namespace) -> bool:
