@@ -44,20 +44,43 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Seconds:
-    """What a run spends: before its first epoch, in an epoch, and in an evaluation with saving."""
+    """What a run spends: before its first epoch, in an epoch, and in an evaluation with saving.
+
+    writing_epochs: how many of the first epochs compute the teacher's logits and write them into a
+        cache; each takes `writing_epoch` seconds.
+    """
 
     start: float
     epoch: float
     evaluation: float
+    writing_epochs: float = 0.0
+    writing_epoch: float = 0.0
 
     def fit(self, budget: float) -> dict[str, int]:
         """Return the --epochs and --val-interval whose time is closest to `budget` seconds."""
         left = budget - self.start - self.evaluation  # the last epoch has an evaluation
         interval = max(1, round(self.evaluation / (EVALUATIONS * self.epoch)))
-        epochs = max(1, round(left / (self.epoch + self.evaluation / interval)))
+        epochs = self._epochs(left, self.evaluation / interval)
         if epochs <= interval:
-            epochs = max(1, round(left / self.epoch))
+            epochs = self._epochs(left, 0.0)
         return {"epochs": epochs, "val_interval": min(interval, epochs)}
+
+    def _epochs(self, left: float, evaluation: float) -> int:
+        """Return how many epochs fit into `left` seconds. evaluation: seconds for each epoch."""
+        writing = self.writing_epoch + evaluation
+        if self.writing_epochs * writing > max(left, 0):
+            return max(1, round(left / writing))
+        reading = (left - self.writing_epochs * writing) / (self.epoch + evaluation)
+        return max(1, round(self.writing_epochs + reading))
+
+    def describe(self) -> str:
+        text = f"{self.start:.1f} s to start, {self.epoch:.2f} s an epoch, "
+        text += f"{self.evaluation:.2f} s an evaluation"
+        if self.writing_epochs:
+            text += (
+                f"; with the teacher {self.writing_epoch:.2f} s in {self.writing_epochs:.1f} epochs"
+            )
+        return text
 
 
 def build_settings(
@@ -80,10 +103,7 @@ def build_settings(
             seconds = _build_seconds(args, loaders, student, teacher, runtime)
         found = distributed.broadcast_object(seconds.fit(60 * args.minutes))
         shown = " ".join(f"--{name.replace('_', '-')} {found[name]}" for name in DECIDED)
-        line = (
-            f"{args.minutes:g} minutes are {shown}: {seconds.start:.1f} s to start, "
-            f"{seconds.epoch:.2f} s an epoch, {seconds.evaluation:.2f} s an evaluation"
-        )
+        line = f"{args.minutes:g} minutes are {shown}: {seconds.describe()}"
     if args.recipe == AUTO and not args.teacher_cache:  # a cache has one kind of mixing
         found |= auto_recipe.build_schedule_flags(args, found["epochs"])
         line += f"; {auto_recipe.describe(found)}"
@@ -133,12 +153,19 @@ def _build_seconds(
         config=replace(config, log_interval=2**31),
     )
 
+    missing = teacher.missing_shares() if teacher is not None else ()
+    first = missing.index(max(missing)) if missing else 0  # the epoch that lacks most rows
+
     def run_epoch(epoch: int, on_update: OnUpdate) -> None:
-        loaders.set_epoch(config.within_cycle(BatchKey(epoch, 0)).epoch)
-        train(epoch, hooks=Hooks(on_update=on_update))
+        loaders.set_epoch(config.within_cycle(BatchKey(first + epoch, 0)).epoch)
+        train(first + epoch, hooks=Hooks(on_update=on_update))
 
     updates = -(-steps // args.grad_accum_steps)
-    epoch_s = seconds_of_epoch(run_epoch, updates, device, limit)
+    epoch_s, timed = seconds_of_epoch(run_epoch, updates, device, limit)
+    writing: dict[str, float] = {}
+    if teacher is not None and any(missing):  # repeated, these updates read what they have written
+        writing = {"writing_epoch": epoch_s, "writing_epochs": sum(teacher.missing_shares())}
+        epoch_s, _ = seconds_of_epoch(run_epoch, updates, device, limit, most=timed)
     evaluate = partial(
         seconds_of_evaluation, loaders.val, device=device, batches=int(2 * limit * steps / epoch_s)
     )
@@ -147,14 +174,19 @@ def _build_seconds(
     saving_s = (4 if ema is not None else 3) * size / DISK * bool(args.output_dir)
     network_T = teacher.logits_only() if teacher is not None and args.teacher_check else None
     teacher_s = evaluate(network_T) if network_T is not None else 0.0
-    return Seconds(process_age() + teacher_s, epoch_s, evaluation_s + saving_s)
+    return Seconds(process_age() + teacher_s, epoch_s, evaluation_s + saving_s, **writing)
 
 
 def seconds_of_epoch(
-    run_epoch: Callable[[int, OnUpdate], None], updates: int, device: torch.device, limit: float
-) -> float:
-    """Return the seconds of an epoch of so many updates, from about `limit` seconds of training.
+    run_epoch: Callable[[int, OnUpdate], None],
+    updates: int,
+    device: torch.device,
+    limit: float,
+    most: int | None = None,
+) -> tuple[float, int]:
+    """Return the seconds of an epoch of so many updates, and how many updates were timed.
 
+    They come from about `limit` seconds of training, and from `most` updates if it is given.
     run_epoch: trains the epoch of that number and calls `on_update` after every update. The first
     update is not counted, nor the first epoch if there are two whole ones.
     """
@@ -167,6 +199,7 @@ def seconds_of_epoch(
         times.append(time.perf_counter())
         spent, slow = times[-1] - begin, MOST / SHARE * limit
         enough = (spent > limit and len(times) > 4) or (spent > slow and len(times) > 1)
+        enough = enough or len(times) == most
         if distributed.any_rank(torch.tensor(enough, device=device)):
             raise _Enough
 
@@ -175,8 +208,10 @@ def seconds_of_epoch(
             run_epoch(epoch, on_update)
     whole = len(times) // updates
     if whole > 1:
-        return (times[whole * updates - 1] - times[updates - 1]) / (whole - 1)
-    return (times[-1] - times[0]) / (len(times) - 1) * updates
+        seconds = (times[whole * updates - 1] - times[updates - 1]) / (whole - 1)
+    else:
+        seconds = (times[-1] - times[0]) / (len(times) - 1) * updates
+    return seconds, len(times)
 
 
 @dataclass(frozen=True)

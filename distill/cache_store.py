@@ -244,8 +244,12 @@ class Store:
 
     def missing(self, epochs: int = 1, needed: int | None = None) -> int:
         """Return how many rows have no mark, of the first `needed` of each of `epochs`."""
+        return sum(self.missing_by_epoch(epochs, needed))
+
+    def missing_by_epoch(self, epochs: int, needed: int | None) -> list[int]:
+        """Return how many rows of each of `epochs` have no mark, of its first `needed`."""
         marks = self._files[MARKS].reshape(epochs, -1)[:, :needed]
-        return marks.size - int(np.count_nonzero(marks))
+        return (marks.shape[1] - np.count_nonzero(marks, axis=1)).tolist()
 
     def write(self, rows: np.ndarray, logits: Tensor) -> None:
         """Write logits (B, C) into `rows` (B,), and mark them.

@@ -143,6 +143,10 @@ class CachedTeacher:
         """Return how many of the rows that whole batches need are not written."""
         return self.store.missing(self.cycle_epochs, self.needed)
 
+    def missing_shares(self) -> list[float]:
+        rows = self.store.missing_by_epoch(self.cycle_epochs, self.needed)
+        return [missing / self.needed for missing in rows]
+
     def logits_only(self) -> LogitsOnly | None:
         return self.network.logits_only() if self.network is not None else None
 

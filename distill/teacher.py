@@ -69,6 +69,9 @@ class AnyTeacher(Protocol):
     def logits_only(self) -> "LogitsOnly | None":
         """Return the network as a map from images to logits, or None if there is none."""
 
+    def missing_shares(self) -> Sequence[float]:
+        """Return which share of its rows a cache lacks, by epoch of its cycle; () without one."""
+
     def describe(self) -> str:
         """Return a description of the teacher in one line."""
 
@@ -196,6 +199,9 @@ class Teacher(nn.Module):
     def logits_only(self) -> "LogitsOnly | None":
         return LogitsOnly(self) if self.classifies else None
 
+    def missing_shares(self) -> Sequence[float]:
+        return ()
+
 
 def _compiled(function: Callable, backend: str) -> Callable:
     """Return `function` compiled for one batch size, with inductor's freezing of weights."""
@@ -245,6 +251,9 @@ class Teachers(nn.Module):
 
     def logits_only(self) -> "LogitsOnly | None":
         return LogitsOnly(self) if any(member.classifies for member in self.members) else None
+
+    def missing_shares(self) -> Sequence[float]:
+        return ()
 
 
 def _logits_of(output: Any) -> Any:

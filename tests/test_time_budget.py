@@ -22,6 +22,9 @@ CPU = torch.device("cpu")
         (Seconds(20, 10, 8), 9, 9),  # the last evaluation alone: (120 - 20 - 8) / 10 = 9.2
         (Seconds(10, 500, 5), 1, 1),  # at least one epoch
         (Seconds(200, 1, 1), 1, 1),  # the time is over before training
+        (Seconds(10, 1, 0.04, 2, 20), 69, 1),  # 2 + (120 - 10 - 0.04 - 40.08) / 1.04 = 69.2
+        (Seconds(10, 1, 0.04, 8, 20), 5, 1),  # (120 - 10 - 0.04) / 20.04 = 5.5
+        (Seconds(10, 1, 0.04, 0.5, 20), 97, 1),  # 0.5 + (120 - 10 - 0.04 - 10.02) / 1.04 = 96.6
     ],
 )
 def test_epochs_and_evaluations_fill_two_minutes(
@@ -50,7 +53,10 @@ def test_seconds_of_an_epoch(
             now += 1
             on_update(update)
 
-    assert time_budget.seconds_of_epoch(run_epoch, updates, CPU, limit) == pytest.approx(expected)
+    seconds, _ = time_budget.seconds_of_epoch(run_epoch, updates, CPU, limit)
+    assert seconds == pytest.approx(expected)
+    seconds, timed = time_budget.seconds_of_epoch(run_epoch, updates, CPU, limit, most=3)
+    assert timed == 3 and seconds == pytest.approx(updates)
 
 
 def test_a_slow_update_is_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +69,7 @@ def test_a_slow_update_is_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
             now, done = now + 100, done + 1
             on_update(update)
 
-    assert time_budget.seconds_of_epoch(run_epoch, 3, CPU, 4.0) == pytest.approx(300)
+    assert time_budget.seconds_of_epoch(run_epoch, 3, CPU, 4.0) == (pytest.approx(300), 2)
     assert done == 2
 
 
