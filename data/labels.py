@@ -84,7 +84,7 @@ def _unknown_names(unknown: Sequence[str], what: str, known: Sequence[str], orig
     hint = f" (did you mean {printable(spelled[close[0]])}?)" if close else ""
     return (
         f"{what}: not a class of {origin}: {some(unknown)}{hint}; it has {len(known)} classes "
-        f"({some(known)}); name its classes as these"
+        f"({some(known)}); rename it to one of these, or remove it"
     )
 
 
@@ -93,7 +93,7 @@ def _by_position(
 ) -> LabelMap:
     """Return the identity. Raises UserError if the numbers of classes differ."""
     if count > model.count or (count < model.count and given != model.count):
-        advice = "the two cannot be matched"
+        advice = "train a new head for the data with --finetune, without --eval"
         if count < model.count:
             advice = (
                 f"if these are the first of them in this order, give --nb-classes {model.count}"

@@ -204,9 +204,15 @@ class Store:
         """Return the manifest on disk. Raises UserError if it or the files differ."""
         found = read_manifest(self.folder)
         if found is None:
-            raise UserError(f"--teacher-cache {self.folder}: no cache there; write one first")
+            raise UserError(
+                f"--teacher-cache {self.folder}: no cache there; write one with "
+                "--teacher-cache-mode write"
+            )
         if differ := "; ".join(differences(_compared(found), _compared(manifest))):
-            raise UserError(f"--teacher-cache {self.folder}: refused: {differ}")
+            raise UserError(
+                f"--teacher-cache {self.folder}: refused: {differ}; use the first settings, or "
+                "another folder"
+            )
         for name in self._layout:
             path, size = self.folder / name, self._bytes(name)
             there = path.stat().st_size if path.exists() else 0

@@ -388,7 +388,9 @@ def freeze_all_but_attention(network: nn.Module) -> None:
         and next(module.parameters(), None) is not None
     ]
     if not attention:
-        raise UserError(f"--attn-only: {type(network).__name__} has no attention to train")
+        raise UserError(
+            f"--attn-only: {type(network).__name__} has no attention to train; leave the flag out"
+        )
     network.requires_grad_(False)
     for module in attention:
         module.requires_grad_(True)

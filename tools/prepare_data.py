@@ -199,22 +199,21 @@ def write_split(
     writer, total = packed.Writer(folder, split), len(source)
     if writer.next_place:
         print(f"{split}: goes on after {writer.next_place} of {total}")
-    shown = bar(split, total, writer.next_place)
-    for place, *entry in entries(source, writer.next_place, args):
-        if len(entry) == 1:
-            if args.on_bad_image == "fail":
-                raise UserError(
-                    f"image {entry[0]}; repair or remove it, or use --on-bad-image skip"
-                )
-            _logger.warning("image %s; left out", entry[0])
-            continue
-        data, height, width, label = entry
-        if labels is not None:
-            label = labels[image_dataset.check_label(label, len(labels))]
-        writer.append(data, height, width, label, place)
-        shown.update(place + 1 - shown.n)
+    with bar(split, total, writer.next_place) as shown:  # an error ends its line
+        for place, *entry in entries(source, writer.next_place, args):
+            if len(entry) == 1:
+                if args.on_bad_image == "fail":
+                    raise UserError(
+                        f"image {entry[0]}; repair or remove it, or use --on-bad-image skip"
+                    )
+                _logger.warning("image %s; left out", entry[0])
+                continue
+            data, height, width, label = entry
+            if labels is not None:
+                label = labels[image_dataset.check_label(label, len(labels))]
+            writer.append(data, height, width, label, place)
+            shown.update(place + 1 - shown.n)
     facts = writer.close()
-    shown.close()
     if not facts["pictures"]:
         raise UserError(f"{args.source}: no image for {split}")
     print(f"{split}: {facts['pictures']} images, {facts['bytes'] / 1e9:.3f} GB")

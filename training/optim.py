@@ -334,7 +334,9 @@ def build_schedule(
         )
     except (AssertionError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--sched {args.sched}: timm cannot create it ({reason})") from error
+        raise UserError(
+            f"--sched {args.sched}: timm cannot create it ({reason}); use --sched cosine"
+        ) from error
     if scheduler is None:
         raise UserError(f"--sched {args.sched}: timm has no schedule of it; use --sched constant")
     return Schedule(scheduler, on_step)
