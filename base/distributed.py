@@ -56,7 +56,8 @@ class Processes:
         if self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:
-            where = f"{torch.get_num_threads()} CPU threads each"
+            threads = torch.get_num_threads()
+            where = f"{threads} CPU thread{'s' * (threads > 1)}{' each' * (self.world_size > 1)}"
         noun = "process" if self.world_size == 1 else "processes"
         return f"{self.world_size} {noun} ({self.launcher}), {where}"
 

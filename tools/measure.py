@@ -5,13 +5,17 @@ print(cost.describe())
 """
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+
+# Its import warns where there is a CUDA toolkit and no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+from torch.utils.benchmark import Timer  # noqa: E402
 
 CPU_BATCH, GPU_BATCH = 8, 128  # images in a batch, for the throughput
 

@@ -44,8 +44,9 @@ def lines(found: Mapping[str, Any], titles: Sequence[str] = ()) -> list[str]:
     images = dict.fromkeys(f"{run['images']} images" for run in runs)
     about = f"{' or '.join(images)}; latency of one image on {cost['device']}"
     if any(row[1] == EPOCHS["best_checkpoint.pth"] for row in rows):
-        about += "; the best epoch is that with\nthe highest accuracy on these images"
-    return [*terminal.align([HEAD, *rows], left=2), f"{about}.", *found["verdicts"]]
+        about += "; the best epoch is that with the highest accuracy on these images"
+    table = terminal.align([HEAD, *rows], left=2)
+    return [*table, *(terminal.wrap(line) for line in [f"{about}.", *found["verdicts"]])]
 
 
 def _row(title: str, run: Mapping[str, Any], role: str) -> tuple[str, ...]:
