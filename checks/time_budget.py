@@ -29,7 +29,7 @@ from training.recipe import AUTO
 from training.setup import Runtime
 from training.step_config import Hooks
 
-SHARE = 0.03  # of the minutes: time for updates, and the same for an evaluation
+SHARE = 0.03  # of the minutes: a warm-up, as long for timed updates, and for an evaluation
 MOST = 0.1  # of the minutes: time for updates if one takes long
 EVALUATIONS = 0.05  # share of the training time that evaluations before the last one may take
 DISK = 3e8  # bytes a second at which a checkpoint is written
@@ -161,11 +161,11 @@ def _build_seconds(
         train(first + epoch, hooks=Hooks(on_update=on_update))
 
     updates = -(-steps // args.grad_accum_steps)
-    epoch_s, timed = seconds_of_epoch(run_epoch, updates, device, limit)
+    epoch_s, done = seconds_of_epoch(run_epoch, updates, device, limit, warm_up=limit)
     writing: dict[str, float] = {}
     if teacher is not None and any(missing):  # repeated, these updates read what they have written
         writing = {"writing_epoch": epoch_s, "writing_epochs": sum(teacher.missing_shares())}
-        epoch_s, _ = seconds_of_epoch(run_epoch, updates, device, limit, most=timed)
+        epoch_s, _ = seconds_of_epoch(run_epoch, updates, device, limit, most=done)
     evaluate = partial(
         seconds_of_evaluation, loaders.val, device=device, batches=int(2 * limit * steps / epoch_s)
     )
@@ -182,23 +182,30 @@ def seconds_of_epoch(
     updates: int,
     device: torch.device,
     limit: float,
+    *,
+    warm_up: float = 0.0,
     most: int | None = None,
 ) -> tuple[float, int]:
-    """Return the seconds of an epoch of so many updates, and how many updates were timed.
+    """Return the seconds of an epoch of so many updates, and how many updates were done.
 
-    They come from about `limit` seconds of training, and from `most` updates if it is given.
-    run_epoch: trains the epoch of that number and calls `on_update` after every update. The first
-    update is not counted, nor the first epoch if there are two whole ones.
+    They come from about `limit` seconds of training after `warm_up` seconds, in which a process is
+    slower, and from `most` updates at most. run_epoch: trains the epoch of that number and calls
+    `on_update` after every update. The first update is not counted, nor the first epoch if there
+    is a later whole one.
     """
     times: list[float] = []
-    begin = time.perf_counter()
+    begin, first = time.perf_counter() + warm_up, 0  # first: the update from which time counts
 
     def on_update(_: int) -> None:
+        nonlocal first
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter())
         spent, slow = times[-1] - begin, MOST / SHARE * limit
-        enough = (spent > limit and len(times) > 4) or (spent > slow and len(times) > 1)
+        if spent <= 0:
+            first = len(times) - 1
+        timed = len(times) - first
+        enough = (spent > limit and timed > 4) or (spent > slow and timed > 1)
         enough = enough or len(times) == most
         if distributed.any_rank(torch.tensor(enough, device=device)):
             raise _Enough
@@ -206,11 +213,11 @@ def seconds_of_epoch(
     with contextlib.suppress(_Enough):
         for epoch in itertools.count():
             run_epoch(epoch, on_update)
-    whole = len(times) // updates
-    if whole > 1:
-        seconds = (times[whole * updates - 1] - times[updates - 1]) / (whole - 1)
+    start, end = -(-(first + 1) // updates), len(times) // updates  # whole epochs between
+    if end > start:
+        seconds = (times[end * updates - 1] - times[start * updates - 1]) / (end - start)
     else:
-        seconds = (times[-1] - times[0]) / (len(times) - 1) * updates
+        seconds = (times[-1] - times[first]) / (len(times) - 1 - first) * updates
     return seconds, len(times)
 
 

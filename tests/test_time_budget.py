@@ -59,6 +59,24 @@ def test_seconds_of_an_epoch(
     assert timed == 3 and seconds == pytest.approx(updates)
 
 
+@pytest.mark.parametrize("updates", [3, 100])
+def test_slower_updates_of_the_warm_up_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch, updates: int
+) -> None:
+    """Updates of 2 s in the first 20 s, and of 1 s later."""
+    now = 0.0
+    monkeypatch.setattr(time_budget.time, "perf_counter", lambda: now)
+
+    def run_epoch(epoch: int, on_update: time_budget.OnUpdate) -> None:
+        nonlocal now
+        for update in range(updates):
+            now += 2 if now < 20 else 1
+            on_update(update)
+
+    found = time_budget.seconds_of_epoch(run_epoch, updates, CPU, 15.0, warm_up=20.0)
+    assert found == (pytest.approx(updates), 26)
+
+
 def test_a_slow_update_is_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     now, done = 0.0, 0
     monkeypatch.setattr(time_budget.time, "perf_counter", lambda: now)
