@@ -39,13 +39,18 @@ def lines(found: Mapping[str, Any], titles: Sequence[str] = ()) -> list[str]:
     titles: of the networks in the order of the rows; default: that of `networks`.
     """
     all_of, runs = networks(found), found["runs"]
-    rows = [_row(name, *all_of[name]) for name in titles or all_of if name in all_of]
+    chosen = [name for name in titles or all_of if name in all_of]
+    rows = [_row(name, *all_of[name]) for name in chosen]
     cost = runs[0]["cost"][STUDENT]
     images = dict.fromkeys(f"{run['images']} images" for run in runs)
     about = f"{' or '.join(images)}; latency of one image on {cost['device']}"
     if any(row[1] == EPOCHS["best_checkpoint.pth"] for row in rows):
         about += "; the best epoch is that with the highest accuracy on these images"
     table = terminal.align([HEAD, *rows], left=2)
+    for name in chosen:
+        run, role = all_of[name]
+        if (present := run["accuracy"][role].get("acc1_present")) is not None:
+            table.append(f"{_short(name)}: top-1 among the classes with images {present:.2f}%")
     return [*table, *(terminal.wrap(line) for line in [f"{about}.", *found["verdicts"]])]
 
 
@@ -54,10 +59,14 @@ def _row(title: str, run: Mapping[str, Any], role: str) -> tuple[str, ...]:
     file = run["weights"].partition(",")[0] if role == STUDENT else ""
     low, high = accuracy["acc1_interval"]
     return (
-        title if len(title) <= MAX_NAME else f"{title[: MAX_NAME - 3]}...",
+        _short(title),
         EPOCHS.get(file, file),
         f"{accuracy['acc1']:.2f}%",
         f"{low:.1f} to {high:.1f}%",
         f"{cost['latency_ms']:.3g} ms",
         f"{cost['size_mb']:.1f} MB",
     )
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= MAX_NAME else f"{title[: MAX_NAME - 3]}..."
