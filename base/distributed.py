@@ -35,6 +35,7 @@ from base.text import printable
 _logger = logging.getLogger(__name__)
 REPORTED = "an error was reported"
 REPORT_S = 3  # how long a process that ends waits for the store, and for another's report
+HOST_S = 1.0  # for which the first process, with the store, waits for reports of the others
 WORKER_END_S = 1  # until a killed worker has ended
 GRACE_S = 3  # after --dist-timeout, for torch's own message
 SLOW_UPDATE_S = 1.0
@@ -518,6 +519,8 @@ def first_to_report(message: str, code: int) -> bool:
         store = dist.distributed_c10d._get_default_store()
         first = store.add(f"reported/{message}", 1) == 1
         store.set(REPORTED, str(code))
+        if rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # the store ends with us
+            time.sleep(HOST_S)
         return first
 
     return _from_store(report, True)
