@@ -165,7 +165,10 @@ def _first_freezes(rank: int, folder: str, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_processes("cpu", timeout_min=0.1)
+    if rank == 1:
+        Path(folder, "ready").touch()
     if rank == 0:  # the store is in this process
+        wait_for(Path(folder, "ready"))
         Path(folder, "pid").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
         return
