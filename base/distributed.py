@@ -35,7 +35,7 @@ from base.text import printable
 _logger = logging.getLogger(__name__)
 REPORTED = "an error was reported"
 REPORT_S = 3  # how long a process that ends waits for the store, and for another's report
-HOST_S = 1.0  # for which the first process, with the store, waits for reports of the others
+HOST_S = 1.0  # how long the process with the store waits for the reports of the others
 WORKER_END_S = 1  # until a killed worker has ended
 GRACE_S = 3  # after --dist-timeout, for torch's own message
 SLOW_UPDATE_S = 1.0
@@ -519,7 +519,7 @@ def first_to_report(message: str, code: int) -> bool:
         store = dist.distributed_c10d._get_default_store()
         first = store.add(f"reported/{message}", 1) == 1
         store.set(REPORTED, str(code))
-        if rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # the store ends with us
+        if rank() == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # it has the store
             time.sleep(HOST_S)
         return first
 
@@ -556,12 +556,21 @@ def _from_store(read: Callable[[], T], default: T) -> T:
 def kill_workers() -> None:
     """Kill this process's DataLoader workers, because the exit waits for a stopped one."""
     workers = multiprocessing.active_children()
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    if is_main_thread:  # torch's handler raises an error for a worker that is killed
-        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join(WORKER_END_S)
-    if is_main_thread:
+    with worker_errors_blocked():
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(WORKER_END_S)
+
+
+@contextlib.contextmanager
+def worker_errors_blocked() -> Iterator[None]:
+    """Block the error that torch's signal handler raises when a DataLoader worker has died."""
+    if threading.current_thread() is not threading.main_thread():  # the handler runs there
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)

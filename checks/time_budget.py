@@ -77,9 +77,8 @@ class Seconds:
         text = f"{self.start:.1f} s to start, {self.epoch:.2f} s an epoch, "
         text += f"{self.evaluation:.2f} s an evaluation"
         if self.writing_epochs:
-            text += (
-                f"; with the teacher {self.writing_epoch:.2f} s in {self.writing_epochs:.1f} epochs"
-            )
+            text += f"; {self.writing_epoch:.2f} s while the cache is filled, "
+            text += f"for {self.writing_epochs:.1f} epochs"
         return text
 
 

@@ -1,4 +1,4 @@
-"""The advice in error messages works: whoever follows it does not get another error."""
+"""The advice in error messages works: a command that follows it is accepted."""
 
 import ast
 import os

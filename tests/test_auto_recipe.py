@@ -78,7 +78,10 @@ def test_few_epochs_have_no_mixing_and_less_warm_up(image_folder: Path) -> None:
 def test_a_trained_cnn_gets_a_smaller_input_for_small_images(
     image_folder: Path, flags: str, size: list | None
 ) -> None:
-    assert parse(image_folder, flags).args.input_size == size
+    found = parse(image_folder, flags)
+    assert found.args.input_size == size
+    line = "input: 112 pixels, because the images have 32"
+    assert (line in found.about) == (size == [112])
 
 
 def test_a_trained_cnn_keeps_its_input_for_large_images() -> None:

@@ -21,6 +21,7 @@ from base import files
 from base.errors import Stopped, UserError
 from models.plugins import load_plugin
 from tools import export, report
+from training import exit_codes
 from training.exit_codes import exit_code_of, resume_command
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,27 @@ def test_ctrl_c_while_modules_are_imported_prints_nothing(program: str, tmp_path
     command = [sys.executable, ROOT / program, "--help"]
     found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
+
+
+def test_a_dead_worker_that_is_noticed_twice_is_one_line(monkeypatch, capsys) -> None:
+    """The broken connection raises an error first, and torch's signal handler raises another."""
+
+    def handler(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def lose_worker() -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    late = lambda error: signal.raise_signal(signal.SIGCHLD)  # noqa: E731
+    monkeypatch.setattr(exit_codes.plugins, "line_of", late)
+    before = signal.signal(signal.SIGCHLD, handler)
+    try:
+        assert exit_code_of(lose_worker, lambda number: None, []) == 1
+        assert signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    said = capsys.readouterr().err
+    assert said.startswith("error: a DataLoader worker has died") and said.count("\n") == 1
 
 
 def test_a_worker_that_dies_while_a_checkpoint_is_written_is_reported_as_such(

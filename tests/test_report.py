@@ -366,7 +366,7 @@ def test_a_run_that_is_the_teacher_is_one_network() -> None:
 
 
 @pytest.mark.slow
-def test_a_teachers_run_is_evaluated_at_the_checkpoint_that_taught(made: Path, capsys) -> None:
+def test_a_teachers_run_is_evaluated_at_the_checkpoint_of_the_teacher(made: Path, capsys) -> None:
     root, flags = made.parent, ["--out", str(made.parent / "three.html"), "--limit", "5"]
     assert report.main([str(root / "hard"), str(root / "teacher"), *flags]) == 0
     printed = capsys.readouterr().out

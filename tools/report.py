@@ -149,8 +149,8 @@ def build_run(
     wanted = evaluation_settings(args, settings)
     processes = distributed.init_processes(args.device)
     inputs = models.build_input_config(wanted)
-    taught = file_that_taught(args, folder, lender)
-    weights = checkpoint_of(folder, args.checkpoint or taught)
+    teacher_file = teacher_file_in(args, folder, lender)
+    weights = checkpoint_of(folder, args.checkpoint or teacher_file)
     trained = classes_of_file(str(weights), wanted.model)
     loaders = datasets.build_loaders(wanted, inputs, processes, trained)
     classes = [class_name(loaders.classes, i) for i in range(loaders.num_classes)]
@@ -159,7 +159,7 @@ def build_run(
 
     teacher = None
     flags, origin = teacher_of(settings, lender, args.teacher_model, args.teacher_path)
-    note = why_not_lent(lender, classes, taught) if origin == "lent" else ""
+    note = why_not_lent(lender, classes, teacher_file) if origin == "lent" else ""
     if flags and not note:
         settings_T = argparse.Namespace(**vars(wanted) | flags | BY_LOGITS)
         try:
@@ -181,7 +181,7 @@ def build_run(
         "input": inputs.describe(),
         **teacher_facts(teacher, {"own": name, "lent": lender and lender.name}.get(origin)),
         "teacher_note": note,
-        "teacher_to": [lender.name] if taught else [],
+        "teacher_to": [lender.name] if teacher_file else [],
         "distillation": settings["distillation_type"],
         "trained_with": trained_with(settings),
         "weights": f"{weights.name}, {args.key}",
@@ -219,7 +219,7 @@ def evaluation_settings(
     return argparse.Namespace(**{**settings, **given, **fixed, "batch_size": args.batch_size})
 
 
-def file_that_taught(args: argparse.Namespace, folder: Path, lender: Run | None) -> str:
+def teacher_file_in(args: argparse.Namespace, folder: Path, lender: Run | None) -> str:
     """Return the name of the checkpoint in a folder that is the teacher of `lender`, or ""."""
     path = lender.settings["teacher_path"] if lender is not None else ""
     if args.teacher_model or args.teacher_path or not path or not isinstance(path, str):
@@ -228,9 +228,12 @@ def file_that_taught(args: argparse.Namespace, folder: Path, lender: Run | None)
     return file.name if file.parent == folder.resolve() else ""
 
 
-def why_not_lent(lender: Run, classes: Sequence[str], taught: str) -> str:
-    """Return why a run is not compared with the teacher of `lender`, or "". taught: its file."""
-    if taught:
+def why_not_lent(lender: Run, classes: Sequence[str], teacher_file: str) -> str:
+    """Return why a run is not compared with the teacher of `lender`, or "".
+
+    teacher_file: its checkpoint that is this teacher, or "".
+    """
+    if teacher_file:
         return f"it is the teacher of {lender.name}"
     different = f"not compared with the teacher of {lender.name}: other classes"
     return different if classes != lender.classes else ""

@@ -74,7 +74,9 @@ def build_auto_recipe(
     batch_size = 32 if data.images < SMALL_BATCH_IMAGES else 64
     if data.images < 1000 and build_starts_trained(settings):
         batch_size = 16  # few epochs fit into a short time
-    flags = GENTLE | student | build_input_flags(settings, data) | {"batch_size": batch_size}
+    if smaller := build_input_flags(settings, data):
+        lines.append(f"input: {SMALL_INPUT} pixels, because the images have {data.side}")
+    flags = GENTLE | student | smaller | {"batch_size": batch_size}
     flags |= build_schedule_flags(settings, args.epochs)
     first = f"recipe auto: {data.images:,} images: "
     first += "augmentation and lr by --minutes" if args.minutes else describe(flags)

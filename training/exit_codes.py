@@ -40,13 +40,14 @@ def exit_code_of(
         try:
             run()
         except (Exception, KeyboardInterrupt) as error:
-            number = early.number or Signals.SIGINT * isinstance(error, KeyboardInterrupt)
-            if number:
-                _kept_errors.append(error)
-                code = _stop_early(number)
-                on_stop(number)
-                return code
-            return _code_of_error(error, on_stop, argv)
+            with distributed.worker_errors_blocked():  # a dead worker may be noticed twice
+                number = early.number or Signals.SIGINT * isinstance(error, KeyboardInterrupt)
+                if number:
+                    _kept_errors.append(error)
+                    code = _stop_early(number)
+                    on_stop(number)
+                    return code
+                return _code_of_error(error, on_stop, argv)
     distributed.shutdown()
     return 0
 
